@@ -1,0 +1,83 @@
+# `make help` lists what can be done here. The first target that needs it sets up .venv from constraints.txt.
+#
+# On Linux the default torch wheel brings CUDA along; a CPU build of the same version saves gigabytes. To have it,
+# point pip to one by pip's own settings (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS) before the first `make`.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RECIPE ?= tiny
+OUT ?= runs/$(RECIPE)
+NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) $(wildcard nbs/index.ipynb)
+# Workers of nbdev-test: with more, small models compete for the same cores.
+N_WORKERS ?= 1
+
+# Small models stall when several processes spin for the same cores: let idle threads sleep.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help setup demo test check export clean-notebooks refresh readme docs lab bench
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
+
+setup: $(STAMP)  ## install the library and its tools, exact versions, into .venv
+
+# Depends on what decides the installation, so that a second call does nothing.
+$(STAMP): constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' || { \
+	  echo "Python $(MIN_PYTHON) or newer is needed, '$(PYTHON)' is not: make PYTHON=/path/to/python ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing exact versions into $(VENV): about 2 GB with a CPU torch, more with CUDA; a few minutes."
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@# A kernel named python3 that is this environment's Python, whatever else the machine has registered.
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3
+	@touch $@
+
+demo: $(STAMP)  ## run the whole chain on the tiny recipe, on a CPU (RECIPE=..., OUT=...)
+	$(BIN)/rlaifv run $(RECIPE) --out $(OUT)
+	@echo "Report:" && ls $(OUT)/report*
+
+test: $(STAMP)  ## all checks: clean notebooks, library = notebooks, README, tests, every notebook
+	$(BIN)/python -m pytest tests
+	$(BIN)/nbdev-test --n-workers $(N_WORKERS) --do-print --timing
+
+check: $(STAMP)  ## the quick part of the checks: clean notebooks, library = notebooks, README
+	$(BIN)/python scripts/check_notebooks.py
+	$(BIN)/python scripts/readme.py --check
+
+export: $(STAMP)  ## write the library from the notebooks
+	$(BIN)/nbdev-export
+
+clean-notebooks: $(STAMP)  ## strip metadata that only makes diffs noisy
+	$(BIN)/nbdev-clean
+
+# nbconvert writes a notebook only if it ran to its end.
+refresh: $(STAMP)  ## run the notebooks in place to refresh their outputs (NB=nbs/... for some), then README.md
+	@set -e; for nb in $(NB); do \
+	  $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 $$nb; \
+	done
+	$(BIN)/nbdev-clean
+	$(BIN)/python scripts/readme.py
+
+readme: $(STAMP)  ## write README.md from nbs/index.ipynb
+	$(BIN)/python scripts/readme.py
+
+# The steps of nbdev-docs without its README, which scripts/readme.py writes.
+docs: $(STAMP)  ## build the documentation in _docs/ (with Quarto if it is there, else a plain preview)
+	@if command -v quarto >/dev/null; then \
+	  touch nbs/nbdev.yml nbs/styles.css && $(BIN)/nbdev-proc-nbs --n-workers 1 && \
+	  (cd _proc && quarto render --no-cache) && rm -rf _docs && mv _proc/_docs _docs; \
+	else \
+	  echo "No Quarto on the PATH: this is a plain preview, not the documentation site."; \
+	  $(BIN)/python scripts/docs_preview.py; \
+	fi
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+bench: $(STAMP)  ## run the benchmarks in bench/
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
+	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -1,0 +1,357 @@
+"""Preference pairs: scores, draws, length balance, accounts, and the public formats there and back."""
+import io
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rlaifv_nb import pairs as P
+from rlaifv_nb.records import (Claim, Pair, Prompt, Response, SetAside, Verdict, prompt_id_of, read_manifest, read_table, response_id_of,
+                               sha256_of, write_table)
+
+quick = settings(max_examples=60, deadline=None, database=None)
+LABELS = {"y": "yes", "n": "no", "a": "abstain"}
+
+
+def answer(prompt_id, index, text, letters, finish_reason="stop"):
+    """A response with one claim a letter; `?` is a claim without verdict."""
+    r = Response(response_id_of(prompt_id, index), prompt_id, index, 0, text, finish_reason)
+    claims = [Claim(f"{r.response_id}-{i:02d}", r.response_id, "claim", "question?") for i in range(len(letters))]
+    return r, claims, [Verdict(c.claim_id, 0.5, 0.5, LABELS[x]) for c, x in zip(claims, letters) if x in LABELS]
+
+
+def tables_of(answers):
+    """Three tables from several answers."""
+    return [[row for rows in part for row in (rows if isinstance(rows, list) else [rows])] for part in zip(*answers)]
+
+
+def pair(index, chosen, rejected, prompt_id="p"):
+    """A pair whose answers have so many words."""
+    return Pair(f"{prompt_id}-{index:03d}", prompt_id, f"c{index}", f"r{index}", "word " * chosen, "other " * rejected, 0.0, -1.0)
+
+
+lengths = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=30)
+pair_lists = lengths.map(lambda rows: [pair(i, c, r, f"p{i % 5}") for i, (c, r) in enumerate(rows)])
+
+
+# scores
+
+def test_score_counts_rejected_claims_only():
+    responses, claims, verdicts = tables_of([answer("p", 0, "A.", "yyy"), answer("p", 1, "B.", "ynan"), answer("p", 2, "C.", "aa")])
+    assert P.score_responses(responses, claims, verdicts) == ({"p-00": 0.0, "p-01": -2.0, "p-02": 0.0}, [])
+
+
+@pytest.mark.parametrize("row, reason", [
+    (answer("p", 0, "  \n", "y"), "empty response"), (answer("p", 0, "Cut of", "yn", "length"), "truncated"),
+    (answer("p", 0, "How nice.", ""), "no claims"), (answer("p", 0, "A dog.", "y?"), "missing verdict")])
+def test_unusable_response_is_set_aside_and_never_paired(row, reason):
+    responses, claims, verdicts = tables_of([row, answer("p", 1, "A cat.", "nn")])
+    scores, set_aside = P.score_responses(responses, claims, verdicts)
+    assert [(s.row_id, s.reason) for s in set_aside] == [("p-00", reason)] and scores == {"p-01": -2.0}
+    assert P.candidate_pairs(responses, scores) == ([], [])
+
+
+def test_unknown_label_is_refused():
+    responses, claims, verdicts = tables_of([answer("p", 0, "A.", "y")])
+    with pytest.raises(ValueError, match="not No"):
+        P.score_responses(responses, claims, [replace(verdicts[0], label="No")])
+
+
+def test_equal_questions_stay_two_claims():
+    responses, claims, verdicts = tables_of([answer("p", 0, "A dog and a dog.", "nn")])
+    assert claims[0].question == claims[1].question and P.score_responses(responses, claims, verdicts)[0] == {"p-00": -2.0}
+
+
+# candidates and draw
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from("pq"), st.integers(-3, 0), st.sampled_from(["a", "b", "c d", "e"])), max_size=12), st.randoms())
+def test_candidates_are_right_complete_and_independent_of_order(rows, rng):
+    responses = [Response(response_id_of(p, i), p, i, 0, text, "stop") for i, (p, _, text) in enumerate(rows)]
+    scores = {r.response_id: float(score) for r, (_, score, _) in zip(responses, rows)}
+    found, set_aside = P.candidate_pairs(responses, scores)
+    n_different = sum(a.prompt_id == b.prompt_id and scores[a.response_id] != scores[b.response_id] for a, b in combinations(responses, 2))
+    assert len(found) + len(set_aside) == n_different
+    assert all(p.chosen_score > p.rejected_score and p.chosen != p.rejected for p in found)
+    assert len({(p.prompt_id, p.chosen, p.rejected) for p in found}) == len({p.pair_id for p in found}) == len(found)
+    rng.shuffle(responses)
+    assert P.candidate_pairs(responses, scores) == (found, set_aside)
+
+
+@quick
+@given(pair_lists, st.integers(1, 4), st.integers(0, 5), st.randoms())
+def test_draw_takes_k_of_each_prompt_whatever_the_order(rows, k, seed, rng):
+    sampled, spare = P.sample_pairs(rows, k, seed, 1)
+    assert Counter(p.prompt_id for p in sampled) == {q: min(k, n) for q, n in Counter(p.prompt_id for p in rows).items()}
+    assert sorted(p.pair_id for p in sampled + spare) == sorted(p.pair_id for p in rows)
+    shuffled = rng.sample(rows, len(rows))
+    assert P.sample_pairs(shuffled, k, seed, 1) == (sampled, spare)
+    alone = [p for p in rows if p.prompt_id == "p0"]
+    assert P.sample_pairs(alone, k, seed, 1)[0] == [p for p in sampled if p.prompt_id == "p0"], "other prompts must not matter"
+
+
+def test_draw_depends_on_seed_and_round():
+    rows = [pair(i, 5, 5) for i in range(20)]
+    draws = {tuple(p.pair_id for p in P.sample_pairs(rows, 2, seed, round)[0]) for seed in range(5) for round in range(5)}
+    assert len(draws) > 15
+    with pytest.raises(ValueError, match="at least one"):
+        P.sample_pairs(rows, 0, 0, 1)
+
+
+# length
+
+@quick
+@given(pair_lists, st.integers(0, 15), st.sampled_from([0.0, 0.02, 0.2]), st.randoms())
+def test_balance_reaches_tolerance_on_both_sides(rows, n_spare, tolerance, rng):
+    spare, used = rows[:n_spare], rows[n_spare:]
+    kept, dropped, n_exchanged = P.balance_lengths(used, spare, tolerance)
+    assert abs(P.length_gap(kept)) <= max(tolerance, 1e-12), "the gap"
+    assert abs(P.length_gap(kept)) <= abs(P.length_gap(used)) or not used
+    assert len(kept) + len(dropped) == len(used) and {p.pair_id for p in kept + dropped} <= {p.pair_id for p in rows}
+    assert len({p.pair_id for p in kept + dropped}) == len(used) and n_exchanged <= len(spare)
+    per_prompt = Counter(p.prompt_id for p in used)
+    assert all(n <= per_prompt[q] for q, n in Counter(p.prompt_id for p in kept).items()), "an exchange stays with its prompt"
+    shuffled = P.balance_lengths(rng.sample(used, len(used)), rng.sample(spare, len(spare)), tolerance)
+    assert shuffled[0] == kept and shuffled[2] == n_exchanged
+    mirrored = P.drop_to_balance(kept, tolerance)
+    assert mirrored == (kept, []), "what is balanced stays"
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(8, 14), st.integers(8, 12)), min_size=1, max_size=7))
+def test_drops_are_few(rows):
+    """Tiny tables are the hard case: the last drop may tip the balance over. Even there at most two drops more than the best choice."""
+    rows = [pair(i, c, r) for i, (c, r) in enumerate(rows)]
+    balanced = lambda kept: abs(P.length_gap(kept)) <= 0.1
+    best = next(n for n in range(len(rows) + 1) if any(balanced(c) for c in combinations(rows, len(rows) - n)))
+    assert best <= len(P.drop_to_balance(rows, 0.1)[1]) <= best + 2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_drops_are_the_fewest_where_the_last_does_not_tip_over(sign):
+    rows = [pair(i, 20 + sign * d, 20) for i, d in enumerate((9, 8, 7, 3, 2, 1, 0, 0, -1, -2, -3))]
+    kept, dropped = P.drop_to_balance(rows, 0.02)
+    fewer = [c for c in combinations(rows, len(kept) + 1) if abs(P.length_gap(c)) <= 0.02]
+    assert len(dropped) == 3 and fewer == []
+
+
+def test_exchange_saves_pairs():
+    biased = [pair(i, 5, 10, f"q{i}") for i in range(10)]
+    spare = [pair(100 + i, 10, 10, f"q{i}") for i in range(8)]
+    assert len(P.balance_lengths(biased)[0]) == 0
+    kept, dropped, n_exchanged = P.balance_lengths(biased, spare)
+    assert (len(kept), len(dropped), n_exchanged) == (8, 2, 8)
+
+
+def test_negative_tolerance_is_refused():
+    with pytest.raises(ValueError, match="0 or more"):
+        P.balance_lengths([pair(0, 5, 5)], tolerance=-0.1)
+
+
+def test_length_gap_by_hand():
+    assert P.length_gap([]) == 0.0
+    assert P.length_gap([pair(0, 6, 10), pair(1, 10, 10)]) == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("rows, n_kept, ratio", [
+    ([(10, 10), (12, 10), (8, 10)], 3, 0.2),  # r = 0.18 drops the 8: gap 0.1; r = 0.2 keeps all: gap 0
+    ([(5, 10), (9, 10), (11, 10)], 2, 0.1),  # r = 0 keeps one: 0.1; r = 0.1 keeps 9 and 11: 0
+    ([(12, 10), (15, 10)], 2, 0.0),  # one-sided: chosen too long stays, at the smallest ratio
+    ([(1, 100), (100, 100)], 1, 0.0),  # 0.99 is above the last ratio: that pair is always dropped
+])
+def test_official_filter_by_hand(rows, n_kept, ratio):
+    kept, r = P.official_length_filter([pair(i, c, j) for i, (c, j) in enumerate(rows)])
+    assert len(kept) == n_kept and r == pytest.approx(ratio)
+
+
+def test_official_filter_drops_equal_texts_and_refuses_nothing_left():
+    same = replace(pair(0, 5, 5), rejected="word " * 5)
+    assert P.official_length_filter([same, pair(1, 5, 5)])[0] == [pair(1, 5, 5)]
+    with pytest.raises(ValueError, match="no ratio"):  # where the official code divides by zero
+        P.official_length_filter([same, pair(1, 5, 0)])
+
+
+# the stage
+
+@pytest.fixture
+def stage(tmp_path):
+    """Folders of the four tables: six prompts with five answers each, some of them unusable."""
+    prompts, answers = [], []
+    (tmp_path / "prompts").mkdir()
+    for n in range(6):
+        Image.new("RGB", (12, 8), (40 * n, 90, 120)).save(tmp_path / f"prompts/{n}.png")
+        sha = sha256_of((tmp_path / f"prompts/{n}.png").read_bytes())
+        p = Prompt(prompt_id_of(sha, "What?"), f"{n}.png", sha, "What?", "by hand", "dev")
+        prompts.append(p)
+        answers += [answer(p.prompt_id, i, f"answer {n} " + "long " * i, letters) for i, letters in enumerate(("yy", "yn", "nnn", "", "ya"))]
+    for name, rows in zip(("prompts", "responses", "claims", "verdicts"), (prompts, *tables_of(answers))):
+        write_table(tmp_path / name, name, rows)
+    return tmp_path
+
+
+def run(folder, out="out", **settings):
+    return P.run_pairs(*(folder / t for t in ("prompts", "responses", "claims", "verdicts")), folder / out, **settings)
+
+
+def test_run_accounts_for_every_row(stage):
+    rows, manifest = run(stage, length_tolerance=0.05), read_manifest(stage / "out")
+    assert rows == read_table(stage / "out", "pairs", Pair)
+    set_aside = read_table(stage / "out", "set_aside-pairs", SetAside)
+    assert manifest["rows_in"] == 30 and manifest["rows_out"] == len(rows) > 0
+    assert manifest["responses"] == {"in": 30, "scored": 24, "no claims": 6}
+    assert manifest["verdicts"] == {"abstain": 6, "no": 24, "yes": 24}
+    for account, whole in ((manifest["responses"], "in"), (manifest["pairs"], "candidates")):
+        assert account[whole] == sum(n for reason, n in account.items() if reason != whole)
+    assert manifest["set_aside"] == Counter(s.reason for s in set_aside)
+    assert abs(P.length_gap(rows)) <= 0.05 and max(Counter(p.prompt_id for p in rows).values()) <= 2
+    assert all(p.pair_id == P.pair_id_of(p.prompt_id, int(p.chosen_id[-2:]), int(p.rejected_id[-2:])) for p in rows)
+
+
+def test_run_is_deterministic_under_row_order_and_comes_back_when_done(stage):
+    rows = run(stage, length_balance=False)
+    written = (stage / "out/manifest.json").read_bytes()
+    assert run(stage, length_balance=False) == rows and (stage / "out/manifest.json").read_bytes() == written
+    for name, record in (("responses", Response), ("claims", Claim), ("verdicts", Verdict)):
+        write_table(stage / name, name, read_table(stage / name, name, record)[::-1])
+    assert run(stage, "again", length_balance=False) == rows
+    with pytest.raises(ValueError, match="other settings"):
+        run(stage, length_balance=True)
+
+
+def test_run_without_any_difference_is_refused_with_a_remedy(stage):
+    verdicts = read_table(stage / "verdicts", "verdicts", Verdict)
+    write_table(stage / "verdicts", "verdicts", [replace(v, label="abstain") for v in verdicts])
+    with pytest.raises(ValueError, match="no pair is left of 30 responses and 0 candidates"):
+        run(stage)
+    assert not (stage / "out/manifest.json").exists() and len(read_table(stage / "out", "set_aside-pairs", SetAside)) == 6
+
+
+@pytest.mark.parametrize("table, record, change, message", [
+    ("responses", Response, lambda rows: [replace(rows[0], prompt_id="other"), *rows[1:]], "prompt_id other is in no table"),
+    ("claims", Claim, lambda rows: [replace(rows[0], response_id="other"), *rows[1:]], "response_id other is in no table"),
+    ("verdicts", Verdict, lambda rows: [replace(rows[0], claim_id="other"), *rows[1:]], "claim_id other is in no table"),
+    ("verdicts", Verdict, lambda rows: rows + rows[:1], "occurs twice"),
+    ("prompts", Prompt, lambda rows: rows + rows[:1], "occurs twice")])
+def test_run_refuses_tables_that_do_not_belong_together(stage, table, record, change, message):
+    write_table(stage / table, table, change(read_table(stage / table, table, record)))
+    with pytest.raises(ValueError, match=message):
+        run(stage)
+
+
+def test_import_is_light():
+    """Neither torch nor `datasets` is needed to make pairs."""
+    import subprocess
+    code = "import sys, rlaifv_nb.pairs; sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# public formats
+
+@pytest.fixture
+def written(stage):
+    return stage, read_table(stage / "prompts", "prompts", Prompt), run(stage, length_balance=False)
+
+
+def test_rlaifv_round_trip_through_parquet_is_exact(written):
+    folder, prompts, rows = written
+    dataset, set_aside = P.to_rlaifv_dataset(rows, prompts, folder / "prompts")
+    assert dataset.column_names == list(P.RLAIFV_COLUMNS) and set_aside == []
+    (folder / "parquet").mkdir()
+    dataset.select(range(3)).to_parquet(folder / "parquet/0.parquet")
+    dataset.select(range(3, len(rows))).to_parquet(folder / "parquet/1.parquet")
+    back_prompts, back, set_aside = P.from_rlaifv_dataset(folder / "parquet", folder / "back")
+    assert back == rows == read_table(folder / "back", "pairs", Pair) and set_aside == []
+    plain = lambda table: {replace(p, image_path="") for p in table}
+    assert plain(back_prompts) == plain(prompts) and len(back_prompts) == len(prompts)
+    assert all(sha256_of((folder / "back" / p.image_path).read_bytes()) == p.image_sha for p in back_prompts)
+    with pytest.raises(FileNotFoundError, match="no Parquet file"):
+        P.from_rlaifv_dataset(folder / "nowhere", folder / "back2")
+
+
+def test_trl_round_trip_keeps_question_answers_and_image(written):
+    folder, prompts, rows = written
+    dataset, _ = P.to_trl_dataset(rows, prompts, folder / "prompts")
+    assert dataset[0]["prompt"] == [{"role": "user", "content": "What?"}] and dataset[0]["images"][0].size == (12, 8)
+    back_prompts, back, set_aside = P.from_trl_dataset(dataset, folder / "back")
+    assert [(p.prompt_id, p.chosen, p.rejected) for p in back] == [(p.prompt_id, p.chosen, p.rejected) for p in rows] and set_aside == []
+    assert {p.image_sha for p in back_prompts} == {p.image_sha for p in prompts}
+
+
+def picture(colour="red", kind="PNG", size=6):
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(file, kind)
+    return {"bytes": file.getvalue(), "path": "../../escape.png"}
+
+
+def dataset_of(rows):
+    import datasets
+    features = {n: datasets.Image() if n == "image" else datasets.Value("string") for n in P.RLAIFV_COLUMNS}
+    return datasets.Dataset.from_list([{n: r.get(n) for n in P.RLAIFV_COLUMNS} for r in rows], features=datasets.Features(features))
+
+
+GOOD = {"image": picture(), "question": "What?", "chosen": "A dog.", "rejected": "A cat.", "origin_split": json.dumps({"model": "x"}), "idx": "1"}
+
+
+def test_unusable_rows_are_set_aside_with_index_and_reason(tmp_path):
+    half = {"bytes": picture(kind="JPEG", size=200)["bytes"][:-400], "path": None}
+    rows = [GOOD, GOOD | {"image": {"bytes": b"no image", "path": None}}, GOOD | {"image": half},
+            GOOD | {"image": None}, GOOD | {"chosen": None}, GOOD | {"question": " "}, GOOD | {"rejected": "A <image> cat."}, GOOD]
+    prompts, pairs, set_aside = P.from_rlaifv_dataset(dataset_of(rows), tmp_path)
+    assert [(s.row_id, s.reason) for s in set_aside] == [
+        ("row 1", "broken image"), ("row 2", "broken image"), ("row 3", "missing field"), ("row 4", "missing field"),
+        ("row 5", "missing field"), ("row 6", "image placeholder in text"), ("row 7", "same texts as another pair")]
+    assert len(prompts) == len(pairs) == 1 and read_table(tmp_path, "set_aside-pairs", SetAside) == set_aside
+    assert [p.parent.name for p in tmp_path.rglob("*.png")] == ["images"], "the row's own path must not be used"
+
+
+def test_rows_from_elsewhere_get_ids_by_text(tmp_path):
+    rows = [GOOD, GOOD | {"chosen": "A cow."}, GOOD | {"image": picture("blue")}]
+    _, pairs, _ = P.from_rlaifv_dataset(dataset_of(rows), tmp_path)
+    first = pairs[0].prompt_id
+    assert [p.pair_id for p in pairs] == [f"{first}-00-01", f"{first}-02-01", f"{pairs[2].prompt_id}-00-01"]
+    assert pairs[0].rejected_id == pairs[1].rejected_id == f"{first}-01" and pairs[2].prompt_id != first
+    assert all((p.chosen_score, p.rejected_score) == (0.0, -1.0) for p in pairs)
+
+
+@pytest.mark.parametrize("origin_split", [None, "train", "[1]", json.dumps({"prompt_id": "of another image", "chosen_id": "x"})])
+def test_origin_split_of_others_is_not_ours(tmp_path, origin_split):
+    _, [only], _ = P.from_rlaifv_dataset(dataset_of([GOOD | {"origin_split": origin_split}]), tmp_path)
+    assert only.chosen_id == f"{only.prompt_id}-00"
+
+
+def test_equal_texts_are_refused_naming_the_row(tmp_path, written):
+    with pytest.raises(ValueError, match="row 1: chosen equals rejected"):
+        P.from_rlaifv_dataset(dataset_of([GOOD, GOOD | {"rejected": "A dog. "}]), tmp_path / "x")
+    folder, prompts, rows = written
+    with pytest.raises(ValueError, match="row 0: chosen equals rejected"):
+        P.to_trl_dataset([replace(rows[0], rejected=rows[0].chosen)], prompts, folder / "prompts")
+
+
+def test_export_sets_a_missing_picture_aside_and_refuses_a_pair_without_prompt(written):
+    folder, prompts, rows = written
+    (folder / "prompts" / prompts[0].image_path).unlink()
+    dataset, set_aside = P.to_rlaifv_dataset(rows, prompts, folder / "prompts")
+    lost = [i for i, p in enumerate(rows) if p.prompt_id == prompts[0].prompt_id]
+    assert set_aside == [SetAside(f"row {i}", "missing field", "image") for i in lost] and len(dataset) == len(rows) - len(lost)
+    with pytest.raises(ValueError, match="is in no table"):
+        P.to_rlaifv_dataset(rows, [p for p in prompts if p.prompt_id != rows[0].prompt_id], folder / "prompts")
+
+
+def test_trl_blocks_are_read_and_other_shapes_set_aside(tmp_path):
+    import datasets
+    say = lambda role, *blocks: [{"role": role, "content": [{"type": t, "text": text} for t, text in blocks]}]
+    good = {"images": [picture()], "prompt": say("user", ("image", None), ("text", "What?")), "chosen": say("assistant", ("text", "A dog.")),
+            "rejected": say("assistant", ("text", "A cat."))}
+    rows = [good, good | {"images": [picture(), picture()]}, good | {"prompt": good["prompt"] * 2}, good | {"images": None}]
+    block = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    turns = datasets.List({"role": datasets.Value("string"), "content": datasets.List(block)})
+    features = datasets.Features({n: turns for n in ("prompt", "chosen", "rejected")} | {"images": datasets.List(datasets.Image())})
+    prompts, pairs, set_aside = P.from_trl_dataset(datasets.Dataset.from_list(rows, features=features), tmp_path)
+    assert (prompts[0].question, pairs[0].chosen, pairs[0].rejected) == ("What?", "A dog.", "A cat.") and len(pairs) == 1
+    assert [(s.row_id, s.detail) for s in set_aside] == [("row 1", "image"), ("row 2", "question"), ("row 3", "image")]

@@ -1,0 +1,58 @@
+"""4-bit layers give the gradients of their dequantised weights, also after an evaluation forward (a trap on CPUs with AVX512-BF16)."""
+import pytest
+import torch
+
+from rlaifv_nb.dpo import new_adapter
+from rlaifv_nb.iconworld import draw_picture, make_scene
+from rlaifv_nb.models import answer_ids, open_vlm, prompt_inputs
+from rlaifv_nb.prefix import collate_rows, pack_row, row_logps
+
+POLICY = "packaged:iconworld-vlm"
+
+
+def a_batch(vlm):
+    question = "Describe the image in detail."
+    rows = [pack_row(prompt_inputs(vlm, draw_picture(make_scene("dev", i)), question), [answer_ids(vlm, question, t) for t in ("A red cat.", "Two dogs.")])
+            for i in range(2)]
+    return collate_rows(rows)
+
+
+def lora_gradients(vlm):
+    new_adapter(vlm, 4, 8, seed=0)
+    with torch.no_grad():
+        for n, p in vlm.model.named_parameters():
+            if "lora_B" in n:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))) * 0.05)
+    batch = a_batch(vlm)
+    with torch.no_grad():
+        row_logps(vlm.core, batch)
+    vlm.model.train()
+    sum(l.sum() for l in row_logps(vlm.core, batch)).backward()
+    return {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_of_4bit_equal_those_of_dequantised_weights():
+    from bitsandbytes.functional import dequantize_4bit
+
+    quantised, plain = open_vlm(POLICY, quantisation="nf4"), open_vlm(POLICY)
+    four_bit = {n: m for n, m in quantised.model.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert len(four_bit) == 4 * 7, "every linear layer of the language model, and nothing else, is 4-bit"
+    with torch.no_grad():
+        for n, m in plain.model.named_modules():
+            if n in four_bit:
+                m.weight.copy_(dequantize_4bit(four_bit[n].weight.data, four_bit[n].weight.quant_state))
+    a, b = lora_gradients(quantised), lora_gradients(plain)
+    assert a.keys() == b.keys() and len(a) == 2 * 4 * 7
+    for n in a:
+        assert torch.allclose(a[n], b[n], atol=1e-3 * b[n].abs().max()), n
+
+
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_packed_row_equals_two_rows(quantisation):
+    vlm = open_vlm(POLICY, quantisation=quantisation)
+    question, picture = "Describe the image in detail.", draw_picture(make_scene("dev", 5))
+    inputs, answers = prompt_inputs(vlm, picture, question), [answer_ids(vlm, question, t) for t in ("A red cat is here.", "Two blue dogs.")]
+    with torch.no_grad():
+        together = row_logps(vlm.core, collate_rows([pack_row(inputs, answers)]))
+        apart = [row_logps(vlm.core, collate_rows([pack_row(inputs, [a])]))[0] for a in answers]
+    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(together, apart))
