@@ -17,7 +17,7 @@ N_WORKERS ?= 1
 # Small models stall when several processes spin for the same cores: let idle threads sleep.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo test check export clean-notebooks refresh readme docs lab bench
+.PHONY: help setup demo test check export clean-notebooks refresh readme docs lab example models
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -78,6 +78,13 @@ docs: $(STAMP)  ## build the documentation in _docs/ (with Quarto if it is there
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-bench: $(STAMP)  ## run the benchmarks in bench/
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
-	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+example: $(STAMP)  ## make data/example again: the small real run that the notebooks use by default
+	$(BIN)/python scripts/make_example.py
+
+# About 50 minutes on two cores; an interrupted training goes on when this is started again.
+MODELS ?= runs/models
+models: $(STAMP)  ## train the small models of the icon world from scratch (MODELS=folder)
+	mkdir -p $(MODELS)
+	$(BIN)/papermill nbs/10_iconworld_models.ipynb $(MODELS)/10_iconworld_models.ipynb -k python3 \
+	  -p out $(abspath $(MODELS)) -p vision_steps 600 -p vlm_steps 800 -p tuning_steps 450 -p splitter_steps 800
+	@echo "Compare, then copy $(MODELS)/iconworld-vlm and $(MODELS)/iconworld-splitter to data/."

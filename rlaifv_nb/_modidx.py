@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'rlaifv_nb.evaluation': { 'rlaifv_nb.evaluation.Case': ('evaluation.html#case', 'rlaifv_nb/evaluation.py'),
                                       'rlaifv_nb.evaluation._ordered': ('evaluation.html#_ordered', 'rlaifv_nb/evaluation.py'),
                                       'rlaifv_nb.evaluation.answer_scenes': ('evaluation.html#answer_scenes', 'rlaifv_nb/evaluation.py'),
+                                      'rlaifv_nb.evaluation.count_answers': ('evaluation.html#count_answers', 'rlaifv_nb/evaluation.py'),
                                       'rlaifv_nb.evaluation.count_claims': ('evaluation.html#count_claims', 'rlaifv_nb/evaluation.py'),
                                       'rlaifv_nb.evaluation.describe_scenes': ( 'evaluation.html#describe_scenes',
                                                                                 'rlaifv_nb/evaluation.py'),

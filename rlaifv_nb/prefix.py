@@ -8,7 +8,7 @@ __all__ = ['Prefix', 'stack_inputs', 'positions_of', 'read_prompts', 'BranchLaye
            'answer_of', 'generate_texts', 'common_prefix_length', 'yes_no_asker', 'pack_row', 'branch_mask',
            'collate_rows', 'row_logps']
 
-# %% ../nbs/00_prefix.ipynb #746b021a
+# %% ../nbs/00_prefix.ipynb #584aaf54
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .models import prompt_inputs, prompt_text, sibling_ids, surface_ids, unsampled_ids
 from .records import YES_NO_SUFFIX
 
-# %% ../nbs/00_prefix.ipynb #2d278820
+# %% ../nbs/00_prefix.ipynb #e58fee40
 @dataclass
 class Prefix:
     "The cache of B prompts: `cache` with keys (B, heads, n, d), `mask` (B, n) of real tokens, `last_hidden` (B, hidden)."
@@ -51,7 +51,7 @@ def read_prompts(vlm, inputs):
     out = vlm.core.model(**batch, position_ids=positions_of(batch["attention_mask"]), use_cache=True)
     return Prefix(out.past_key_values, batch["attention_mask"], out.last_hidden_state[:, -1])
 
-# %% ../nbs/00_prefix.ipynb #8e40fead
+# %% ../nbs/00_prefix.ipynb #7c909c22
 class BranchLayer(DynamicLayer):
     "A cache layer with room for `room` more tokens, which are written in place."
 
@@ -78,7 +78,7 @@ class BranchLayer(DynamicLayer):
         return self.length + query_length, 0
 
     def keep_rows(self, rows):
-        "Drops every row but these."
+        "Drops every row but these (dropping copies the rest, so it is done for many at a time)."
         self.buffers = tuple(b[rows] for b in self.buffers)
 
 
@@ -86,7 +86,7 @@ def branch_cache(prefix, index, room):
     "A cache with one row for each entry of `index` (which prompt it continues), with room for `room` tokens."
     return Cache(layers=[BranchLayer(layer.keys[index], layer.values[index], room) for layer in prefix.cache.layers])
 
-# %% ../nbs/00_prefix.ipynb #4efefb6d
+# %% ../nbs/00_prefix.ipynb #1bb804c6
 def pad_branches(branches, device):
     "Token id lists as a right-padded tensor (R, t) with its mask."
     longest = max(map(len, branches))
@@ -133,18 +133,18 @@ def next_token_probs(vlm, prefix, index, branches):
     last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
     return vlm.core.lm_head(last).float().softmax(-1)
 
-# %% ../nbs/00_prefix.ipynb #f87eb3b3
+# %% ../nbs/00_prefix.ipynb #552517fa
 def pick_tokens(logits, uniform, temperature, top_p):
     "Token ids (R,) by inverse-CDF sampling from logits (R, V) with numbers in [0, 1) of shape (R,); the best token at temperature 0."
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.double() / temperature).softmax(-1)
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked
-    ranked = ranked.masked_fill(before >= top_p, 0.0) if top_p < 1 else ranked
-    cumulative = ranked.cumsum(-1)
-    at = (cumulative > uniform[:, None] * cumulative[:, -1:]).int().argmax(-1)
-    return order.gather(1, at[:, None])[:, 0]
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        dropped = ranked.cumsum(-1) - ranked >= top_p
+        probs = probs.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
+    cumulative = probs.cumsum(-1)
+    return (cumulative > uniform[:, None] * cumulative[:, -1:]).int().argmax(-1)
 
 
 def uniform_numbers(seeds, n):
@@ -161,18 +161,20 @@ def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_t
     uniform = uniform_numbers(seeds, max_new_tokens).to(vlm.device)
     mask, hidden = prefix.mask[index], prefix.last_hidden[index]
     cache = branch_cache(prefix, index, max_new_tokens)
-    alive = torch.arange(len(index), device=vlm.device)
+    rows = torch.arange(len(index), device=vlm.device)
+    ended = torch.zeros(len(index), dtype=torch.bool, device=vlm.device)
     answers = torch.full((len(index), max_new_tokens), eos, device=vlm.device)
     for t in range(max_new_tokens):
         logits = vlm.core.lm_head(hidden).float()
         logits[:, list(never)] = -torch.inf
-        tokens = pick_tokens(logits, uniform[alive, t], temperature, top_p)
-        answers[alive, t] = tokens
-        going = tokens != eos
-        if not going.any():
+        tokens = pick_tokens(logits, uniform[rows, t], temperature, top_p)
+        answers[rows, t] = torch.where(ended, eos, tokens)
+        ended |= tokens == eos
+        if ended.all():
             break
-        if not going.all():
-            alive, tokens, mask = alive[going], tokens[going], mask[going]
+        if ended.float().mean() > 0.25:
+            going = ~ended
+            rows, tokens, mask, ended = rows[going], tokens[going], mask[going], ended[going]
             for layer in cache.layers:
                 layer.keep_rows(going)
         mask = F.pad(mask, (0, 1), value=1)
@@ -186,7 +188,7 @@ def answer_of(tokens, eos):
     "Tokens up to the end token, and whether there was one."
     return (tokens[: tokens.index(eos)], "stop") if eos in tokens else (tokens, "length")
 
-# %% ../nbs/00_prefix.ipynb #9a12e92b
+# %% ../nbs/00_prefix.ipynb #92715e50
 def generate_texts(llm, prompts, max_new_tokens):
     "Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in the order of the prompts."
     encode = lambda p: torch.tensor([llm.tokenizer(prompt_text(llm, p, image=None), add_special_tokens=False).input_ids])
@@ -194,7 +196,7 @@ def generate_texts(llm, prompts, max_new_tokens):
     answers = sample_branches(llm, prefix, rows, [0] * len(prompts), temperature=0, max_new_tokens=max_new_tokens, never=unsampled_ids(llm))
     return [(llm.tokenizer.decode(ids, skip_special_tokens=True).strip(), reason) for ids, reason in answers]
 
-# %% ../nbs/00_prefix.ipynb #9d140e6d
+# %% ../nbs/00_prefix.ipynb #acf22d00
 def common_prefix_length(rows):
     "How many leading tokens all rows share, leaving each row at least one of its own."
     shortest = min(map(len, rows)) - 1
@@ -224,7 +226,7 @@ def yes_no_asker(vlm, max_branches=512):
 
     return ask
 
-# %% ../nbs/00_prefix.ipynb #0cf1abf1
+# %% ../nbs/00_prefix.ipynb #f2de0139
 def pack_row(inputs, branches):
     """A training row `[prompt | branch 1 | branch 2 ...]`: ids, positions, segment (0 prompt, k branch), and for each branch token
     the index in the row of the token that predicts it."""

@@ -54,7 +54,7 @@ def test_pyproject_repeats_settings():
 def test_constraints_pin_every_requirement():
     pins = dict(line.lower().replace("_", "-").split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
                 if line and not line.startswith("#"))
-    wanted = "\n".join(settings()[f"{kind}requirements"] for kind in ("", "dev_", "bench_"))
+    wanted = "\n".join(settings()[f"{kind}requirements"] for kind in ("", "dev_"))
     names = [re.split(r"[\[<>=~!]", row.strip())[0].lower().replace("_", "-") for row in wanted.split()]
     assert [name for name in names if name not in pins] == []
     assert [pin for pin in pins.values() if "+" in pin] == [], "a local version resolves on one machine only"
