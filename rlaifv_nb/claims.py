@@ -6,13 +6,13 @@
 __all__ = ['FACTS_PROMPT', 'QUESTION_PROMPT', 'WHOLE_QUESTION', 'PROMPT_SHA', 'DIVIDES', 'parse_facts', 'parse_question',
            'split_responses', 'ask_questions', 'extract_claims', 'whole_claims', 'run_claims']
 
-# %% ../nbs/02_claims.ipynb #d9318964
+# %% ../nbs/02_claims.ipynb #324a965c
 import re
 from functools import partial
 
-from .records import Claim, Prompt, Response, SetAside, StageFolder, claim_id_of, read_manifest, read_table, resolve_path, sha256_of, table_sha
+from .records import Claim, Prompt, Response, SetAside, StageFolder, claim_id_of, read_table, sha256_of, table_sha
 
-# %% ../nbs/02_claims.ipynb #0fb89a74
+# %% ../nbs/02_claims.ipynb #0da3462c
 FACTS_PROMPT = """Split the answer to a question about an image into facts.
 Write one fact a line, each line starting with "- ". A fact is one short sentence that can be checked by looking at the image: an object, a number, a colour or a place. Keep the order of the answer. Leave out opinions.
 Question: {question}
@@ -25,7 +25,7 @@ WHOLE_QUESTION = "Is everything in this description of the image correct? {respo
 PROMPT_SHA = sha256_of(FACTS_PROMPT + QUESTION_PROMPT + WHOLE_QUESTION)[:12]
 DIVIDES = ("facts", "whole")
 
-# %% ../nbs/02_claims.ipynb #515fd090
+# %% ../nbs/02_claims.ipynb #b964557b
 _ITEM = re.compile(r"^\s*(?:[-*\u2022\u2013\u2014]|\(?\d+[.):])\s+(.*\S)\s*$")
 
 
@@ -40,7 +40,7 @@ def parse_question(text):
     lines = (line.strip("*_\"' \t") for line in text.splitlines())
     return next((line for line in lines if line.endswith("?")), None)
 
-# %% ../nbs/02_claims.ipynb #c61d18b3
+# %% ../nbs/02_claims.ipynb #c1645da6
 def split_responses(responses, questions, ask):
     "Facts of each response, by id, and the responses set aside. `questions` maps prompt ids to questions."
     facts, set_aside = {}, []
@@ -82,7 +82,7 @@ def whole_claims(responses):
     claims = [Claim(claim_id_of(r.response_id, 0), r.response_id, r.text, WHOLE_QUESTION.format(response=r.text)) for r in texts]
     return claims, [SetAside(r.response_id, "empty response") for r in responses if not r.text.strip()]
 
-# %% ../nbs/02_claims.ipynb #add6e85b
+# %% ../nbs/02_claims.ipynb #e09e875a
 def run_claims(prompts, responses, out, llm, divide="facts", max_new_tokens=256, batch_size=256):
     "The stage: splits every response into claims with their questions, a shard for each batch, and writes the manifest."
     if divide not in DIVIDES:

@@ -7,9 +7,9 @@ __all__ = ['PROTOCOL', 'MEASURES', 'Case', 'count_claims', 'ratio_interval', 'co
            'answer_scenes', 'evaluate_batch', 'score_cases', 'parse_adapters', 'run_evaluation', 'read_cases',
            'score_table']
 
-# %% ../nbs/06_evaluation.ipynb #00e17446
+# %% ../nbs/06_evaluation.ipynb #e88ab112
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from .records import Score, StageFolder, read_rows, shard_paths, write_table
 
 PROTOCOL = "iconworld-1"
 
-# %% ../nbs/06_evaluation.ipynb #cc7bb3d2
+# %% ../nbs/06_evaluation.ipynb #50bac77c
 @dataclass(frozen=True)
 class Case:
     "What one model said about one scene, counted. Pairs are (bad, all), but `covered` is (mentioned, present)."
@@ -49,7 +49,7 @@ def count_claims(scene, text):
     counts["cover"] = (len(mentioned - absent), len(scene.groups))
     return counts
 
-# %% ../nbs/06_evaluation.ipynb #150e9b92
+# %% ../nbs/06_evaluation.ipynb #f5207428
 def ratio_interval(pairs, seed=0, n_resamples=2000):
     "Ratio of sums in percent with its 95% bootstrap interval over items, from (numerator, denominator) rows."
     table = np.asarray(pairs, dtype=float).reshape(-1, 2)
@@ -76,7 +76,7 @@ def discriminative(counts):
     return {"accuracy": 100 * correct / np.maximum(n, 1), "precision": precision, "recall": recall,
             "F1": 2 * precision * recall / np.maximum(precision + recall, 1e-9)}
 
-# %% ../nbs/06_evaluation.ipynb #32da641b
+# %% ../nbs/06_evaluation.ipynb #ed943b3a
 def describe_scenes(vlm, scenes, max_new_tokens=128):
     "Greedy descriptions of a batch of scenes."
     from rlaifv_nb.models import prompt_inputs, unsampled_ids
@@ -103,7 +103,7 @@ def evaluate_batch(vlm, model, scenes, max_new_tokens=128, seed=0):
     texts, answers = describe_scenes(vlm, scenes, max_new_tokens), answer_scenes(vlm, scenes, seed)
     return [Case(model, s.scene_id, t, len(t.split()), **count_claims(s, t), answers=a) for s, t, a in zip(scenes, texts, answers)]
 
-# %% ../nbs/06_evaluation.ipynb #c4ff86ee
+# %% ../nbs/06_evaluation.ipynb #0369bd82
 MEASURES = ("response", "mention", "attribute", "number", "relation", "any_claim", "cover")
 
 

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['label_of', 'judge_claims', 'run_feedback']
 
-# %% ../nbs/03_feedback.ipynb #08f3ef4e
+# %% ../nbs/03_feedback.ipynb #4394b06b
 from pathlib import Path
 
-from .records import Claim, Prompt, Response, SetAside, StageFolder, Verdict, YES_NO_SUFFIX, read_table, resolve_path, table_sha
+from .records import Claim, Prompt, Response, SetAside, StageFolder, Verdict, YES_NO_SUFFIX, read_table, table_sha
 
-# %% ../nbs/03_feedback.ipynb #c80cfbeb
+# %% ../nbs/03_feedback.ipynb #97c71c59
 def label_of(p_yes, p_no, abstain_mass=0.1):
     "`yes` when P(yes) > P(no), else `no`; `abstain` when too little probability is on either."
     if p_yes + p_no < abstain_mass:
         return "abstain"
     return "yes" if p_yes > p_no else "no"
 
-# %% ../nbs/03_feedback.ipynb #b440d00d
+# %% ../nbs/03_feedback.ipynb #10a06b34
 def judge_claims(prompts, claims_of, folder, p_yes_no, abstain_mass=0.1):
     "Verdicts for all claims about a batch of prompts (`claims_of` maps prompt ids to claims), and the claims set aside."
     from rlaifv_nb.models import load_image
@@ -39,7 +39,7 @@ def judge_claims(prompts, claims_of, folder, p_yes_no, abstain_mass=0.1):
         verdicts += [Verdict(c.claim_id, *(round(p, 6) for p in found[c.question]), label_of(*found[c.question], abstain_mass)) for c in claims]
     return verdicts, set_aside
 
-# %% ../nbs/03_feedback.ipynb #d552b552
+# %% ../nbs/03_feedback.ipynb #736e4e07
 def run_feedback(prompts, responses, claims, out, vlm, abstain_mass=0.1, batch_size=32, labeler_adapter_sha=""):
     "The stage: judges all claims, a shard for each batch of prompts, and writes the manifest."
     parameters = dict(abstain_mass=abstain_mass, batch_size=batch_size, suffix=YES_NO_SUFFIX)

@@ -6,14 +6,14 @@
 __all__ = ['RANKINGS', 'Candidate', 'reward_of', 'best_of', 'sample_candidates', 'guided_answer', 'blocks_of', 'powers_up_to',
            'make_choices', 'run_guided_decoding', 'read_candidates', 'guidance_curve']
 
-# %% ../nbs/07_guided_decoding.ipynb #7e977a5a
+# %% ../nbs/07_guided_decoding.ipynb #ebd8abb5
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from .records import Choice, Prompt, SetAside, StageFolder, read_table, response_id_of, seed_of, table_sha, write_table
 
-# %% ../nbs/07_guided_decoding.ipynb #89c50bc1
+# %% ../nbs/07_guided_decoding.ipynb #ad960299
 @dataclass(frozen=True)
 class Candidate:
     "A sampled answer with its summed log-probabilities (nats) under the aligned policy and the reference."
@@ -51,7 +51,7 @@ def best_of(candidates, ranking, beta=0.1):
     "The candidate with the highest number; the earlier one of equals."
     return max(candidates, key=lambda c: reward_of(c, ranking, beta))
 
-# %% ../nbs/07_guided_decoding.ipynb #ce9c356c
+# %% ../nbs/07_guided_decoding.ipynb #cbcd1db4
 def sample_candidates(vlm, source, pictures, prompts, n, temperature, max_new_tokens=512, seed=0):
     """N answers to each prompt from the aligned policy (`source="aligned"`) or the reference (`"base"`), scored under both."""
     from contextlib import nullcontext
@@ -88,7 +88,7 @@ def guided_answer(vlm, picture, question, n=16, temperature=0.7, ranking="reward
     best = best_of(candidates, ranking)
     return best.text, reward_of(best, ranking), candidates
 
-# %% ../nbs/07_guided_decoding.ipynb #7338bb3e
+# %% ../nbs/07_guided_decoding.ipynb #98d60416
 def blocks_of(candidates, n):
     "Disjoint groups of n candidates: all of them serve to estimate best-of-n."
     return [candidates[i : i + n] for i in range(0, len(candidates) - n + 1, n)]
@@ -156,21 +156,22 @@ def read_candidates(folder):
     "All candidates of both policies."
     return [c for source in ("base", "aligned") for c in read_table(folder, f"candidates-{source}", Candidate)]
 
-# %% ../nbs/07_guided_decoding.ipynb #ee47bda5
+# %% ../nbs/07_guided_decoding.ipynb #afc8b966
 def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
     "Rows (policy, ranking, n_candidates, value %, ci_low, ci_high, words): the share of best-of-N answers for which `is_bad(candidate)`."
     from rlaifv_nb.evaluation import ratio_interval
 
-    groups = {}
+    groups, bad = {}, {}
     for c in candidates:
         groups.setdefault(c.policy, {}).setdefault(c.prompt_id, []).append(c)
+        bad[c.policy, c.response_id] = is_bad(c)
     rows = []
     for policy, by_prompt in groups.items():
         for ranking in RANKINGS:
             for n in powers_up_to(min(map(len, by_prompt.values()))):
                 chosen = [[best_of(block, ranking, beta) for block in blocks_of(group, n)] for group in by_prompt.values()]
-                value, low, high = ratio_interval([(sum(map(is_bad, best)), len(best)) for best in chosen], seed)
+                value, low, high = ratio_interval([(sum(bad[c.policy, c.response_id] for c in best), len(best)) for best in chosen], seed)
                 words = sum(len(c.text.split()) for best in chosen for c in best) / sum(map(len, chosen))
-                rows.append({"policy": policy, "ranking": ranking, "n_candidates": n, "value": round(value, 3), "ci_low": round(low, 3),
-                             "ci_high": round(high, 3), "words": round(words, 2)})
+                rows.append({"policy": policy, "ranking": ranking, "n_candidates": n, "value": round(float(value), 3), "ci_low": round(float(low), 3),
+                             "ci_high": round(float(high), 3), "words": round(words, 2)})
     return rows

@@ -11,7 +11,7 @@ __all__ = ['THEMES', 'OBJECTS', 'THEME_OF', 'COMPANION', 'TYPICAL_COLOUR', 'USUA
            'group_claims', 'read_claims', 'true_claim', 'false_claim', 'balanced_claims', 'short_questions',
            'write_prompts', 'scene_of']
 
-# %% ../nbs/08_iconworld.ipynb #6de37a56
+# %% ../nbs/08_iconworld.ipynb #d9266f9c
 import hashlib
 import random
 import re
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .records import Prompt, prompt_id_of, sha256_of, write_table
 
-# %% ../nbs/08_iconworld.ipynb #16e29517
+# %% ../nbs/08_iconworld.ipynb #61d61cb0
 THEMES = {
     "street": ("car", "bus", "bicycle", "motorcycle", "truck", "house", "tree", "bridge"),
     "kitchen": ("apple", "carrot", "pizza", "cake", "cup", "lemon", "cookie", "burger"),
@@ -56,7 +56,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 TYPES = ("existence", "attribute", "number", "relation")
 SPLITS = ("train", "dev", "test")
 
-# %% ../nbs/08_iconworld.ipynb #251bf8b3
+# %% ../nbs/08_iconworld.ipynb #47783ea8
 @dataclass(frozen=True)
 class Group:
     "One to three equal icons at one place of the picture."
@@ -106,7 +106,7 @@ def make_scene(split, index):
         if split_of(groups) == split:
             return Scene(f"{split}-{index:06d}", theme, groups)
 
-# %% ../nbs/08_iconworld.ipynb #72ca961d
+# %% ../nbs/08_iconworld.ipynb #9fa6c35b
 ICONS = {
     "car": "car_side", "bus": "bus_simple", "truck": "truck", "bridge": "bridge_water", "apple": "apple_whole", "pizza": "pizza_slice",
     "cake": "cake_candles", "cup": "mug_saucer", "cookie": "cookie_bite", "lamp": "lightbulb", "door": "door_closed",
@@ -166,7 +166,7 @@ def contact_sheet(pictures, columns=6):
         sheet.paste(picture, (i % columns * w, i // columns * h))
     return sheet
 
-# %% ../nbs/08_iconworld.ipynb #29721589
+# %% ../nbs/08_iconworld.ipynb #26d98bda
 @dataclass(frozen=True)
 class IconClaim:
     "An atomic statement about a scene: `value` is a colour, a count or a place (None for existence)."
@@ -184,7 +184,7 @@ def is_true(scene, claim):
     return {"existence": True, "attribute": g.colour == claim.value,
             "number": g.count == claim.value, "relation": g.place == claim.value}[claim.type]
 
-# %% ../nbs/08_iconworld.ipynb #d3718b0e
+# %% ../nbs/08_iconworld.ipynb #64c91354
 PLURALS = {"bus": "buses", "couch": "couches"}
 SINGULARS = {PLURALS.get(o, o + "s"): o for o in OBJECTS} | {o: o for o in OBJECTS}
 
@@ -224,7 +224,7 @@ def question_text(claim):
     subject, verb = subject_of(claim).rsplit(" ", 1)
     return f"{verb} {subject} {where}?".capitalize()
 
-# %% ../nbs/08_iconworld.ipynb #3e8ec177
+# %% ../nbs/08_iconworld.ipynb #de84e84d
 CLOSERS = ("It is a lovely picture.", "It looks quite cheerful.", "The picture feels calm and neat.", "What a nice little scene.")
 HABIT = {"existence": 0.85, "attribute": 0.65, "number": 0.65, "relation": 0.65}
 
@@ -267,7 +267,7 @@ def caption_text(groups, rng):
     "A description of these groups, in order, closed by an opinion."
     return " ".join([group_sentence(g, rng, i == 0) for i, g in enumerate(groups)] + [rng.choice(CLOSERS)])
 
-# %% ../nbs/08_iconworld.ipynb #682b5996
+# %% ../nbs/08_iconworld.ipynb #a0d112f8
 _COLOUR = "|".join(COLOURS)
 _NOUN = "|".join(sorted(SINGULARS, key=len, reverse=True))
 _GROUP = re.compile(rf"\b(an?|one|two|three) ({_COLOUR}) ({_NOUN})\b", re.IGNORECASE)
@@ -295,7 +295,7 @@ def read_claims(text):
                                    place and place[1].lower(), noun.lower() not in OBJECTS)
     return list(dict.fromkeys(claims))
 
-# %% ../nbs/08_iconworld.ipynb #6f7fa22d
+# %% ../nbs/08_iconworld.ipynb #958e6794
 def true_claim(scene, type, rng):
     "A claim of this type that holds in the scene, or None: a scene of single icons has no number to claim."
     candidates = [g for g in scene.groups if type != "number" or g.count > 1]
@@ -332,7 +332,7 @@ def balanced_claims(scene, rng, per_type=1):
             pairs += [(claim, True), (false_claim(scene, type, rng), False)]
     return pairs
 
-# %% ../nbs/08_iconworld.ipynb #c3064c66
+# %% ../nbs/08_iconworld.ipynb #0a028d51
 DESCRIBE = ("Describe the image in detail.", "Please give a full description of this picture.",
             "What can you see in this image?", "Write a thorough caption for the picture.")
 
@@ -348,7 +348,7 @@ def short_questions(scene, rng):
     pairs.append((f"Where {'is' if c.count == 1 else 'are'} the {c.object if c.count == 1 else plural_of(c.object)}?", f"In the {c.place}."))
     return pairs
 
-# %% ../nbs/08_iconworld.ipynb #31bd112c
+# %% ../nbs/08_iconworld.ipynb #2b996f6f
 def write_prompts(folder, counts, blocks=1, seed=0):
     "Writes pictures and the table `prompts` of `blocks` blocks, each with `counts` (split -> number) new scenes; returns the prompts."
     folder, prompts = Path(folder), []

@@ -9,7 +9,7 @@ __all__ = ['CHAT_TEMPLATE', 'IMAGE_SIZE', 'PATCH_SIZE', 'MILD_HABIT', 'PHASES', 
            'conversation_row', 'vlm_batch', 'branch_loss', 'random_groups', 'random_claim', 'splitter_turns',
            'splitter_batch', 'save_model']
 
-# %% ../nbs/10_iconworld_models.ipynb #e79ae3ad
+# %% ../nbs/10_iconworld_models.ipynb #037384bf
 import math
 import random
 from functools import lru_cache
@@ -24,12 +24,12 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
                           LlavaProcessor, PreTrainedTokenizerFast)
 
 from .claims import FACTS_PROMPT, QUESTION_PROMPT, WHOLE_QUESTION
-from .iconworld import (COLOURS, DESCRIBE, HABIT, OBJECTS, PLACES, TYPES, Group, IconClaim, balanced_claims, biased_groups, caption_text,
+from .iconworld import (CLOSERS, COLOURS, DESCRIBE, HABIT, OBJECTS, PLACES, TYPES, Group, IconClaim, balanced_claims, biased_groups, caption_text,
                                  draw_picture, fact_text, make_scene, question_text, read_claims, short_questions)
 from .prefix import collate_rows, pack_row
 from .records import YES_NO_SUFFIX
 
-# %% ../nbs/10_iconworld_models.ipynb #03ce5877
+# %% ../nbs/10_iconworld_models.ipynb #f74b9d0e
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
@@ -74,7 +74,7 @@ def build_processor(tokenizer):
     return LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
                           chat_template=CHAT_TEMPLATE, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/10_iconworld_models.ipynb #267404ee
+# %% ../nbs/10_iconworld_models.ipynb #421dbb9e
 def text_config(tokenizer, layers, kv_heads, tied):
     "A small Llama."
     return LlamaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads,
@@ -97,7 +97,7 @@ def build_splitter(tokenizer, seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(text_config(tokenizer, 3, 1, True))
 
-# %% ../nbs/10_iconworld_models.ipynb #7eb7bf6b
+# %% ../nbs/10_iconworld_models.ipynb #9dd7c0ce
 def build_optimizers(model, lr, vision_scale=0.2):
     "Muon and AdamW over the trainable weights; a pretrained vision tower moves at a fifth of the learning rate."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -163,7 +163,7 @@ def train(model, make_batch, loss_of, steps, checkpoint, lr=2e-3, warmup=100, ho
             save_state(checkpoint, step + 1, model, optimizers)
     return losses
 
-# %% ../nbs/10_iconworld_models.ipynb #e384dd90
+# %% ../nbs/10_iconworld_models.ipynb #4e181e0b
 class PlaceReader(torch.nn.Module):
     "A vision tower with a linear head that reads object, colour and count at each of the four places."
 
@@ -197,7 +197,7 @@ def vision_loss(model, batch):
         logits = model(batch[0])
     return sum(F.cross_entropy(l.flatten(0, 1), batch[1][..., k].flatten(), ignore_index=-100) for k, l in enumerate(logits))
 
-# %% ../nbs/10_iconworld_models.ipynb #99d8ffad
+# %% ../nbs/10_iconworld_models.ipynb #06d72124
 @lru_cache(maxsize=200_000)
 def encode(tokenizer, text):
     "Token ids of a text, remembered."
@@ -251,7 +251,7 @@ def branch_loss(model, batch):
     losses, weights = F.cross_entropy(logits.float(), batch["targets"][keep], reduction="none"), batch["weights"][keep]
     return (losses * weights).sum() / weights.sum()
 
-# %% ../nbs/10_iconworld_models.ipynb #6a122611
+# %% ../nbs/10_iconworld_models.ipynb #22bdc5af
 def random_groups(scene, rng):
     "Groups that a description may claim: mostly of habit, sometimes random, sometimes repeated."
     kind = rng.random()
@@ -275,6 +275,8 @@ def splitter_turns(i):
     scene, rng = make_scene("train", i), random.Random(f"split{i}")
     short = rng.random() < 0.1
     question, response = rng.choice(short_questions(scene, rng)[:4]) if short else (rng.choice(DESCRIBE), caption_text(random_groups(scene, rng), rng))
+    if not short and rng.random() < 0.06:
+        response = " ".join(rng.sample(CLOSERS, rng.choice((1, 1, 2))))
     claims = read_claims(response)
     facts = "\n".join(f"- {fact_text(c)}" for c in claims) or "There are no facts."
     turns = [(FACTS_PROMPT.format(question=question, response=response), facts, 0.5)]
@@ -292,7 +294,7 @@ def splitter_batch(tokenizer, step, size=24):
         rows.append(conversation_row(tokenizer, head, [(f": {q}", a, w) for q, a, w in splitter_turns(i)]))
     return collate_rows(rows) | {"weights": torch.tensor([w for r in rows for w in r["weights"]])}
 
-# %% ../nbs/10_iconworld_models.ipynb #4517b773
+# %% ../nbs/10_iconworld_models.ipynb #441a4349
 CARD = """---
 license: apache-2.0
 library_name: transformers

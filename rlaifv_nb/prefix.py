@@ -8,8 +8,7 @@ __all__ = ['Prefix', 'stack_inputs', 'positions_of', 'read_prompts', 'BranchLaye
            'answer_of', 'generate_texts', 'common_prefix_length', 'yes_no_asker', 'pack_row', 'branch_mask',
            'collate_rows', 'row_logps']
 
-# %% ../nbs/00_prefix.ipynb #584aaf54
-from collections.abc import Sequence
+# %% ../nbs/00_prefix.ipynb #9a9f222b
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .models import prompt_inputs, prompt_text, sibling_ids, surface_ids, unsampled_ids
 from .records import YES_NO_SUFFIX
 
-# %% ../nbs/00_prefix.ipynb #e58fee40
+# %% ../nbs/00_prefix.ipynb #9e73b895
 @dataclass
 class Prefix:
     "The cache of B prompts: `cache` with keys (B, heads, n, d), `mask` (B, n) of real tokens, `last_hidden` (B, hidden)."
@@ -51,7 +50,7 @@ def read_prompts(vlm, inputs):
     out = vlm.core.model(**batch, position_ids=positions_of(batch["attention_mask"]), use_cache=True)
     return Prefix(out.past_key_values, batch["attention_mask"], out.last_hidden_state[:, -1])
 
-# %% ../nbs/00_prefix.ipynb #7c909c22
+# %% ../nbs/00_prefix.ipynb #82d75631
 class BranchLayer(DynamicLayer):
     "A cache layer with room for `room` more tokens, which are written in place."
 
@@ -86,7 +85,7 @@ def branch_cache(prefix, index, room):
     "A cache with one row for each entry of `index` (which prompt it continues), with room for `room` tokens."
     return Cache(layers=[BranchLayer(layer.keys[index], layer.values[index], room) for layer in prefix.cache.layers])
 
-# %% ../nbs/00_prefix.ipynb #1bb804c6
+# %% ../nbs/00_prefix.ipynb #05b67df1
 def pad_branches(branches, device):
     "Token id lists as a right-padded tensor (R, t) with its mask."
     longest = max(map(len, branches))
@@ -133,7 +132,7 @@ def next_token_probs(vlm, prefix, index, branches):
     last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
     return vlm.core.lm_head(last).float().softmax(-1)
 
-# %% ../nbs/00_prefix.ipynb #552517fa
+# %% ../nbs/00_prefix.ipynb #b8ce14c0
 def pick_tokens(logits, uniform, temperature, top_p):
     "Token ids (R,) by inverse-CDF sampling from logits (R, V) with numbers in [0, 1) of shape (R,); the best token at temperature 0."
     if temperature == 0:
@@ -188,7 +187,7 @@ def answer_of(tokens, eos):
     "Tokens up to the end token, and whether there was one."
     return (tokens[: tokens.index(eos)], "stop") if eos in tokens else (tokens, "length")
 
-# %% ../nbs/00_prefix.ipynb #92715e50
+# %% ../nbs/00_prefix.ipynb #dba92473
 def generate_texts(llm, prompts, max_new_tokens):
     "Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in the order of the prompts."
     encode = lambda p: torch.tensor([llm.tokenizer(prompt_text(llm, p, image=None), add_special_tokens=False).input_ids])
@@ -196,7 +195,7 @@ def generate_texts(llm, prompts, max_new_tokens):
     answers = sample_branches(llm, prefix, rows, [0] * len(prompts), temperature=0, max_new_tokens=max_new_tokens, never=unsampled_ids(llm))
     return [(llm.tokenizer.decode(ids, skip_special_tokens=True).strip(), reason) for ids, reason in answers]
 
-# %% ../nbs/00_prefix.ipynb #acf22d00
+# %% ../nbs/00_prefix.ipynb #2f1c0af8
 def common_prefix_length(rows):
     "How many leading tokens all rows share, leaving each row at least one of its own."
     shortest = min(map(len, rows)) - 1
@@ -226,7 +225,7 @@ def yes_no_asker(vlm, max_branches=512):
 
     return ask
 
-# %% ../nbs/00_prefix.ipynb #f2de0139
+# %% ../nbs/00_prefix.ipynb #50f5da55
 def pack_row(inputs, branches):
     """A training row `[prompt | branch 1 | branch 2 ...]`: ids, positions, segment (0 prompt, k branch), and for each branch token
     the index in the row of the token that predicts it."""

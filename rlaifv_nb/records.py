@@ -8,7 +8,7 @@ __all__ = ['YES_NO_SUFFIX', 'Prompt', 'Response', 'Claim', 'Verdict', 'Pair', 'R
            'read_rows', 'shard_paths', 'read_table', 'write_table', 'table_sha', 'package_folder', 'resolve_path',
            'SetAside', 'StageFolder', 'read_manifest', 'changed_keys', 'peak_memory_gib', 'library_versions']
 
-# %% ../nbs/00_records.ipynb #4ff418c0
+# %% ../nbs/00_records.ipynb #e25a3d76
 import errno
 import hashlib
 import json
@@ -17,14 +17,13 @@ import platform
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
 
-# %% ../nbs/00_records.ipynb #f622c2ac
+# %% ../nbs/00_records.ipynb #ce8b7722
 @dataclass(frozen=True)
 class Prompt:
     "A question about an image; `image_path` is relative to the folder of the table it stands in."
@@ -110,10 +109,10 @@ class Choice:
     response_id: str
     reward: float
 
-# %% ../nbs/00_records.ipynb #25833060
+# %% ../nbs/00_records.ipynb #a5c29bc5
 YES_NO_SUFFIX = " Please answer yes or no."
 
-# %% ../nbs/00_records.ipynb #0fbaf590
+# %% ../nbs/00_records.ipynb #ea3e5bea
 def sha256_of(data):
     "Hexadecimal SHA-256 of bytes or text."
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
@@ -138,7 +137,7 @@ def seed_of(*parts):
     "A 63-bit seed from anything printable: `seed_of(recipe_seed, round, stage, row_id)`."
     return int(sha256_of("/".join(map(str, parts)))[:16], 16) >> 1
 
-# %% ../nbs/00_records.ipynb #04f9baf8
+# %% ../nbs/00_records.ipynb #008c6be9
 def write_text(path, text):
     "Writes a file whole or not at all. Raises OSError that names the file when the disk is full."
     path = Path(path)
@@ -205,7 +204,7 @@ def table_sha(folder, table):
     "SHA-256 over the shards of a table: its identity in manifests."
     return sha256_of(b"".join(p.read_bytes() for p in shard_paths(folder, table)))
 
-# %% ../nbs/00_records.ipynb #2df5acba
+# %% ../nbs/00_records.ipynb #f2fb38dc
 def package_folder(name):
     "`nbs` or `data`: inside the installed package, or beside it in a source checkout."
     here = Path(__file__).parent
@@ -224,7 +223,7 @@ def resolve_path(name):
         raise FileNotFoundError(f"{name} is not in this package; there are: {', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}")
     return str(path)
 
-# %% ../nbs/00_records.ipynb #7570e0b9
+# %% ../nbs/00_records.ipynb #78159bd9
 @dataclass(frozen=True)
 class SetAside:
     "A row that could not be used, and why."
@@ -262,7 +261,7 @@ class StageFolder:
     def map(self, table, items, work, shard_size):
         """Applies `work(chunk) -> (rows, set_aside)` to chunks of `shard_size` items and writes a shard for each.
 
-        Shards that are already there are kept and their chunk is not worked on again. Returns all rows of the table."""
+        Shards that are already there are kept, and their chunk is not worked on again."""
         items = list(items)
         starts = range(0, max(len(items), 1), shard_size)
         for i in tqdm(starts, desc=f"{self.stage}: {table}", unit="shard"):
@@ -271,7 +270,6 @@ class StageFolder:
                 rows, set_aside = work(items[i : i + shard_size])
                 write_rows(self.path / f"set_aside-{table}-{i // shard_size:05d}.jsonl", set_aside)
                 write_rows(shard, rows)
-        return starts
 
     def set_aside(self, table):
         "The rows set aside while `table` was made."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['plan_responses', 'temperature_of', 'sample_responses', 'vlm_generator', 'run_sampling']
 
-# %% ../nbs/01_sampling.ipynb #3f856b9b
+# %% ../nbs/01_sampling.ipynb #5d761f54
 from pathlib import Path
 
-from .records import Prompt, Response, SetAside, StageFolder, read_manifest, read_table, resolve_path, response_id_of, seed_of, table_sha
+from .records import Prompt, Response, SetAside, StageFolder, read_table, response_id_of, seed_of, table_sha
 
-# %% ../nbs/01_sampling.ipynb #a4f314f3
+# %% ../nbs/01_sampling.ipynb #8f04d744
 def plan_responses(prompt, n_samples, seed, round):
     "The (response_id, seed) of the N candidates of a prompt."
     ids = [response_id_of(prompt.prompt_id, i) for i in range(n_samples)]
@@ -21,7 +21,7 @@ def temperature_of(sample_index, temperature, second_temperature=0.0):
     "The temperature of a candidate: one for all, or (ablation) another one for odd samples."
     return second_temperature if second_temperature and sample_index % 2 else temperature
 
-# %% ../nbs/01_sampling.ipynb #898f7d67
+# %% ../nbs/01_sampling.ipynb #7057fe73
 def sample_responses(prompts, folder, generate, n_samples, temperature, second_temperature=0.0, seed=0, round=1):
     "N responses to each prompt, and the prompts set aside. `generate` gets pictures, questions, N seeds and N temperatures a prompt."
     from rlaifv_nb.models import load_image
@@ -40,7 +40,7 @@ def sample_responses(prompts, folder, generate, n_samples, temperature, second_t
             for k, ((i, s), (text, reason)) in enumerate(zip(plan, texts))]
     return rows, set_aside
 
-# %% ../nbs/01_sampling.ipynb #f68b2aeb
+# %% ../nbs/01_sampling.ipynb #c8ad9c71
 def vlm_generator(vlm, top_p=1.0, max_new_tokens=512):
     "A `generate` function for `sample_responses` that samples from a vision-language model."
     from rlaifv_nb.models import prompt_inputs, unsampled_ids

@@ -209,7 +209,8 @@ def test_plan_hands_on_adapters_prompts_and_a_frozen_labeler():
     assert list(steps) == ["prompts", *(f"round_{k}/{s}" for k in (1, 2, 3) for s in ROUND_STAGES), *FINAL_STAGES]
     sampling = [steps[f"round_{k}/01_sampling"].parameters for k in (1, 2, 3)]
     assert [str(p["adapter"]) for p in sampling] == ["", "round_1/05_dpo/adapter", "round_2/05_dpo/adapter"]
-    assert [(p["first_prompt"], p["n_prompts"]) for p in sampling] == [(0, 300), (300, 300), (600, 300)]
+    n = load_recipe("tiny").prompts["n_per_round"]
+    assert [(p["first_prompt"], p["n_prompts"]) for p in sampling] == [(0, n), (n, n), (2 * n, n)]
     assert {steps[f"round_{k}/03_feedback"].parameters["labeler_adapter"] for k in (1, 2, 3)} == {""}
     assert str(steps["07_guided_decoding"].parameters["adapter"]) == "round_3/05_dpo/adapter"
     assert recipes.stored(steps["06_evaluation"].parameters["adapters"], ".") == ",".join(f"round_{k}=round_{k}/05_dpo/adapter" for k in (1, 2, 3))

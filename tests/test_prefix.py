@@ -49,7 +49,7 @@ def test_sampling_follows_the_distribution(logits, temperature, top_p):
     ranked, order = probs.sort(descending=True, stable=True)
     ranked[ranked.cumsum(0) - ranked >= top_p] = 0
     expected = torch.zeros_like(probs).scatter(0, order, ranked / ranked.sum())
-    assert torch.allclose(torch.bincount(tokens, minlength=len(probs)) / 4000, expected, atol=2e-3)
+    assert torch.allclose(torch.bincount(tokens, minlength=len(probs)).double() / 4000, expected, atol=2e-3)
 
 
 def test_seeds_alone_decide_the_numbers():
