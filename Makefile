@@ -54,11 +54,8 @@ export: $(STAMP)  ## write the library from the notebooks
 clean-notebooks: $(STAMP)  ## strip metadata that only makes diffs noisy
 	$(BIN)/nbdev-clean
 
-# nbconvert writes a notebook only if it ran to its end.
 refresh: $(STAMP)  ## run the notebooks in place to refresh their outputs (NB=nbs/... for some), then README.md
-	@set -e; for nb in $(NB); do \
-	  $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.kernel_name=python3 $$nb; \
-	done
+	$(BIN)/python scripts/refresh.py $(NB)
 	$(BIN)/nbdev-clean
 	$(BIN)/python scripts/readme.py
 

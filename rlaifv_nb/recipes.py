@@ -9,7 +9,7 @@ __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'PROMPT_KEYS', 'KIND_NAMES', 'MAX_ROU
            'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook', 'notebook_parameters',
            'check_recipe', 'exported_cells', 'code_sha', 'check_library']
 
-# %% ../nbs/09_recipes.ipynb #e46da151
+# %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
 import difflib
 import json
@@ -22,7 +22,7 @@ import yaml
 
 from .records import package_folder, sha256_of, shard_paths
 
-# %% ../nbs/09_recipes.ipynb #fde55cec
+# %% ../nbs/09_recipes.ipynb #988ae918
 ROUND_STAGES = ("01_sampling", "02_claims", "03_feedback", "04_pairs", "05_dpo")
 FINAL_STAGES = ("06_evaluation", "07_guided_decoding")
 PROMPT_KEYS = {"source": str, "n_per_round": int, "n_dev": int}
@@ -53,7 +53,7 @@ class Recipe:
 
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
 
-# %% ../nbs/09_recipes.ipynb #6015f6f8
+# %% ../nbs/09_recipes.ipynb #f3806c6b
 class RecipeLoader(yaml.SafeLoader):
     "YAML in which `5e-4` is a number and no key may stand twice."
 
@@ -92,7 +92,7 @@ def merge(base, over):
     both = {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
     return {**base, **both}
 
-# %% ../nbs/09_recipes.ipynb #dc2460a3
+# %% ../nbs/09_recipes.ipynb #ef927121
 def packaged_recipes():
     "Name -> file of the recipes that ship with the package."
     return {p.stem: p for p in sorted((package_folder("data") / "recipes").glob("*.yaml"))}
@@ -173,7 +173,7 @@ def load_recipe(name, overrides=None):
     each = {v: make_recipe(merge(raw, over) | {"name": f"{raw.get('name')}/{v}"}, f"{where}, variants.{v}") for v, over in variants.items()}
     return replace(make_recipe(raw, where), variants=each)
 
-# %% ../nbs/09_recipes.ipynb #62752dd1
+# %% ../nbs/09_recipes.ipynb #c3e200b2
 @dataclass(frozen=True)
 class Step:
     "One notebook to run, its parameters, and the folder it writes, relative to the run. Round 0 comes before and after the rounds."
@@ -212,7 +212,7 @@ def plan_run(recipe):
     rounds = [step(notebook, k, f"round_{k}/{notebook}") for k in range(1, recipe.rounds + 1) for notebook in ROUND_STAGES]
     return [first, *rounds, *(step(notebook, 0, notebook) for notebook in recipe.evaluate)]
 
-# %% ../nbs/09_recipes.ipynb #9cfb80cb
+# %% ../nbs/09_recipes.ipynb #4e5e26ac
 def restart_option(step):
     "The command line option that makes this step again."
     return f"--from {step.notebook}" + (f" --round {step.round}" if step.round else "")
@@ -230,7 +230,7 @@ def first_remade(steps, notebook, round):
         raise RecipeError(f"--from {notebook}: {hint}")
     return places[0]
 
-# %% ../nbs/09_recipes.ipynb #c8835e2a
+# %% ../nbs/09_recipes.ipynb #bc7fd1df
 def stored(value, run):
     "A parameter as it is written to disk: paths relative to the run folder, adapters as `name=path,name=path`."
     if isinstance(value, dict):
@@ -247,7 +247,7 @@ def recipe_text(recipe, run):
     values["prompts"] = recipe.prompts | {"source": stored(recipe.prompts["source"], run)}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=150)
 
-# %% ../nbs/09_recipes.ipynb #610261a2
+# %% ../nbs/09_recipes.ipynb #a1ee609e
 def open_notebook(path):
     "The notebook, for whichever kernel `python3` is where it names none. Raises RecipeError when it is missing."
     import nbformat
@@ -286,7 +286,7 @@ def check_recipe(recipe, notebooks):
             checked.setdefault(notebook, {})[name] = typed(value, kinds[known(name, free, where)], f"{where}.{name}")
     return replace(recipe, parameters=checked, variants={v: check_recipe(r, notebooks) for v, r in recipe.variants.items()})
 
-# %% ../nbs/09_recipes.ipynb #cee834f6
+# %% ../nbs/09_recipes.ipynb #ffc9eee4
 EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.MULTILINE)
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
 
