@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'LORA_TARGETS', 'preference_loss', 'pair_row', 'usable_pair
            'PairDataset', 'collate_pairs', 'PreferenceTrainer', 'MarkWhole', 'last_whole_checkpoint', 'split_pairs',
            'training_rows', 'new_adapter', 'train_adapter', 'run_dpo']
 
-# %% ../nbs/05_dpo.ipynb #3ea12162
+# %% ../nbs/05_dpo.ipynb #2c5ed8e9
 import math
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ from .models import answer_ids, load_image, prompt_inputs, save_adapter
 from .prefix import collate_rows, pack_row, row_logps
 from .records import Pair, Prompt, RefLogp, SetAside, StageFolder, read_table, resolve_path, seed_of, table_sha, write_table
 
-# %% ../nbs/05_dpo.ipynb #04a5fe0a
+# %% ../nbs/05_dpo.ipynb #76a442f3
 LOSSES = ("sigmoid", "ipo", "hinge")
 
 
@@ -38,7 +38,7 @@ def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
         return torch.relu(1 - beta * margin)
     raise ValueError(f"loss_type={loss_type!r} is not supported: choose one of {', '.join(LOSSES)}")
 
-# %% ../nbs/05_dpo.ipynb #72184f2b
+# %% ../nbs/05_dpo.ipynb #0542ba8e
 def pair_row(vlm, pair, prompt, folder):
     "The packed row `[image + prompt | chosen | rejected]` of a pair. Raises ValueError when the pair cannot be trained on."
     if pair.chosen == pair.rejected:
@@ -58,7 +58,7 @@ def usable_pairs(vlm, pairs, prompts, folder):
             set_aside.append(SetAside(pair.pair_id, "no training row", str(e)))
     return good, set_aside
 
-# %% ../nbs/05_dpo.ipynb #12508782
+# %% ../nbs/05_dpo.ipynb #8bd95756
 @torch.no_grad()
 def reference_logps(vlm, pairs, prompts, folder):
     "`RefLogp` rows of a batch of pairs under the model as it is now."
@@ -72,7 +72,7 @@ def to_device(batch, device):
     move = lambda v: v.to(device) if isinstance(v, torch.Tensor) else v
     return {k: {n: move(t) for n, t in v.items()} if isinstance(v, dict) else move(v) for k, v in batch.items()}
 
-# %% ../nbs/05_dpo.ipynb #55150aa1
+# %% ../nbs/05_dpo.ipynb #d227b2b6
 @torch.no_grad()
 def preflight(vlm, pairs, reference, prompts, folder, tolerance=1e-3):
     """Checks a few pairs and returns what it measured. Raises RuntimeError when policy and reference differ (nats per token above
@@ -95,7 +95,7 @@ def preflight(vlm, pairs, reference, prompts, folder, tolerance=1e-3):
         raise RuntimeError(f"{image_tokens} image tokens for {features} image features")
     return {"drift_nats_per_token": drift, "image_effect_nats": image_effect, "image_tokens": image_tokens}
 
-# %% ../nbs/05_dpo.ipynb #de376a65
+# %% ../nbs/05_dpo.ipynb #e7983812
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -119,7 +119,7 @@ def collate_pairs(rows):
     batch = collate_rows(rows)
     return batch | {"reference": torch.tensor([r["reference"] for r in rows]), "n_tokens": torch.tensor(batch["lengths"]).view(-1, 2)}
 
-
+# %% ../nbs/05_dpo.ipynb #a554de69
 class PreferenceTrainer(Trainer):
     "A `Trainer` whose loss is `preference_loss` plus `nll_weight` times the mean negative log-likelihood of chosen."
 
@@ -153,7 +153,7 @@ class PreferenceTrainer(Trainer):
             self.seen[split] = []
         super().log(logs, *args, **kwargs)
 
-
+# %% ../nbs/05_dpo.ipynb #067c6952
 class MarkWhole(TrainerCallback):
     "Marks a checkpoint as whole after everything in it has been written."
 
@@ -171,7 +171,7 @@ def last_whole_checkpoint(folder):
     whole = [p for p in found if p.exists()]
     return str(whole[-1]) if whole else None
 
-# %% ../nbs/05_dpo.ipynb #60932f88
+# %% ../nbs/05_dpo.ipynb #26ff2941
 def split_pairs(pairs, prompts):
     "Training pairs and dev pairs, with no prompt in both."
     is_dev = lambda p: prompts[p.prompt_id].split == "dev"
@@ -220,7 +220,7 @@ def train_adapter(vlm, train, dev, work, loss, learning_rate, epochs, batch_size
     vlm.model.eval()
     return training_rows(trainer.state.log_history), {"best_step": trainer.state.best_global_step, "best_dev_loss": trainer.state.best_metric}
 
-# %% ../nbs/05_dpo.ipynb #e01657ab
+# %% ../nbs/05_dpo.ipynb #6ecefcfd
 def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=1.0,
             lora_rank=16, lora_alpha=32, batch_size=16, seed=0, round=1, **training):
     "The stage: reference, preflight, training, adapter with lineage, manifest. `training` goes to `train_adapter`."
