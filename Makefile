@@ -83,5 +83,5 @@ MODELS ?= runs/models
 models: $(STAMP)  ## train the small models of the icon world from scratch (MODELS=folder)
 	mkdir -p $(MODELS)
 	$(BIN)/papermill nbs/10_iconworld_models.ipynb $(MODELS)/10_iconworld_models.ipynb -k python3 \
-	  -p out $(abspath $(MODELS)) -p vision_steps 600 -p vlm_steps 800 -p tuning_steps 450 -p splitter_steps 950
+	  -p out $(abspath $(MODELS)) -p vision_steps 600 -p vlm_steps 800 -p tuning_steps 450 -p splitter_steps 950 -p n_scenes 1000
 	@echo "Compare, then copy $(MODELS)/iconworld-vlm and $(MODELS)/iconworld-splitter to data/."

@@ -5,33 +5,24 @@
 # %% auto #0
 __all__ = ['label_of', 'judge_claims', 'run_feedback']
 
-# %% ../nbs/03_feedback.ipynb #4394b06b
-from pathlib import Path
-
+# %% ../nbs/03_feedback.ipynb #319dd589
 from .records import Claim, Prompt, Response, SetAside, StageFolder, Verdict, YES_NO_SUFFIX, read_table, table_sha
 
-# %% ../nbs/03_feedback.ipynb #97c71c59
+# %% ../nbs/03_feedback.ipynb #bbf57b5d
 def label_of(p_yes, p_no, abstain_mass=0.1):
     "`yes` when P(yes) > P(no), else `no`; `abstain` when too little probability is on either."
     if p_yes + p_no < abstain_mass:
         return "abstain"
     return "yes" if p_yes > p_no else "no"
 
-# %% ../nbs/03_feedback.ipynb #10a06b34
+# %% ../nbs/03_feedback.ipynb #35380d3b
 def judge_claims(prompts, claims_of, folder, p_yes_no, abstain_mass=0.1):
     "Verdicts for all claims about a batch of prompts (`claims_of` maps prompt ids to claims), and the claims set aside."
-    from rlaifv_nb.models import load_image
+    from rlaifv_nb.models import load_pictures
 
-    pictures, asked, set_aside = [], [], []
-    for p in prompts:
-        try:
-            picture = load_image(Path(folder) / p.image_path)
-        except ValueError as e:
-            set_aside += [SetAside(c.claim_id, "unreadable picture", str(e)) for c in claims_of.get(p.prompt_id, ())]
-            continue
-        if claims_of.get(p.prompt_id):
-            pictures.append(picture)
-            asked.append((claims_of[p.prompt_id], list(dict.fromkeys(c.question for c in claims_of[p.prompt_id]))))
+    usable, pictures, unreadable = load_pictures([p for p in prompts if claims_of.get(p.prompt_id)], folder)
+    set_aside = [SetAside(c.claim_id, s.reason, s.detail) for s in unreadable for c in claims_of[s.row_id]]
+    asked = [(claims_of[p.prompt_id], list(dict.fromkeys(c.question for c in claims_of[p.prompt_id]))) for p in usable]
     answers = p_yes_no(pictures, [questions for _, questions in asked]) if asked else []
     verdicts = []
     for (claims, questions), pairs in zip(asked, answers):
@@ -39,10 +30,10 @@ def judge_claims(prompts, claims_of, folder, p_yes_no, abstain_mass=0.1):
         verdicts += [Verdict(c.claim_id, *(round(p, 6) for p in found[c.question]), label_of(*found[c.question], abstain_mass)) for c in claims]
     return verdicts, set_aside
 
-# %% ../nbs/03_feedback.ipynb #736e4e07
+# %% ../nbs/03_feedback.ipynb #d7882a68
 def run_feedback(prompts, responses, claims, out, vlm, abstain_mass=0.1, batch_size=32, labeler_adapter_sha=""):
     "The stage: judges all claims, a shard for each batch of prompts, and writes the manifest."
-    parameters = dict(abstain_mass=abstain_mass, batch_size=batch_size, suffix=YES_NO_SUFFIX)
+    parameters = dict(abstain_mass=abstain_mass, batch_size=batch_size, sharing=vlm.sharing, suffix=YES_NO_SUFFIX)
     inputs = {t: table_sha(folder, t) for t, folder in (("prompts", prompts), ("responses", responses), ("claims", claims))}
     stage = StageFolder(out, "feedback", parameters, inputs | {"labeler": vlm.sha, "labeler_adapter": labeler_adapter_sha})
     prompt_of = {r.response_id: r.prompt_id for r in read_table(responses, "responses", Response)}

@@ -6,14 +6,14 @@
 __all__ = ['RANKINGS', 'Candidate', 'reward_of', 'best_of', 'sample_candidates', 'guided_answer', 'blocks_of', 'powers_up_to',
            'make_choices', 'run_guided_decoding', 'read_candidates', 'guidance_curve']
 
-# %% ../nbs/07_guided_decoding.ipynb #ebd8abb5
+# %% ../nbs/07_guided_decoding.ipynb #cb6c0362
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from .records import Choice, Prompt, SetAside, StageFolder, read_table, response_id_of, seed_of, table_sha, write_table
 
-# %% ../nbs/07_guided_decoding.ipynb #ad960299
+# %% ../nbs/07_guided_decoding.ipynb #42a6e007
 @dataclass(frozen=True)
 class Candidate:
     "A sampled answer with its summed log-probabilities (nats) under the aligned policy and the reference."
@@ -51,7 +51,7 @@ def best_of(candidates, ranking, beta=0.1):
     "The candidate with the highest number; the earlier one of equals."
     return max(candidates, key=lambda c: reward_of(c, ranking, beta))
 
-# %% ../nbs/07_guided_decoding.ipynb #cbcd1db4
+# %% ../nbs/07_guided_decoding.ipynb #77a7a28a
 def sample_candidates(vlm, source, pictures, prompts, n, temperature, max_new_tokens=512, seed=0):
     """N answers to each prompt from the aligned policy (`source="aligned"`) or the reference (`"base"`), scored under both."""
     from contextlib import nullcontext
@@ -88,7 +88,7 @@ def guided_answer(vlm, picture, question, n=16, temperature=0.7, ranking="reward
     best = best_of(candidates, ranking)
     return best.text, reward_of(best, ranking), candidates
 
-# %% ../nbs/07_guided_decoding.ipynb #98d60416
+# %% ../nbs/07_guided_decoding.ipynb #7aba6114
 def blocks_of(candidates, n):
     "Disjoint groups of n candidates: all of them serve to estimate best-of-n."
     return [candidates[i : i + n] for i in range(0, len(candidates) - n + 1, n)]
@@ -114,15 +114,15 @@ def make_choices(candidates, beta=0.1):
 
 
 def run_guided_decoding(prompts, out, policy, adapter, quantisation="none", n_candidates=64, temperature=0.9, beta=0.1, max_new_tokens=512,
-                        batch_size=8, seed=0):
+                        batch_size=8, seed=0, share_prefix=True):
     "The stage: candidates of both policies with rewards, choices, and the manifest."
     from functools import partial
 
     from rlaifv_nb.models import folder_sha, open_vlm
     from rlaifv_nb.records import resolve_path
 
-    vlm = open_vlm(policy, adapter, quantisation=quantisation)
-    parameters = dict(quantisation=quantisation, n_candidates=n_candidates, temperature=temperature, beta=beta, max_new_tokens=max_new_tokens,
+    vlm = open_vlm(policy, adapter, quantisation=quantisation, share_prefix=share_prefix)
+    parameters = dict(quantisation=quantisation, sharing=vlm.sharing, n_candidates=n_candidates, temperature=temperature, beta=beta, max_new_tokens=max_new_tokens,
                       batch_size=batch_size, seed=seed)
     inputs = {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": folder_sha(Path(resolve_path(adapter)))}
     stage, rows = StageFolder(out, "guided_decoding", parameters, inputs), read_table(prompts, "prompts", Prompt)
@@ -139,15 +139,10 @@ def run_guided_decoding(prompts, out, policy, adapter, quantisation="none", n_ca
 
 def _candidates_of(vlm, source, folder, n, temperature, max_new_tokens, seed, prompts):
     "Candidates of a batch of prompts; unreadable pictures are set aside, once for each missing candidate."
-    from rlaifv_nb.models import load_image
+    from rlaifv_nb.models import load_pictures
 
-    pictures, usable, set_aside = [], [], []
-    for p in prompts:
-        try:
-            pictures.append(load_image(Path(folder) / p.image_path))
-            usable.append(p)
-        except ValueError as e:
-            set_aside += [SetAside(response_id_of(p.prompt_id, i), "unreadable picture", str(e)) for i in range(n)]
+    usable, pictures, unreadable = load_pictures(prompts, folder)
+    set_aside = [SetAside(response_id_of(s.row_id, i), s.reason, s.detail) for s in unreadable for i in range(n)]
     rows, empty = sample_candidates(vlm, source, pictures, usable, n, temperature, max_new_tokens, seed) if usable else ([], [])
     return rows, set_aside + empty
 
@@ -156,7 +151,7 @@ def read_candidates(folder):
     "All candidates of both policies."
     return [c for source in ("base", "aligned") for c in read_table(folder, f"candidates-{source}", Candidate)]
 
-# %% ../nbs/07_guided_decoding.ipynb #afc8b966
+# %% ../nbs/07_guided_decoding.ipynb #ae00ea42
 def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
     "Rows (policy, ranking, n_candidates, value %, ci_low, ci_high, words): the share of best-of-N answers for which `is_bad(candidate)`."
     from rlaifv_nb.evaluation import ratio_interval

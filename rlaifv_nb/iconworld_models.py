@@ -7,9 +7,9 @@ __all__ = ['CHAT_TEMPLATE', 'IMAGE_SIZE', 'PATCH_SIZE', 'MILD_HABIT', 'PHASES', 
            'build_processor', 'text_config', 'build_vlm', 'build_splitter', 'build_optimizers', 'save_state',
            'load_state', 'train', 'PlaceReader', 'vision_batch', 'vision_loss', 'encode', 'conversations',
            'conversation_row', 'vlm_batch', 'branch_loss', 'random_groups', 'random_claim', 'splitter_turns',
-           'splitter_batch', 'save_model']
+           'splitter_batch', 'save_model', 'measure_splitter', 'measure_vlm']
 
-# %% ../nbs/10_iconworld_models.ipynb #037384bf
+# %% ../nbs/10_iconworld_models.ipynb #34bd7e9c
 import math
 import random
 from functools import lru_cache
@@ -26,10 +26,10 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 from .claims import FACTS_PROMPT, QUESTION_PROMPT, WHOLE_QUESTION
 from .iconworld import (CLOSERS, COLOURS, DESCRIBE, HABIT, OBJECTS, PLACES, TYPES, Group, IconClaim, balanced_claims, biased_groups, caption_text,
                                  draw_picture, fact_text, make_scene, question_text, read_claims, short_questions)
-from .prefix import collate_rows, pack_row
+from .packing import collate_rows, pack_row
 from .records import YES_NO_SUFFIX
 
-# %% ../nbs/10_iconworld_models.ipynb #f74b9d0e
+# %% ../nbs/10_iconworld_models.ipynb #629d5823
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
@@ -74,7 +74,7 @@ def build_processor(tokenizer):
     return LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
                           chat_template=CHAT_TEMPLATE, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/10_iconworld_models.ipynb #421dbb9e
+# %% ../nbs/10_iconworld_models.ipynb #3dcdb101
 def text_config(tokenizer, layers, kv_heads, tied):
     "A small Llama."
     return LlamaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads,
@@ -97,7 +97,7 @@ def build_splitter(tokenizer, seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(text_config(tokenizer, 3, 1, True))
 
-# %% ../nbs/10_iconworld_models.ipynb #9dd7c0ce
+# %% ../nbs/10_iconworld_models.ipynb #2fef36fb
 def build_optimizers(model, lr, vision_scale=0.2):
     "Muon and AdamW over the trainable weights; a pretrained vision tower moves at a fifth of the learning rate."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -163,7 +163,7 @@ def train(model, make_batch, loss_of, steps, checkpoint, lr=2e-3, warmup=100, ho
             save_state(checkpoint, step + 1, model, optimizers)
     return losses
 
-# %% ../nbs/10_iconworld_models.ipynb #4e181e0b
+# %% ../nbs/10_iconworld_models.ipynb #c1c44915
 class PlaceReader(torch.nn.Module):
     "A vision tower with a linear head that reads object, colour and count at each of the four places."
 
@@ -197,7 +197,7 @@ def vision_loss(model, batch):
         logits = model(batch[0])
     return sum(F.cross_entropy(l.flatten(0, 1), batch[1][..., k].flatten(), ignore_index=-100) for k, l in enumerate(logits))
 
-# %% ../nbs/10_iconworld_models.ipynb #06d72124
+# %% ../nbs/10_iconworld_models.ipynb #db321fd0
 @lru_cache(maxsize=200_000)
 def encode(tokenizer, text):
     "Token ids of a text, remembered."
@@ -251,7 +251,7 @@ def branch_loss(model, batch):
     losses, weights = F.cross_entropy(logits.float(), batch["targets"][keep], reduction="none"), batch["weights"][keep]
     return (losses * weights).sum() / weights.sum()
 
-# %% ../nbs/10_iconworld_models.ipynb #22bdc5af
+# %% ../nbs/10_iconworld_models.ipynb #60434eee
 def random_groups(scene, rng):
     "Groups that a description may claim: mostly of habit, sometimes random, sometimes repeated."
     kind = rng.random()
@@ -294,7 +294,7 @@ def splitter_batch(tokenizer, step, size=24):
         rows.append(conversation_row(tokenizer, head, [(f": {q}", a, w) for q, a, w in splitter_turns(i)]))
     return collate_rows(rows) | {"weights": torch.tensor([w for r in rows for w in r["weights"]])}
 
-# %% ../nbs/10_iconworld_models.ipynb #441a4349
+# %% ../nbs/10_iconworld_models.ipynb #d79b5ed6
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -316,3 +316,41 @@ def save_model(folder, model, processor, title, text, extra=""):
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(CARD.format(title=title, text=text, extra=extra))
     return sum(p.stat().st_size for p in folder.iterdir()) / 1e6
+
+# %% ../nbs/10_iconworld_models.ipynb #41a1300a
+def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
+    "Of `n_samples` sampled responses to each of `n_scenes` test scenes: how many there are, and how many are divided exactly."
+    from functools import partial
+
+    from rlaifv_nb.claims import extract_claims
+    from rlaifv_nb.models import open_llm, open_vlm
+    from rlaifv_nb.prefix import generate_texts
+    from rlaifv_nb.records import Prompt, Response
+    from rlaifv_nb.sampling import vlm_generator
+
+    generate, ask = vlm_generator(open_vlm(policy), max_new_tokens=128), partial(generate_texts, open_llm(splitter), max_new_tokens=256)
+    exact, total = 0, 0
+    for first in range(0, n_scenes, batch_size):
+        scenes = [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
+        questions = [random.Random(s.scene_id).choice(DESCRIBE) for s in scenes]
+        seeds = [[n_samples * (first + k) + j for j in range(n_samples)] for k in range(len(scenes))]
+        texts = generate([draw_picture(s) for s in scenes], questions, seeds, [0.7] * n_samples)
+        responses = [Response(f"{s.scene_id}-{j}", s.scene_id, j, 0, t, reason) for s, row in zip(scenes, texts) for j, (t, reason) in enumerate(row)]
+        claims, _ = extract_claims(responses, {s.scene_id: q for s, q in zip(scenes, questions)}, ask)
+        found = {r.response_id: [] for r in responses}
+        for c in claims:
+            found[c.response_id].append((c.text, c.question))
+        exact += sum(found[r.response_id] == [(fact_text(c), question_text(c)) for c in read_claims(r.text)] for r in responses)
+        total += len(responses)
+    return total, exact
+
+
+def measure_vlm(policy, n_scenes, batch_size=100):
+    "Figures of the vision-language model on test scenes in percent, by name: hallucination (greedy) and accuracy of yes/no answers by type."
+    from rlaifv_nb.evaluation import evaluate_batch, score_cases
+    from rlaifv_nb.models import open_vlm
+
+    vlm, cases = open_vlm(policy), []
+    for first in range(0, n_scenes, batch_size):
+        cases += evaluate_batch(vlm, "base", [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))])
+    return {s.metric: s.value for s in score_cases(cases)}

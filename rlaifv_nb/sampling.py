@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['plan_responses', 'temperature_of', 'sample_responses', 'vlm_generator', 'run_sampling']
 
-# %% ../nbs/01_sampling.ipynb #5d761f54
-from pathlib import Path
+# %% ../nbs/01_sampling.ipynb #e821a91f
+from .records import Prompt, Response, StageFolder, read_table, response_id_of, seed_of, table_sha
 
-from .records import Prompt, Response, SetAside, StageFolder, read_table, response_id_of, seed_of, table_sha
-
-# %% ../nbs/01_sampling.ipynb #8f04d744
+# %% ../nbs/01_sampling.ipynb #a2cc8147
 def plan_responses(prompt, n_samples, seed, round):
     "The (response_id, seed) of the N candidates of a prompt."
     ids = [response_id_of(prompt.prompt_id, i) for i in range(n_samples)]
@@ -21,18 +19,12 @@ def temperature_of(sample_index, temperature, second_temperature=0.0):
     "The temperature of a candidate: one for all, or (ablation) another one for odd samples."
     return second_temperature if second_temperature and sample_index % 2 else temperature
 
-# %% ../nbs/01_sampling.ipynb #7057fe73
+# %% ../nbs/01_sampling.ipynb #6ee71c56
 def sample_responses(prompts, folder, generate, n_samples, temperature, second_temperature=0.0, seed=0, round=1):
     "N responses to each prompt, and the prompts set aside. `generate` gets pictures, questions, N seeds and N temperatures a prompt."
-    from rlaifv_nb.models import load_image
+    from rlaifv_nb.models import load_pictures
 
-    usable, pictures, set_aside = [], [], []
-    for p in prompts:
-        try:
-            pictures.append(load_image(Path(folder) / p.image_path))
-            usable.append(p)
-        except ValueError as e:
-            set_aside.append(SetAside(p.prompt_id, "unreadable picture", str(e)))
+    usable, pictures, set_aside = load_pictures(prompts, folder)
     plans = [plan_responses(p, n_samples, seed, round) for p in usable]
     temperatures = [temperature_of(i, temperature, second_temperature) for i in range(n_samples)]
     answers = generate(pictures, [p.question for p in usable], [[s for _, s in plan] for plan in plans], temperatures) if usable else []
@@ -40,7 +32,7 @@ def sample_responses(prompts, folder, generate, n_samples, temperature, second_t
             for k, ((i, s), (text, reason)) in enumerate(zip(plan, texts))]
     return rows, set_aside
 
-# %% ../nbs/01_sampling.ipynb #c8ad9c71
+# %% ../nbs/01_sampling.ipynb #25f49554
 def vlm_generator(vlm, top_p=1.0, max_new_tokens=512):
     "A `generate` function for `sample_responses` that samples from a vision-language model."
     from rlaifv_nb.models import prompt_inputs, unsampled_ids
@@ -68,7 +60,7 @@ def run_sampling(prompts, out, vlm, first_prompt=0, n_prompts=0, n_samples=10, t
     if temperature < 0 or not 0 < top_p <= 1 or n_samples < 1:
         raise ValueError("need temperature >= 0, 0 < top_p <= 1 and n_samples >= 1")
     parameters = dict(first_prompt=first_prompt, n_prompts=n_prompts, n_samples=n_samples, temperature=temperature, top_p=top_p,
-                      second_temperature=second_temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, round=round)
+                      second_temperature=second_temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, sharing=vlm.sharing, seed=seed, round=round)
     stage = StageFolder(out, "sampling", parameters, {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": adapter_sha})
     rows = read_table(prompts, "prompts", Prompt)[first_prompt:]
     rows = rows[:n_prompts] if n_prompts else rows

@@ -1,42 +1,174 @@
-"""Branching from one reading of the prompt changes nothing: against `generate` and plain forwards, over random ragged batches."""
+"""Reading a prompt once changes nothing: on = off = the model's own forward and `generate`, over random ragged batches of real architectures."""
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny_models import ARCHITECTURES, open_tiny
 
+from rlaifv_nb.attention import sharing_problem
+from rlaifv_nb.caches import ContentCache, features_problem, layout_problem, picture_features, with_features
+from rlaifv_nb.dpo import LORA_TARGETS
 from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
-from rlaifv_nb.models import open_vlm, prompt_inputs
-from rlaifv_nb.prefix import branch_logps, pick_tokens, read_prompts, sample_branches, uniform_numbers
+from rlaifv_nb.models import prompt_inputs, prompt_positions, unsampled_ids
+from rlaifv_nb.packing import LAYOUTS, collate_rows, pack_by_budget, pack_row, row_logps
+from rlaifv_nb.prefix import branch_logps, next_token_sums, pick_tokens, read_prompts, sample_branches, uniform_numbers
+
+SIZES = ((150, 100), (90, 140), (120, 120), (56, 56))
+QUESTIONS = (*DESCRIBE, "What is in the top left?")
+tiny = functools.lru_cache(open_tiny)
+on_every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return open_vlm("packaged:iconworld-vlm")
+@functools.lru_cache
+def inputs_of(name, scene, question):
+    "A prompt with a picture of its own size."
+    picture = draw_picture(make_scene("dev", scene)).resize(SIZES[scene % len(SIZES)])
+    return prompt_inputs(tiny(name), picture, QUESTIONS[question])
 
 
+def own_logps(vlm, inputs, branch):
+    "Log-probabilities of a branch by the model's own forward over prompt and branch, all positions its own."
+    ids = torch.cat([inputs["input_ids"], torch.tensor([branch])], 1)
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in rest:
+        rest["mm_token_type_ids"] = torch.nn.functional.pad(rest["mm_token_type_ids"], (0, len(branch)))
+    with torch.no_grad():
+        logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **rest).logits[0].log_softmax(-1)
+    return logits[-len(branch) - 1 : -1].gather(1, torch.tensor(branch)[:, None])[:, 0]
+
+
+def packed_row(vlm, inputs, branches):
+    "A training row."
+    positions = prompt_positions(vlm.core, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
+    return pack_row(inputs, branches, positions if positions.ndim == 2 else positions[:, 0])
+
+
+tokens = st.integers(10, 700)
+prompts = st.lists(st.tuples(st.integers(0, 7), st.integers(0, len(QUESTIONS) - 1)), min_size=1, max_size=3)
+
+
+@on_every_architecture
 @settings(max_examples=8, deadline=None)
-@given(st.data())
-def test_branch_logps_equal_plain_forwards(vlm, data):
-    n = data.draw(st.integers(1, 3))
-    inputs = [prompt_inputs(vlm, draw_picture(make_scene("dev", i)), data.draw(st.sampled_from(DESCRIBE + ("What is in the top left?",)))) for i in range(n)]
-    index = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=9))
-    branches = [data.draw(st.lists(st.integers(10, 700), min_size=1, max_size=12)) for _ in index]
-    for k, branch, logps in zip(index, branches, branch_logps(vlm, read_prompts(vlm, inputs), index, branches)):
-        ids = torch.cat([inputs[k]["input_ids"], torch.tensor([branch])], dim=1)
-        with torch.no_grad():
-            logits = vlm.model(input_ids=ids, pixel_values=inputs[k]["pixel_values"]).logits[0].log_softmax(-1)
-        plain = logits[-len(branch) - 1 : -1].gather(1, torch.tensor(branch)[:, None])[:, 0]
-        assert torch.allclose(plain, logps, atol=1e-4)
+@given(data=st.data())
+def test_branch_logps_equal_the_models_own(name, data):
+    asked = data.draw(prompts)
+    index = data.draw(st.lists(st.integers(0, len(asked) - 1), min_size=1, max_size=9))
+    branches = [data.draw(st.lists(tokens, min_size=1, max_size=12)) for _ in index]
+    inputs, shared, plain = [inputs_of(name, *a) for a in asked], tiny(name), tiny(name, False)
+    assert shared.sharing == "" and plain.sharing
+    on, off = (branch_logps(vlm, read_prompts(vlm, inputs), index, branches) for vlm in (shared, plain))
+    for k, branch, a, b in zip(index, branches, on, off):
+        own = own_logps(plain, inputs[k], branch)
+        assert torch.allclose(a, own, atol=1e-4) and torch.allclose(b, own, atol=1e-4)
 
 
+@on_every_architecture
+@pytest.mark.parametrize("n", [1, 2, 13, 64])
+def test_one_to_sixty_four_branches(name, n):
+    inputs, generator = [inputs_of(name, 0, 0), inputs_of(name, 1, 1)], torch.Generator().manual_seed(n)
+    branches = [torch.randint(10, 700, (int(torch.randint(1, 15, (1,), generator=generator)),), generator=generator).tolist() for _ in range(n)]
+    index = [k % 2 for k in range(n)]
+    scores = [next_token_sums(vlm, read_prompts(vlm, inputs), index, branches, ([20, 21], list(range(400))), max_tokens)
+              for vlm, max_tokens in ((tiny(name), 16384), (tiny(name), 40), (tiny(name, False), 300))]
+    for other in scores[1:]:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(scores[0], other))
+
+
+@on_every_architecture
 @settings(max_examples=5, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 8))
-def test_samples_do_not_depend_on_neighbours(vlm, seed, n):
-    inputs = [prompt_inputs(vlm, draw_picture(make_scene("dev", i)), DESCRIBE[i]) for i in range(2)]
+@given(seed=st.integers(0, 1000), n=st.integers(1, 8), temperature=st.sampled_from((0, 0.7, 1.2)))
+def test_the_same_tokens_are_sampled(name, seed, n, temperature):
+    inputs = [inputs_of(name, 0, 0), inputs_of(name, 1, 4)]
     index, seeds = [0] * n + [1] * n, range(seed, seed + 2 * n)
-    together = sample_branches(vlm, read_prompts(vlm, inputs), index, seeds, 0.7, max_new_tokens=20)
-    alone = sample_branches(vlm, read_prompts(vlm, inputs[1:]), [0], [seed + n], 0.7, max_new_tokens=20)
-    assert together[n] == alone[0]
+    vlm, plain = tiny(name), tiny(name, False)
+    never = unsampled_ids(vlm)
+    together = sample_branches(vlm, read_prompts(vlm, inputs), index, seeds, temperature, max_new_tokens=20, never=never)
+    assert together == sample_branches(plain, read_prompts(plain, inputs), index, seeds, temperature, max_new_tokens=20, never=never)
+    alone = sample_branches(vlm, read_prompts(vlm, inputs[1:]), [0], [seed + n], temperature, max_new_tokens=20, never=never)
+    assert together[n] == alone[0], "a response must not depend on its neighbours"
+
+
+@on_every_architecture
+def test_greedy_equals_generate(name):
+    plain, shared, inputs = tiny(name, False), tiny(name), inputs_of(name, 2, 3)
+    own = plain.model.generate(**inputs, do_sample=False, max_new_tokens=25)[0, inputs["input_ids"].shape[1] :].tolist()
+    ids, _ = sample_branches(shared, read_prompts(shared, [inputs]), [0], [0], temperature=0, max_new_tokens=25)[0]
+    assert own[: len(ids)] == ids and (own[len(ids) :] or [2])[0] == 2
+
+
+def lora_gradients(vlm, rows, layout, checkpointing, budget=None):
+    "Log-probabilities of all rows and gradients of every LoRA matrix for a loss that weighs all tokens differently."
+    torch.manual_seed(1)
+    model = get_peft_model(vlm.core, LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    try:
+        logps = [l for group in (pack_by_budget(rows, budget) if budget else [rows]) for l in row_logps(vlm.core, collate_rows(group, layout))]
+        sum((l * torch.linspace(1, 2, len(l))).sum() * (k % 3 + 1) for k, l in enumerate(logps)).backward()
+        return torch.cat(logps).detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        model.unload()
+        vlm.core.eval()
+
+
+@on_every_architecture
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_layouts_give_the_same_gradients(name, data):
+    vlm = tiny(name)
+    lists = st.lists(tokens, min_size=1, max_size=15)
+    rows = [packed_row(vlm, inputs_of(name, *a), data.draw(st.lists(lists, min_size=2, max_size=2))) for a in data.draw(prompts)]
+    plain, expected = lora_gradients(vlm, rows, "plain", False)
+    for layout, checkpointing, budget in (("shared", False, None), ("packed", False, None), ("packed", True, 150)):
+        logps, gradients = lora_gradients(vlm, rows, layout, checkpointing, budget)
+        assert torch.allclose(plain, logps, atol=1e-4)
+        assert gradients.keys() == expected.keys() and len(gradients) == 3 * 7 * 2
+        for n, g in gradients.items():
+            assert (g - expected[n]).norm() <= 1e-3 * expected[n].norm(), (layout, n)
+
+
+def test_four_bit_layers_pack():
+    from rlaifv_nb.models import open_vlm
+
+    vlm = open_vlm("packaged:iconworld-vlm", quantisation="nf4")
+    picture = draw_picture(make_scene("dev", 3))
+    rows = [packed_row(vlm, prompt_inputs(vlm, picture, q), [[30, 31, 32], [40, 41]]) for q in DESCRIBE[:2]]
+    plain, expected = lora_gradients(vlm, rows, "plain", True)
+    logps, gradients = lora_gradients(vlm, rows, "packed", True)
+    assert torch.allclose(plain, logps, atol=1e-4)
+    assert all((g - expected[n]).norm() <= 1e-3 * expected[n].norm() for n, g in gradients.items())
+
+
+@on_every_architecture
+def test_cached_features_stand_in_for_pixels(name, tmp_path):
+    vlm, cache = tiny(name), ContentCache(tmp_path, 1)
+    for scene in range(3):
+        inputs = inputs_of(name, scene, 0)
+        assert features_problem(vlm, inputs) == "" and layout_problem(vlm.core, packed_row(vlm, inputs, [[20, 30], [40]]), "packed") == ""
+        rows = [packed_row(vlm, inputs, [[20, 21, 22], [23]])]
+        cached = pack_row(with_features(vlm, inputs, cache), rows[0]["branches"], rows[0]["position_ids"][:, : inputs["input_ids"].shape[1]])
+        with torch.no_grad():
+            pixels, features = (torch.cat(row_logps(vlm.core, collate_rows([row], "packed"))) for row in (rows[0], cached))
+        assert torch.allclose(pixels, features, atol=1e-4)
+    assert len(ContentCache(tmp_path, 1).where) == 3, "one entry a picture, kept on disk"
+    assert {len(cache.get(key)["features"]) for key in cache.where} == {len(picture_features(vlm, inputs_of(name, s, 0))) for s in range(3)}
+
+
+def test_what_cannot_share_is_named_and_works_plainly():
+    import transformers as tf
+
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+    for model, reason in ((tf.MistralForCausalLM(tf.MistralConfig(sliding_window=8, **small)), "sliding window"),
+                          (tf.Gemma2ForCausalLM(tf.Gemma2Config(head_dim=8, **small)), "sliding_attention")):
+        before = model.config._attn_implementation
+        problem = sharing_problem(model.eval())
+        assert reason in problem and type(model).__name__ in problem and model.config._attn_implementation == before
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,3 +186,7 @@ def test_sampling_follows_the_distribution(logits, temperature, top_p):
 
 def test_seeds_alone_decide_the_numbers():
     assert torch.equal(uniform_numbers([3, 5], 4)[1], uniform_numbers([5], 9)[0, :4])
+
+
+def test_every_layout_is_tested():
+    assert LAYOUTS == ("plain", "shared", "packed")

@@ -1,11 +1,10 @@
 """4-bit layers give the gradients of their dequantised weights, also after an evaluation forward (a trap on CPUs with AVX512-BF16)."""
-import pytest
 import torch
 
 from rlaifv_nb.dpo import new_adapter
 from rlaifv_nb.iconworld import draw_picture, make_scene
 from rlaifv_nb.models import answer_ids, open_vlm, prompt_inputs
-from rlaifv_nb.prefix import collate_rows, pack_row, row_logps
+from rlaifv_nb.packing import collate_rows, pack_row, row_logps
 
 POLICY = "packaged:iconworld-vlm"
 
@@ -45,14 +44,3 @@ def test_gradients_of_4bit_equal_those_of_dequantised_weights():
     assert a.keys() == b.keys() and len(a) == 2 * 4 * 7
     for n in a:
         assert torch.allclose(a[n], b[n], atol=1e-3 * b[n].abs().max()), n
-
-
-@pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_packed_row_equals_two_rows(quantisation):
-    vlm = open_vlm(POLICY, quantisation=quantisation)
-    question, picture = "Describe the image in detail.", draw_picture(make_scene("dev", 5))
-    inputs, answers = prompt_inputs(vlm, picture, question), [answer_ids(vlm, question, t) for t in ("A red cat is here.", "Two blue dogs.")]
-    with torch.no_grad():
-        together = row_logps(vlm.core, collate_rows([pack_row(inputs, answers)]))
-        apart = [row_logps(vlm.core, collate_rows([pack_row(inputs, [a])]))[0] for a in answers]
-    assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(together, apart))
