@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_NAME', 'KERNELS', 'no_mask', 'branch_attention', 'unsupported_layers', 'use_branch_attention',
-           'scores_and_sum', 'SharedPrefix', 'PackedLayout', 'varlen_kernel', 'sharing_problem']
+           'scores_and_sum', 'SharedPrefix', 'kernel_for', 'PackedLayout', 'compiled_flex', 'varlen_kernel',
+           'sharing_problem']
 
-# %% ../nbs/00_attention.ipynb #33b24f6d
+# %% ../nbs/00_attention.ipynb #97da390e
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -36,7 +39,7 @@ def branch_attention(module, query, key, value, attention_mask, branches=None, s
 AttentionInterface.register(ATTENTION_NAME, branch_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
-# %% ../nbs/00_attention.ipynb #44b37486
+# %% ../nbs/00_attention.ipynb #77ef7aeb
 def unsupported_layers(model):
     "Why this model's attention layers cannot share a prefix; empty if nothing speaks against it."
     config = model.config.get_text_config()
@@ -55,7 +58,7 @@ def use_branch_attention(model, name=ATTENTION_NAME):
     text = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]
     model.set_attn_implementation({text[0]: name} if text else name)
 
-# %% ../nbs/00_attention.ipynb #c269d124
+# %% ../nbs/00_attention.ipynb #76c621ba
 def scores_and_sum(query, key, value, allowed, scaling):
     "Attention output (..., q, d) and log of its normaliser (..., q, 1) in float32; `allowed` (bool, broadcast to scores) may be None."
     scores = (query @ key.transpose(-1, -2)).float() * scaling
@@ -106,17 +109,24 @@ class SharedPrefix:
         share = torch.sigmoid(first_sum - second_sum).to(query.dtype)
         return (first * share + second * (1 - share)).reshape(branches, heads, t, d)
 
-# %% ../nbs/00_attention.ipynb #f45ad46c
-KERNELS = ("auto", "sdpa", "varlen", "flash_attn")
+# %% ../nbs/00_attention.ipynb #5e7a4091
+KERNELS = ("auto", "sdpa", "varlen", "flash_attn", "flex")
+
+
+def kernel_for(kernel, device, dtype):
+    "The kernel that `auto` stands for on a device (a torch.device) with a dtype; any other kernel is itself. Raises ValueError for an unknown one."
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not supported: choose one of {', '.join(KERNELS)}")
+    if kernel != "auto":
+        return kernel
+    return "varlen" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "sdpa"
 
 
 class PackedLayout:
     """Who sees whom in a row of units, each `(length of the prompt, lengths of its branches)`. `kernel` is one of `KERNELS`."""
 
     def __init__(self, units, kernel="auto"):
-        if kernel not in KERNELS:
-            raise ValueError(f"kernel={kernel!r} is not supported: choose one of {', '.join(KERNELS)}")
-        self.units, self.kernel, self.calls = units, kernel, 0
+        self.kernel, self.calls = kernel, 0
         self.queries, self.keys, start = [], [], 0  # of each piece: (first, end) of its queries, and its keys as such ranges
         for prompt, branches in units:
             whole = (start, start + prompt)
@@ -132,11 +142,9 @@ class PackedLayout:
     def attend(self, layer, query, key, value, scaling):
         "Output (1, heads, n, d) for queries, keys and values of a row (1, heads, n, d)."
         self.calls += 1
-        kernel = self.kernel
-        if kernel == "auto":
-            kernel = "varlen" if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
-        if kernel == "sdpa":
-            return self.attend_sdpa(query, key, value, scaling)
+        kernel = kernel_for(self.kernel, query.device, query.dtype)
+        if kernel in ("sdpa", "flex"):
+            return (self.attend_sdpa if kernel == "sdpa" else self.attend_flex)(query, key, value, scaling)
         return self.attend_varlen(varlen_kernel(kernel), query, key, value, scaling)
 
     def attend_sdpa(self, query, key, value, scaling):
@@ -165,6 +173,26 @@ class PackedLayout:
         return kernel(q.contiguous(), k[gather], v[gather], *cumulative, *longest, scaling).transpose(0, 1)[None]
 
 
+    def attend_flex(self, query, key, value, scaling):
+        "One call with a block mask. Raises ValueError for training on a CPU, which FlexAttention cannot do."
+        if not query.is_cuda and query.requires_grad:
+            raise ValueError("kernel='flex' trains on CUDA only: choose 'sdpa'")
+        if ("flex", query.device) not in self.tables:
+            prompts = [ranges[0] for ranges in self.keys]  # of each piece; a prompt's own
+            tables = [torch.tensor([x for (a, b), r in zip(self.queries, prompts) for x in [r[side]] * (b - a)], device=query.device) for side in (0, 1)]
+            piece = torch.tensor([i for i, (a, b) in enumerate(self.queries) for _ in range(b - a)], device=query.device)
+            seen = lambda b, h, q, k: (k <= q) & ((piece[q] == piece[k]) | ((k >= tables[0][q]) & (k < tables[1][q])))
+            self.tables["flex", query.device] = create_block_mask(seen, None, None, self.n_tokens, self.n_tokens, device=query.device)
+        run = compiled_flex() if query.is_cuda else flex_attention
+        return run(query, key, value, block_mask=self.tables["flex", query.device], scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@cache
+def compiled_flex():
+    "FlexAttention, compiled once."
+    return torch.compile(flex_attention)
+
+
 def varlen_kernel(name):
     "The variable-length kernel of that name. Raises ImportError when its package is missing."
     if name == "varlen":
@@ -179,7 +207,7 @@ def varlen_kernel(name):
     return lambda q, k, v, cu_q, cu_k, max_q, max_k, scaling: flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
 
-# %% ../nbs/00_attention.ipynb #8fa76e58
+# %% ../nbs/00_attention.ipynb #848cec37
 @torch.no_grad()
 def sharing_problem(model, n_prompt=8):
     "Tries prefix sharing on a model with a language model inside. Switches it on and returns an empty string, or says what is in the way."

@@ -6,7 +6,7 @@
 __all__ = ['ContentCache', 'remember', 'picture_tensors', 'picture_features', 'with_features', 'features_problem',
            'layout_problem', 'to_device']
 
-# %% ../nbs/00_caches.ipynb #4be7c758
+# %% ../nbs/00_caches.ipynb #e2873d12
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from .models import prompt_positions
 from .packing import PER_TOKEN, collate_rows, hidden_states, row_logps
 from .records import sha256_of
 
-# %% ../nbs/00_caches.ipynb #5f50e83d
+# %% ../nbs/00_caches.ipynb #32d8b49b
 class ContentCache:
     "Tensors by content key, in safetensors shards of a folder, up to `max_gb`. Raises ValueError naming a damaged shard."
 
@@ -69,7 +69,7 @@ def remember(cache, keys, compute):
             cache.put(new)
     return [found[key] for key in keys]
 
-# %% ../nbs/00_caches.ipynb #4e895e35
+# %% ../nbs/00_caches.ipynb #b80b25bd
 def picture_tensors(inputs):
     "What of a prompt's tensors belongs to its picture."
     return {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", *PER_TOKEN)}
@@ -109,11 +109,11 @@ def features_problem(vlm, inputs):
     tolerance = (1e-4 if native.dtype == torch.float32 else 5e-2) * native.abs().max()
     return "" if (native - other).abs().max() <= tolerance else f"{name} puts more of a picture into the language model than features at image tokens"
 
-# %% ../nbs/00_caches.ipynb #fd243e00
+# %% ../nbs/00_caches.ipynb #909e5010
 @torch.no_grad()
-def layout_problem(core, row, layout, device="cpu"):
+def layout_problem(core, row, layout, kernel="auto", device="cpu"):
     "Why rows of this layout do not fit the model; empty if their log-probabilities are those of plain rows, tried on one row."
-    logps = [torch.cat(row_logps(core, to_device(collate_rows([row], name), device))) for name in ("plain", layout)]
+    logps = [torch.cat(row_logps(core, to_device(collate_rows([row], name, kernel), device))) for name in ("plain", layout)]
     difference = (logps[0] - logps[1]).abs().mean().item()
     limit = 1e-3 if core.dtype == torch.float32 else 0.05
     return "" if difference <= limit else f"{type(core).__name__} gives other log-probabilities in the layout {layout} ({difference:.3f} nats a token)"

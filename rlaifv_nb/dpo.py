@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'LORA_TARGETS', 'preference_loss', 'RowMaker', 'usable_pair
            'PreferenceTrainer', 'MarkWhole', 'last_whole_checkpoint', 'split_pairs', 'training_rows', 'new_adapter',
            'train_adapter', 'training_maker', 'run_dpo']
 
-# %% ../nbs/05_dpo.ipynb #c09bfd3c
+# %% ../nbs/05_dpo.ipynb #c8114052
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .attention import KERNELS, kernel_for
 from .caches import ContentCache, features_problem, layout_problem, picture_features, remember, to_device, with_features
 from .models import OpenModel, answer_ids, checked, folder_sha, load_image, open_vlm, prompt_inputs, prompt_positions, save_adapter
 from .packing import LAYOUTS, collate_rows, pack_by_budget, pack_row, row_logps
 from .records import Pair, Prompt, RefLogp, SetAside, StageFolder, read_table, resolve_path, seed_of, sha256_of, table_sha, write_table
 
-# %% ../nbs/05_dpo.ipynb #fbeacd40
+# %% ../nbs/05_dpo.ipynb #6994788f
 LOSSES = ("sigmoid", "ipo", "hinge")
 
 
@@ -40,7 +41,7 @@ def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
         return torch.relu(1 - beta * margin)
     raise ValueError(f"loss_type={loss_type!r} is not supported: choose one of {', '.join(LOSSES)}")
 
-# %% ../nbs/05_dpo.ipynb #48fcaae5
+# %% ../nbs/05_dpo.ipynb #0cb52bd8
 @dataclass
 class RowMaker:
     "Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`; `features` caches image features."
@@ -48,6 +49,7 @@ class RowMaker:
     prompts: dict
     folder: str
     layout: str = "packed"
+    kernel: str = "auto"
     max_tokens: int = 8192
     features: ContentCache = None
 
@@ -67,7 +69,7 @@ class RowMaker:
 
     def batches(self, rows):
         "Collated batches of consecutive rows, of at most `max_tokens` tokens each."
-        return [collate_rows(group, self.layout) for group in pack_by_budget(rows, self.max_tokens)]
+        return [collate_rows(group, self.layout, self.kernel) for group in pack_by_budget(rows, self.max_tokens)]
 
 
 def usable_pairs(maker, pairs):
@@ -81,7 +83,7 @@ def usable_pairs(maker, pairs):
             set_aside.append(SetAside(pair.pair_id, "no training row", str(e)))
     return good, set_aside
 
-# %% ../nbs/05_dpo.ipynb #d2c3f6aa
+# %% ../nbs/05_dpo.ipynb #11e49f6c
 @torch.no_grad()
 def reference_logps(maker, pairs, cache=None, adapter_sha=""):
     "`RefLogp` rows of a batch of pairs under the model as it is now (with the adapter of that hash), from the cache where it knows them."
@@ -102,14 +104,14 @@ def reference_logps(maker, pairs, cache=None, adapter_sha=""):
     sides = lambda e: [x for pair in zip(e["sums"].tolist(), e["n_tokens"].tolist()) for x in pair]
     return [RefLogp(p.pair_id, *sides(entries[key_of(p)])) for p in pairs]
 
-# %% ../nbs/05_dpo.ipynb #8dff5b97
+# %% ../nbs/05_dpo.ipynb #aa765d01
 @torch.no_grad()
 def preflight(maker, pairs, reference, tolerance=1e-3):
     """Checks a few pairs and returns what it measured. Raises RuntimeError when policy and reference differ (nats per token above
     `tolerance`), when the image does not matter, or when image tokens and features do not match."""
     vlm, maker = maker.vlm, replace(maker, features=None)
     rows = [maker.row(p) for p in pairs]
-    batch = to_device(collate_rows(rows, maker.layout), vlm.device)
+    batch = to_device(collate_rows(rows, maker.layout, maker.kernel), vlm.device)
     sums = torch.stack([l.sum() for l in row_logps(vlm.core, batch)]).cpu()
     known = torch.tensor([s for p in pairs for s in (reference[p.pair_id].chosen_sum_logp, reference[p.pair_id].rejected_sum_logp)])
     drift = ((sums - known).abs() / torch.tensor([len(b) for r in rows for b in r["branches"]])).max().item()
@@ -126,7 +128,7 @@ def preflight(maker, pairs, reference, tolerance=1e-3):
         raise RuntimeError(f"{image_tokens} image tokens for {features} image features")
     return {"drift_nats_per_token": drift, "image_effect_nats": image_effect, "image_tokens": image_tokens}
 
-# %% ../nbs/05_dpo.ipynb #47cb0202
+# %% ../nbs/05_dpo.ipynb #44a79335
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -151,7 +153,7 @@ class PairDataset(torch.utils.data.Dataset):
             part |= {"reference": torch.stack([next(references) for _ in range(n)]), "n_tokens": torch.tensor(part["lengths"]).view(-1, 2), "share": n / len(rows)}
         return {"n_pairs": torch.full((len(rows),), len(rows)), "parts": parts}
 
-# %% ../nbs/05_dpo.ipynb #f94225f8
+# %% ../nbs/05_dpo.ipynb #c33dcb73
 class PreferenceTrainer(Trainer):
     "A `Trainer` whose loss is `preference_loss` plus `nll_weight` times the mean negative log-likelihood of chosen."
 
@@ -190,7 +192,7 @@ class PreferenceTrainer(Trainer):
             self.seen[split] = []
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/05_dpo.ipynb #42b0a9c7
+# %% ../nbs/05_dpo.ipynb #623cdfc8
 class MarkWhole(TrainerCallback):
     "Marks a checkpoint as whole after everything in it has been written."
 
@@ -208,7 +210,7 @@ def last_whole_checkpoint(folder):
     whole = [p for p in found if p.exists()]
     return str(whole[-1]) if whole else None
 
-# %% ../nbs/05_dpo.ipynb #41acf354
+# %% ../nbs/05_dpo.ipynb #70972e6f
 def split_pairs(pairs, prompts):
     "Training pairs and dev pairs, with no prompt in both."
     is_dev = lambda p: prompts[p.prompt_id].split == "dev"
@@ -256,29 +258,33 @@ def train_adapter(vlm, train, dev, work, loss, learning_rate, epochs, batch_size
     vlm.model.eval()
     return training_rows(trainer.state.log_history), {"best_step": trainer.state.best_global_step, "best_dev_loss": trainer.state.best_metric}
 
-# %% ../nbs/05_dpo.ipynb #12581513
-def training_maker(vlm, prompts, folder, pair, layout, max_tokens, cache, cache_gb):
-    "A `RowMaker` with the layout and the feature cache that fit the model, and what was decided, with reasons."
-    maker = RowMaker(vlm, prompts, folder, layout, max_tokens)
-    problem = "" if layout == "plain" else (layout == "packed" and vlm.sharing) or layout_problem(vlm.core, maker.row(pair), layout, vlm.device)
+# %% ../nbs/05_dpo.ipynb #052fe408
+def training_maker(maker, pair, cache, cache_gb):
+    "The `RowMaker` with the layout and the feature cache that fit its model, and what was decided, with reasons."
+    vlm, layout = maker.vlm, maker.layout
+    problem = "" if layout == "plain" else (layout == "packed" and vlm.sharing) or layout_problem(vlm.core, maker.row(pair), layout, maker.kernel, vlm.device)
     engine = {"layout": "plain" if problem else layout, "image_features": "computed each time"} | ({"layout_problem": problem} if problem else {})
+    if engine["layout"] == "packed":
+        engine["kernel"] = kernel_for(maker.kernel, vlm.device, vlm.core.dtype)
     if cache_gb:
-        problem = features_problem(vlm, maker.inputs(prompts[pair.prompt_id]))
+        problem = features_problem(vlm, maker.inputs(maker.prompts[pair.prompt_id]))
         engine["image_features"] = problem or "cached"
     features = ContentCache(f"{cache}/features", cache_gb) if engine["image_features"] == "cached" else None
     return replace(maker, layout=engine["layout"], features=features), engine
 
 
 def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=1.0,
-            lora_rank=16, lora_alpha=32, batch_size=16, layout="packed", max_tokens=8192, cache="", cache_gb=4.0, seed=0, round=1, **training):
+            lora_rank=16, lora_alpha=32, batch_size=16, layout="packed", kernel="auto", max_tokens=8192, cache="",
+            cache_gb=4.0, seed=0, round=1, **training):
     """The stage: reference, preflight, training, adapter with lineage, manifest. `training` goes to `train_adapter`.
 
     A layout that does not fit the model becomes `plain`, and a model whose image features cannot be cached keeps its pixels; the manifest says why."""
     preference_loss(torch.zeros(1), beta, loss_type, label_smoothing)
     loss = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight)
     checked(layout, LAYOUTS, "layout")
+    checked(kernel, KERNELS, "kernel")
     vlm = open_vlm(policy, adapter, quantisation=quantisation, trainable=True, share_prefix=layout != "plain")
-    parameters = loss | dict(quantisation=quantisation, lora_rank=lora_rank, lora_alpha=lora_alpha, batch_size=batch_size, layout=layout,
+    parameters = loss | dict(quantisation=quantisation, lora_rank=lora_rank, lora_alpha=lora_alpha, batch_size=batch_size, layout=layout, kernel=kernel,
                              max_tokens=max_tokens, cached=cache_gb > 0, seed=seed, round=round) | training
     adapter_sha = folder_sha(Path(resolve_path(adapter))) if adapter else ""
     inputs = {"prompts": table_sha(prompts, "prompts"), "pairs": table_sha(pairs, "pairs"), "policy": vlm.sha, "adapter": adapter_sha}
@@ -289,7 +295,7 @@ def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_ty
     vlm = vlm if adapter else new_adapter(vlm, lora_rank, lora_alpha, seed_of(seed, round, "lora"))
     good, set_aside = usable_pairs(RowMaker(vlm, by_id, prompts), rows)
     train, dev = split_pairs(good, by_id)
-    maker, engine = training_maker(vlm, by_id, prompts, good[0], layout, max_tokens, cache or f"{out}/cache", cache_gb)
+    maker, engine = training_maker(RowMaker(vlm, by_id, prompts, layout, kernel, max_tokens), good[0], cache or f"{out}/cache", cache_gb)
     known = ContentCache(f"{cache or f'{out}/cache'}/reference", cache_gb) if cache_gb else None
     stage.map("reference", good, lambda chunk: (reference_logps(maker, chunk, known, adapter_sha), []), 8 * batch_size)
     reference = {r.pair_id: r for r in read_table(out, "reference", RefLogp)}
