@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_NAME', 'KERNELS', 'no_mask', 'branch_attention', 'unsupported_layers', 'use_branch_attention',
-           'scores_and_sum', 'SharedPrefix', 'kernel_for', 'PackedLayout', 'compiled_flex', 'varlen_kernel',
-           'sharing_problem']
+           'scores_and_sum', 'SharedPrefix', 'PrefixedRow', 'kernel_for', 'PackedLayout', 'compiled_flex',
+           'varlen_kernel', 'sharing_problem']
 
-# %% ../nbs/00_attention.ipynb #97da390e
-from dataclasses import dataclass, field
+# %% ../nbs/00_attention.ipynb #00142c7a
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
@@ -39,7 +39,7 @@ def branch_attention(module, query, key, value, attention_mask, branches=None, s
 AttentionInterface.register(ATTENTION_NAME, branch_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
-# %% ../nbs/00_attention.ipynb #77ef7aeb
+# %% ../nbs/00_attention.ipynb #f6eeb724
 def unsupported_layers(model):
     "Why this model's attention layers cannot share a prefix; empty if nothing speaks against it."
     config = model.config.get_text_config()
@@ -58,7 +58,7 @@ def use_branch_attention(model, name=ATTENTION_NAME):
     text = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]
     model.set_attn_implementation({text[0]: name} if text else name)
 
-# %% ../nbs/00_attention.ipynb #76c621ba
+# %% ../nbs/00_attention.ipynb #eab4173c
 def scores_and_sum(query, key, value, allowed, scaling):
     "Attention output (..., q, d) and log of its normaliser (..., q, 1) in float32; `allowed` (bool, broadcast to scores) may be None."
     scores = (query @ key.transpose(-1, -2)).float() * scaling
@@ -70,14 +70,13 @@ def scores_and_sum(query, key, value, allowed, scaling):
 
 @dataclass
 class SharedPrefix:
-    """Keys and values (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens, and `index` (R,): the prompt of each branch."""
+    """One token of each of R branches. `keys` and `values` (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens,
+    `index` (R,): the prompt of each branch."""
 
     keys: list
     values: list
     mask: torch.Tensor
     index: torch.Tensor
-    chunk: int = 1024
-    calls: int = field(default=0)
 
     def __post_init__(self):
         counts = torch.bincount(self.index, minlength=len(self.mask))
@@ -91,25 +90,55 @@ class SharedPrefix:
 
     def keep(self, going):
         "The same prompts with some branches (a bool mask of them) only."
-        return SharedPrefix(self.keys, self.values, self.mask, self.index[going], self.chunk)
+        return SharedPrefix(self.keys, self.values, self.mask, self.index[going])
 
     def attend(self, layer, query, key, value, scaling):
-        "Output (R, heads, t, d) of queries (R, heads, t, d) over the prompt and the branch's own keys and values (R, kv heads, s, d), s >= t."
-        self.calls += 1
-        prompts, (branches, heads, t, d) = len(self.mask), query.shape
-        kv_heads, own = key.shape[1], key.shape[2]
-        grouped = query.reshape(branches, kv_heads, -1, d)  # queries of a key/value head: heads of its group x tokens
-        per_head = grouped.shape[2]
-        table = grouped[self.rows].unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
-        pieces = [scores_and_sum(q, self.keys[layer], self.values[layer], self.allowed, scaling) for q in table.split(self.chunk, 2)]
-        back = lambda x: x.unflatten(2, (-1, per_head)).transpose(1, 2).flatten(0, 1)[self.place]
-        first, first_sum = (back(torch.cat(parts, 2)) for parts in zip(*pieces))
-        causal = None if t == 1 else torch.ones(t, own, dtype=torch.bool, device=query.device).tril(own - t).repeat(per_head // t, 1)
-        second, second_sum = scores_and_sum(grouped, key, value, causal, scaling)
+        "Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and values (R, kv heads, s, d)."
+        branches, heads, _, d = query.shape
+        grouped = query.reshape(branches, key.shape[1], -1, d)  # queries of a key/value head: the heads of its group
+        n_group = grouped.shape[2]
+        table = grouped[self.rows].unflatten(0, (len(self.mask), -1)).transpose(1, 2).flatten(2, 3)
+        joint = scores_and_sum(table, self.keys[layer], self.values[layer], self.allowed, scaling)
+        first, first_sum = (x.unflatten(2, (-1, n_group)).transpose(1, 2).flatten(0, 1)[self.place] for x in joint)
+        second, second_sum = scores_and_sum(grouped, key, value, None, scaling)
         share = torch.sigmoid(first_sum - second_sum).to(query.dtype)
-        return (first * share + second * (1 - share)).reshape(branches, heads, t, d)
+        return (first * share + second * (1 - share)).reshape(branches, heads, 1, d)
 
-# %% ../nbs/00_attention.ipynb #5e7a4091
+
+class PrefixedRow:
+    """A row of branches, each `(prompt, length)` and those of a prompt side by side, that attend to `keys` and `values` (B, kv heads, n, d) of left-padded
+    prompts for each layer, with `mask` (B, n) of real tokens."""
+
+    def __init__(self, keys, values, mask, branches, block=384):
+        self.keys, self.values, self.padding = keys, values, (mask == 0).sum(1).tolist()
+        self.blocks, self.masks, self.calls, start = [], {}, 0, 0  # of a block: prompt, first token, lengths of its branches
+        for prompt, length in branches:
+            if not self.blocks or self.blocks[-1][0] != prompt or sum(self.blocks[-1][2]) + length > block:
+                self.blocks.append((prompt, start, []))
+            self.blocks[-1][2].append(length)
+            start += length
+
+    def attend(self, layer, query, key, value, scaling):
+        "Output (1, heads, m, d) of the row's queries (1, heads, m, d), keys and values (1, kv heads, m, d)."
+        self.calls += 1
+        outputs, grouped = [], query.shape[1] != key.shape[1]
+        for number, (prompt, first, lengths) in enumerate(self.blocks):
+            end, read = first + sum(lengths), slice(self.padding[prompt], None)
+            k, v = (torch.cat([cached[layer][prompt : prompt + 1, :, read], own[:, :, first:end]], 2)
+                    for cached, own in ((self.keys, key), (self.values, value)))
+            mask = self.mask_of(number, k.shape[2], query)
+            outputs.append(F.scaled_dot_product_attention(query[:, :, first:end], k, v, mask, scale=scaling, enable_gqa=grouped))
+        return torch.cat(outputs, 2)
+
+    def mask_of(self, number, n, like):
+        "Additive mask (m, n) of a block: the prompt, and causally one's own branch."
+        if number not in self.masks:
+            own = torch.block_diag(*[torch.ones(t, t, dtype=torch.bool).tril() for t in self.blocks[number][2]])
+            allowed = torch.cat([torch.ones(len(own), n - len(own), dtype=torch.bool), own], 1)
+            self.masks[number] = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf).to(like.device, like.dtype)
+        return self.masks[number]
+
+# %% ../nbs/00_attention.ipynb #614e6624
 KERNELS = ("auto", "sdpa", "varlen", "flash_attn", "flex")
 
 
@@ -207,7 +236,7 @@ def varlen_kernel(name):
     return lambda q, k, v, cu_q, cu_k, max_q, max_k, scaling: flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
 
-# %% ../nbs/00_attention.ipynb #848cec37
+# %% ../nbs/00_attention.ipynb #7ebd3c9e
 @torch.no_grad()
 def sharing_problem(model, n_prompt=8):
     "Tries prefix sharing on a model with a language model inside. Switches it on and returns an empty string, or says what is in the way."
@@ -224,7 +253,7 @@ def sharing_problem(model, n_prompt=8):
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         problem = f"{name} has a cache of {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
     else:
-        shared = SharedPrefix([c.keys for c in cache.layers], [c.values for c in cache.layers], torch.ones_like(ids[:, :n_prompt]), torch.zeros_like(ids[0, :1]))
+        shared = PrefixedRow([c.keys for c in cache.layers], [c.values for c in cache.layers], torch.ones_like(ids[:, :n_prompt]), [(0, ids.shape[1] - n_prompt)])
         branch = inner(input_ids=ids[:, n_prompt:], position_ids=positions[:, n_prompt:], attention_mask=no_mask(device), branches=shared,
                        use_cache=False).last_hidden_state
         tolerance = (1e-4 if plain.dtype == torch.float32 else 5e-2) * plain.abs().max()

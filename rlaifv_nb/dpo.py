@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'LORA_TARGETS', 'preference_loss', 'RowMaker', 'usable_pair
            'PreferenceTrainer', 'MarkWhole', 'last_whole_checkpoint', 'split_pairs', 'training_rows', 'new_adapter',
            'train_adapter', 'training_maker', 'run_dpo']
 
-# %% ../nbs/05_dpo.ipynb #c8114052
+# %% ../nbs/05_dpo.ipynb #fb29b073
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .models import OpenModel, answer_ids, checked, folder_sha, load_image, open
 from .packing import LAYOUTS, collate_rows, pack_by_budget, pack_row, row_logps
 from .records import Pair, Prompt, RefLogp, SetAside, StageFolder, read_table, resolve_path, seed_of, sha256_of, table_sha, write_table
 
-# %% ../nbs/05_dpo.ipynb #6994788f
+# %% ../nbs/05_dpo.ipynb #628a283d
 LOSSES = ("sigmoid", "ipo", "hinge")
 
 
@@ -41,10 +41,10 @@ def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
         return torch.relu(1 - beta * margin)
     raise ValueError(f"loss_type={loss_type!r} is not supported: choose one of {', '.join(LOSSES)}")
 
-# %% ../nbs/05_dpo.ipynb #0cb52bd8
+# %% ../nbs/05_dpo.ipynb #baa81860
 @dataclass
 class RowMaker:
-    "Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`; `features` caches image features."
+    "Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`; without `features`, rows bring pixels."
     vlm: OpenModel
     prompts: dict
     folder: str
@@ -83,7 +83,7 @@ def usable_pairs(maker, pairs):
             set_aside.append(SetAside(pair.pair_id, "no training row", str(e)))
     return good, set_aside
 
-# %% ../nbs/05_dpo.ipynb #11e49f6c
+# %% ../nbs/05_dpo.ipynb #04fc86d8
 @torch.no_grad()
 def reference_logps(maker, pairs, cache=None, adapter_sha=""):
     "`RefLogp` rows of a batch of pairs under the model as it is now (with the adapter of that hash), from the cache where it knows them."
@@ -104,7 +104,7 @@ def reference_logps(maker, pairs, cache=None, adapter_sha=""):
     sides = lambda e: [x for pair in zip(e["sums"].tolist(), e["n_tokens"].tolist()) for x in pair]
     return [RefLogp(p.pair_id, *sides(entries[key_of(p)])) for p in pairs]
 
-# %% ../nbs/05_dpo.ipynb #aa765d01
+# %% ../nbs/05_dpo.ipynb #7db58422
 @torch.no_grad()
 def preflight(maker, pairs, reference, tolerance=1e-3):
     """Checks a few pairs and returns what it measured. Raises RuntimeError when policy and reference differ (nats per token above
@@ -128,7 +128,7 @@ def preflight(maker, pairs, reference, tolerance=1e-3):
         raise RuntimeError(f"{image_tokens} image tokens for {features} image features")
     return {"drift_nats_per_token": drift, "image_effect_nats": image_effect, "image_tokens": image_tokens}
 
-# %% ../nbs/05_dpo.ipynb #44a79335
+# %% ../nbs/05_dpo.ipynb #f99481f4
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -153,7 +153,7 @@ class PairDataset(torch.utils.data.Dataset):
             part |= {"reference": torch.stack([next(references) for _ in range(n)]), "n_tokens": torch.tensor(part["lengths"]).view(-1, 2), "share": n / len(rows)}
         return {"n_pairs": torch.full((len(rows),), len(rows)), "parts": parts}
 
-# %% ../nbs/05_dpo.ipynb #c33dcb73
+# %% ../nbs/05_dpo.ipynb #c1c1ce8a
 class PreferenceTrainer(Trainer):
     "A `Trainer` whose loss is `preference_loss` plus `nll_weight` times the mean negative log-likelihood of chosen."
 
@@ -192,7 +192,7 @@ class PreferenceTrainer(Trainer):
             self.seen[split] = []
         super().log(logs, *args, **kwargs)
 
-# %% ../nbs/05_dpo.ipynb #623cdfc8
+# %% ../nbs/05_dpo.ipynb #ba620b83
 class MarkWhole(TrainerCallback):
     "Marks a checkpoint as whole after everything in it has been written."
 
@@ -210,7 +210,7 @@ def last_whole_checkpoint(folder):
     whole = [p for p in found if p.exists()]
     return str(whole[-1]) if whole else None
 
-# %% ../nbs/05_dpo.ipynb #70972e6f
+# %% ../nbs/05_dpo.ipynb #ee03a80c
 def split_pairs(pairs, prompts):
     "Training pairs and dev pairs, with no prompt in both."
     is_dev = lambda p: prompts[p.prompt_id].split == "dev"
@@ -251,26 +251,24 @@ def train_adapter(vlm, train, dev, work, loss, learning_rate, epochs, batch_size
         lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.01, seed=seed % 2**32, data_seed=seed % 2**32,
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, logging_steps=max(1, steps // 40),
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
-        report_to=[], use_cpu=vlm.device.type == "cpu", bf16=False, label_names=[])
+        report_to=[], use_cpu=vlm.device.type == "cpu", bf16=vlm.core.dtype == torch.bfloat16, label_names=[])
     trainer = PreferenceTrainer(model=vlm.model, args=arguments, train_dataset=train, eval_dataset=dev, data_collator=train.collate,
                                 callbacks=[MarkWhole()], **loss)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
     vlm.model.eval()
     return training_rows(trainer.state.log_history), {"best_step": trainer.state.best_global_step, "best_dev_loss": trainer.state.best_metric}
 
-# %% ../nbs/05_dpo.ipynb #052fe408
+# %% ../nbs/05_dpo.ipynb #fd8b310a
 def training_maker(maker, pair, cache, cache_gb):
     "The `RowMaker` with the layout and the feature cache that fit its model, and what was decided, with reasons."
     vlm, layout = maker.vlm, maker.layout
     problem = "" if layout == "plain" else (layout == "packed" and vlm.sharing) or layout_problem(vlm.core, maker.row(pair), layout, maker.kernel, vlm.device)
-    engine = {"layout": "plain" if problem else layout, "image_features": "computed each time"} | ({"layout_problem": problem} if problem else {})
+    engine = {"layout": "plain" if problem else layout} | ({"layout_problem": problem} if problem else {})
     if engine["layout"] == "packed":
         engine["kernel"] = kernel_for(maker.kernel, vlm.device, vlm.core.dtype)
-    if cache_gb:
-        problem = features_problem(vlm, maker.inputs(maker.prompts[pair.prompt_id]))
-        engine["image_features"] = problem or "cached"
-    features = ContentCache(f"{cache}/features", cache_gb) if engine["image_features"] == "cached" else None
-    return replace(maker, layout=engine["layout"], features=features), engine
+    problem = features_problem(vlm, maker.inputs(maker.prompts[pair.prompt_id]))
+    engine["image_features"] = f"from pixels in every step: {problem}" if problem else "cached" if cache_gb else "computed each time"
+    return replace(maker, layout=engine["layout"], features=None if problem else ContentCache(f"{cache}/features", cache_gb)), engine
 
 
 def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=1.0,
