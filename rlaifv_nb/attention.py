@@ -7,7 +7,7 @@ __all__ = ['ATTENTION_NAME', 'KERNELS', 'no_mask', 'branch_attention', 'unsuppor
            'scores_and_sum', 'SharedPrefix', 'PrefixedRow', 'kernel_for', 'PackedLayout', 'compiled_flex',
            'varlen_kernel', 'sharing_problem']
 
-# %% ../nbs/00_attention.ipynb #00142c7a
+# %% ../nbs/00_attention.ipynb #d3884839
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -39,7 +39,7 @@ def branch_attention(module, query, key, value, attention_mask, branches=None, s
 AttentionInterface.register(ATTENTION_NAME, branch_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
-# %% ../nbs/00_attention.ipynb #f6eeb724
+# %% ../nbs/00_attention.ipynb #9c799a13
 def unsupported_layers(model):
     "Why this model's attention layers cannot share a prefix; empty if nothing speaks against it."
     config = model.config.get_text_config()
@@ -58,7 +58,7 @@ def use_branch_attention(model, name=ATTENTION_NAME):
     text = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]
     model.set_attn_implementation({text[0]: name} if text else name)
 
-# %% ../nbs/00_attention.ipynb #eab4173c
+# %% ../nbs/00_attention.ipynb #0f94ad02
 def scores_and_sum(query, key, value, allowed, scaling):
     "Attention output (..., q, d) and log of its normaliser (..., q, 1) in float32; `allowed` (bool, broadcast to scores) may be None."
     scores = (query @ key.transpose(-1, -2)).float() * scaling
@@ -89,8 +89,12 @@ class SharedPrefix:
         self.allowed = None if bool(self.mask.all()) else self.mask.bool()[:, None, None, :]
 
     def keep(self, going):
-        "The same prompts with some branches (a bool mask of them) only."
-        return SharedPrefix(self.keys, self.values, self.mask, self.index[going])
+        "Some of the branches only (a bool mask). When less than half of the prompts still have one, the others' keys and values are dropped."
+        index = self.index[going]
+        used = index.unique()
+        if 2 * len(used) > len(self.mask):
+            return SharedPrefix(self.keys, self.values, self.mask, index)
+        return SharedPrefix([k[used] for k in self.keys], [v[used] for v in self.values], self.mask[used], torch.searchsorted(used, index))
 
     def attend(self, layer, query, key, value, scaling):
         "Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and values (R, kv heads, s, d)."
@@ -138,7 +142,7 @@ class PrefixedRow:
             self.masks[number] = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf).to(like.device, like.dtype)
         return self.masks[number]
 
-# %% ../nbs/00_attention.ipynb #614e6624
+# %% ../nbs/00_attention.ipynb #114b8626
 KERNELS = ("auto", "sdpa", "varlen", "flash_attn", "flex")
 
 
@@ -236,7 +240,7 @@ def varlen_kernel(name):
     return lambda q, k, v, cu_q, cu_k, max_q, max_k, scaling: flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
 
-# %% ../nbs/00_attention.ipynb #7ebd3c9e
+# %% ../nbs/00_attention.ipynb #9a5a00ff
 @torch.no_grad()
 def sharing_problem(model, n_prompt=8):
     "Tries prefix sharing on a model with a language model inside. Switches it on and returns an empty string, or says what is in the way."
