@@ -6,14 +6,14 @@
 __all__ = ['RANKINGS', 'Candidate', 'reward_of', 'best_of', 'sample_candidates', 'guided_answer', 'blocks_of', 'powers_up_to',
            'make_choices', 'run_guided_decoding', 'read_candidates', 'guidance_curve']
 
-# %% ../nbs/07_guided_decoding.ipynb #cb6c0362
+# %% ../nbs/07_guided_decoding.ipynb #72508557
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from .records import Choice, Prompt, SetAside, StageFolder, read_table, response_id_of, seed_of, table_sha, write_table
 
-# %% ../nbs/07_guided_decoding.ipynb #42a6e007
+# %% ../nbs/07_guided_decoding.ipynb #da89746b
 @dataclass(frozen=True)
 class Candidate:
     "A sampled answer with its summed log-probabilities (nats) under the aligned policy and the reference."
@@ -30,11 +30,14 @@ class Candidate:
 def reward_of(candidate, ranking, beta=0.1):
     """The number by which a ranking orders candidates.
 
-    `reward_mean`: implicit reward a token (the paper's length-normalised self-feedback); `reward_sum`: the same, summed (DPO); `likelihood`: the policy's mean
-    log-probability a token; `random`: a fixed random number."""
+    `reward_mean`: implicit reward a token (the paper's length-normalised self-feedback); `regularised`: the same plus the policy's mean log-probability a
+    token (regularised best-of-N, after Jinnai et al. 2024); `reward_sum`: the reward, summed (DPO); `likelihood`: the policy's mean log-probability a token;
+    `random`: a fixed random number."""
     logratio = candidate.policy_sum_logp - candidate.reference_sum_logp
     if ranking == "reward_mean":
         return beta * logratio / candidate.n_tokens
+    if ranking == "regularised":
+        return (candidate.policy_sum_logp + beta * logratio) / candidate.n_tokens
     if ranking == "reward_sum":
         return beta * logratio
     if ranking == "likelihood":
@@ -44,14 +47,14 @@ def reward_of(candidate, ranking, beta=0.1):
     raise ValueError(f"ranking={ranking!r} is not supported: choose one of {', '.join(RANKINGS)}")
 
 
-RANKINGS = ("reward_mean", "reward_sum", "likelihood", "random")
+RANKINGS = ("reward_mean", "regularised", "reward_sum", "likelihood", "random")
 
 
 def best_of(candidates, ranking, beta=0.1):
     "The candidate with the highest number; the earlier one of equals."
     return max(candidates, key=lambda c: reward_of(c, ranking, beta))
 
-# %% ../nbs/07_guided_decoding.ipynb #77a7a28a
+# %% ../nbs/07_guided_decoding.ipynb #04ee7fad
 def sample_candidates(vlm, source, pictures, prompts, n, temperature, max_new_tokens=512, seed=0):
     """N answers to each prompt from the aligned policy (`source="aligned"`) or the reference (`"base"`), scored under both."""
     from contextlib import nullcontext
@@ -88,7 +91,7 @@ def guided_answer(vlm, picture, question, n=16, temperature=0.7, ranking="reward
     best = best_of(candidates, ranking)
     return best.text, reward_of(best, ranking), candidates
 
-# %% ../nbs/07_guided_decoding.ipynb #7aba6114
+# %% ../nbs/07_guided_decoding.ipynb #79b9150d
 def blocks_of(candidates, n):
     "Disjoint groups of n candidates: all of them serve to estimate best-of-n."
     return [candidates[i : i + n] for i in range(0, len(candidates) - n + 1, n)]
@@ -151,7 +154,7 @@ def read_candidates(folder):
     "All candidates of both policies."
     return [c for source in ("base", "aligned") for c in read_table(folder, f"candidates-{source}", Candidate)]
 
-# %% ../nbs/07_guided_decoding.ipynb #ae00ea42
+# %% ../nbs/07_guided_decoding.ipynb #82325d7d
 def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
     "Rows (policy, ranking, n_candidates, value %, ci_low, ci_high, words): the share of best-of-N answers for which `is_bad(candidate)`."
     from rlaifv_nb.evaluation import ratio_interval

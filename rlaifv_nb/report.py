@@ -9,7 +9,7 @@ __all__ = ['INK', 'COLOURS', 'MEASURES', 'page', 'source', 'html_table', 'pictur
            'show_training', 'show_guided', 'show_seconds', 'show_steps', 'show_setting', 'part', 'run_body',
            'comparison_body', 'write_report']
 
-# %% ../nbs/09_report.ipynb #480560a1
+# %% ../nbs/09_report.ipynb #1cfe01fe
 import base64
 import html
 import io
@@ -23,7 +23,7 @@ import yaml
 
 from .records import Claim, Pair, Prompt, Response, Score, Verdict, package_folder, read_manifest, read_table, shard_paths, write_text
 
-# %% ../nbs/09_report.ipynb #7be85acd
+# %% ../nbs/09_report.ipynb #015dea47
 def page(title, body):
     "A whole HTML page, its style sheet inside, and a line of links to its parts where it has several."
     style = (package_folder("data") / "report.css").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def picture(data, longest=320):
     image.save(buffer, "WEBP", quality=80)
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
-# %% ../nbs/09_report.ipynb #492e03b9
+# %% ../nbs/09_report.ipynb #72ffe89f
 INK, COLOURS = "#010203", ("#2a9d8f", "#4f86c6", "#d98a29", "#a15fa8", "#8a8f98")
 
 
@@ -95,7 +95,7 @@ def draw_chart(panels, caption):
     return (f"<figure>{''.join(draw_panel(**panel) for panel in panels)}<ul class=legend>{legend}</ul>"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
-# %% ../nbs/09_report.ipynb #658e7eaa
+# %% ../nbs/09_report.ipynb #cf215a43
 MEASURES = {
     "Hallucination, % (less is better)": {
         "response": "answers that name something absent", "mention": "named objects that are absent", "any_claim": "answers with any false claim",
@@ -171,7 +171,7 @@ def show_scores(run):
             + (draw_chart([panel], "Hallucination by round; bands are 95% intervals.") if len(models) > 1 else "")
             + source(run, *shard_paths(run / "06_evaluation", "scores")))
 
-# %% ../nbs/09_report.ipynb #41e99036
+# %% ../nbs/09_report.ipynb #7e42d64f
 def facts_of(prompt, text):
     "Fact -> whether it holds, for what `text` says about an icon world picture; empty for prompts from elsewhere."
     from rlaifv_nb.iconworld import fact_text, is_true, read_claims, scene_of
@@ -283,7 +283,7 @@ def show_pairs(run, k, n=3):
     return (f"<p>{len(pairs):,} pairs. Mean words: chosen {words[0]:.1f}, rejected {words[1]:.1f}.{better}</p>" + "".join(cases)
             + source(run, *shard_paths(folder, "pairs")[:1]))
 
-# %% ../nbs/09_report.ipynb #a499d477
+# %% ../nbs/09_report.ipynb #a8f350da
 def show_training(run, rounds):
     "Loss, margin and accuracy of each round: lines for training pairs, dots for held-out pairs."
     tables = {k: read_dicts(run / f"round_{k}" / "05_dpo", "training") for k in rounds if shard_paths(run / f"round_{k}" / "05_dpo", "training")}

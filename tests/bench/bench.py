@@ -124,7 +124,7 @@ def dpo_memory(run):
     import_trl()
     name = next(k for k, v in SIZES.items() if v == run.size)
     found = {side: [] for side in MEMORY_SIDES}
-    for _ in range(min(run.repeats, 3)):
+    for _ in range(min(run.repeats, 2)):
         for side in MEMORY_SIDES:
             command = [sys.executable, __file__, "--size", name, "--memory-of", side]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -307,7 +307,7 @@ def growth(run):
             sides = point(run, here, size.growth_prefix_claims if what == "image tokens" else count)
             if what != "image tokens" and count > size.growth_plain:
                 del sides["plain"]
-            seconds = interleave(sides, min(run.repeats, 3))
+            seconds = interleave(sides, min(run.repeats, 2))
             for side, f in sides.items():
                 found[side].append({"x": x, "seconds": seconds[side], "peak_bytes": peak_bytes(f)})
         panels[what] = {side: {"points": points} | line([p["x"] for p in points], [statistics.median(p["seconds"]) for p in points])
