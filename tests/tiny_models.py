@@ -109,6 +109,10 @@ class SmolPictureProcessor(tf.SmolVLMProcessor):
         tf.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
+for config, processor in ((tf.Qwen2_5_VLConfig, PictureProcessor), (tf.Qwen3VLConfig, Qwen3PictureProcessor), (tf.InternVLConfig, InternPictureProcessor),
+                          (tf.SmolVLMConfig, SmolPictureProcessor)):
+    tf.AutoProcessor.register(config, processor, exist_ok=True)  # so that AutoProcessor opens them from a folder
+
 QWEN_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
 
 
@@ -197,8 +201,8 @@ def build_tiny(name):
     "Model and processor of that name, with random weights of seed 0."
     torch.manual_seed(0)
     model, processor = ARCHITECTURES[name]()
-    for p in model.parameters():  # initial weights are so small that hardly anything would depend on anything
-        p.data = p.data * 3 if p.ndim > 1 else p.data
+    for p in model.parameters():  # initial weights are zero (Gemma's projector) or so small that hardly anything would depend on anything
+        p.data = p.data if p.ndim == 1 else p.data * 3 if p.any() else torch.randn_like(p) * 0.1
     return model.eval(), processor
 
 
