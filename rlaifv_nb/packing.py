@@ -99,6 +99,7 @@ def collate_rows(rows, layout="shared", kernel="auto"):
         inputs |= {"input_ids": torch.stack([pad(torch.tensor(i)) for i in ids]), "position_ids": torch.stack([pad(r["position_ids"]) for r in rows], 1)}
         if layout == "plain":
             inputs["attention_mask"] = torch.stack([pad(torch.ones(len(i), dtype=torch.long)) for i in ids])
+            inputs |= {k: torch.stack([pad(r["others"][k][0]) for r in rows]) for k in ("token_type_ids",) if k in rows[0]["others"]}
         else:
             segments = [[0] * len(r["prompt"]) + [k for k, b in enumerate(r["branches"], 1) for _ in b] for r in rows]
             inputs["attention_mask"] = branch_mask(torch.stack([pad(torch.tensor(s), -1) for s in segments]))
@@ -108,7 +109,7 @@ def collate_rows(rows, layout="shared", kernel="auto"):
             "targets": torch.tensor([t for r in rows for b in r["branches"] for t in b]), "lengths": [len(b) for r in rows for b in r["branches"]]}
 
 
-PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, needed for positions only, which rows already have
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, for positions, which rows already have, or (`token_type_ids`) for masks of plain rows
 
 
 def pack_by_budget(rows, max_tokens):
@@ -130,7 +131,7 @@ def hidden_states(core, inputs, **kwargs):
     embeds = core.get_input_embeddings()(inputs["input_ids"])
     places = (inputs["input_ids"] == core.config.image_token_id)[..., None]
     embeds = embeds.masked_scatter(places, inputs["image_features"].to(embeds.dtype))
-    rest = {k: inputs[k] for k in ("attention_mask", "position_ids", "branches") if k in inputs}
+    rest = {k: inputs[k] for k in ("attention_mask", "position_ids", "token_type_ids", "branches") if k in inputs}
     return core.model(inputs_embeds=embeds, **rest, **kwargs).last_hidden_state
 
 

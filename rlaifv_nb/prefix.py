@@ -221,7 +221,7 @@ def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_t
     """Samples one answer for each entry of `index` and `seeds`; tokens in `never` are not sampled.
 
     Returns a list of (token ids without the end token, `stop` or `length`)."""
-    index, eos = torch.as_tensor(index, device=vlm.device), vlm.tokenizer.eos_token_id
+    index, eos = torch.as_tensor(index, device=vlm.device), vlm.end_id
     uniform, branches = uniform_numbers(seeds, max_new_tokens).to(vlm.device), grow(vlm, prefix, index, max_new_tokens)
     rows, hidden = torch.arange(len(index), device=vlm.device), branches.hidden
     ended = torch.zeros(len(index), dtype=torch.bool, device=vlm.device)

@@ -1,0 +1,190 @@
+"""Each architecture from its processor to a merged model and through the stages, on random weights in the ordinary folder layout."""
+import functools
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, build_tiny, open_tiny
+from transformers import AutoModelForImageTextToText
+
+from rlaifv_nb.caches import picture_features
+from rlaifv_nb.dpo import LORA_TARGETS, run_dpo
+from rlaifv_nb.feedback import run_feedback
+from rlaifv_nb.guided_decoding import run_guided_decoding
+from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
+from rlaifv_nb.models import (OpenModel, answer_ids, lora_targets, missing_parts, open_vlm, prompt_inputs, prompt_text, save_adapter, sibling_ids,
+                              unsampled_ids)
+from rlaifv_nb.prefix import branch_logps, read_prompts
+from rlaifv_nb.records import Claim, Pair, Prompt, Response, read_manifest, read_table, response_id_of, sha256_of, write_table
+from rlaifv_nb.sampling import run_sampling
+
+SIZES = ((150, 100), (90, 140), (56, 56), (240, 60))
+BRANCH = [[30, 31, 32, 40], [50, 60]]
+tiny = functools.lru_cache(open_tiny)
+on_every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def picture(scene, size=SIZES[0]):
+    "A scene as a picture of that size."
+    return draw_picture(make_scene("dev", scene)).resize(size)
+
+
+def logps_of(vlm, image=None, question=DESCRIBE[0]):
+    "Log-probabilities of two branches after a question about a picture."
+    inputs = prompt_inputs(vlm, image or picture(0), question)
+    return torch.cat(branch_logps(vlm, read_prompts(vlm, [inputs]), [0, 0], BRANCH))
+
+
+def with_lora(vlm, rank=4):
+    "The model with a LoRA adapter that changes it."
+    torch.manual_seed(1)
+    vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, target_modules=lora_targets(vlm.core), init_lora_weights=False)).eval()
+    return vlm
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A function from a name to the folder of that model, in the ordinary layout."
+    @functools.lru_cache
+    def save(name):
+        folder = tmp_path_factory.mktemp(name)
+        for part in build_tiny(name):
+            part.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@on_every_architecture
+def test_every_picture_reaches_the_model(name):
+    vlm = tiny(name)
+    for size in SIZES:
+        inputs = prompt_inputs(vlm, picture(0, size), DESCRIBE[0])
+        assert (inputs["input_ids"] == vlm.core.config.image_token_id).sum() == len(picture_features(vlm, inputs)), size
+        assert (logps_of(vlm, picture(0, size)) - logps_of(vlm, picture(1, size))).abs().max() > 1e-3, size
+
+
+@on_every_architecture
+def test_another_question_keeps_the_picture(name):
+    vlm = tiny(name)
+    for size in SIZES:
+        first = prompt_inputs(vlm, picture(0, size), DESCRIBE[0])
+        for question in (*DESCRIBE, "\n Is there a cat? ", "1 + 1 = 2, isn't it?"):
+            assert sibling_ids(vlm, question, first) == prompt_inputs(vlm, picture(1, size), question)["input_ids"][0].tolist(), (size, question)
+
+
+@on_every_architecture
+def test_the_template_loses_and_doubles_nothing(name):
+    vlm = tiny(name)
+    decode, question = functools.partial(vlm.tokenizer.decode, skip_special_tokens=False), DESCRIBE[1]
+    before, _, behind = prompt_text(vlm, question).partition(vlm.processor.image_token)
+    text = decode(prompt_inputs(vlm, picture(0), question)["input_ids"][0])
+    assert text.startswith(before) and text.endswith(behind)
+    turns = {vlm.tokenizer.bos_token, vlm.tokenizer.eos_token, vlm.tokenizer.pad_token, decode([vlm.end_id])}
+    assert not any(t in text[len(before) : len(text) - len(behind)] for t in turns), "a picture is no turn"
+    for answer in ("A red cat.", "Two dogs\n\nand a cup", "1"):
+        ids, whole = answer_ids(vlm, question, answer), vlm.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+             {"role": "assistant", "content": [{"type": "text", "text": answer}]}], tokenize=False)
+        assert ids[-1] == vlm.end_id and not set(ids[:-1]) & set(vlm.special_ids) and decode(ids[:-1]).strip() == answer
+        assert (prompt_text(vlm, question) + decode(ids)) == whole.rstrip()
+
+
+@on_every_architecture
+def test_special_tokens_are_never_part_of_an_answer(name):
+    vlm = tiny(name)
+    never, words = unsampled_ids(vlm), set(re.findall(r"<[^<>\s]+>", prompt_text(vlm, "?") + vlm.tokenizer.decode(prompt_inputs(vlm, picture(0), "?")["input_ids"][0])))
+    assert vlm.end_id not in never and set(vlm.tokenizer.convert_tokens_to_ids(list(words))) <= {*never, vlm.end_id}
+    assert {vlm.core.config.image_token_id, vlm.tokenizer.bos_token_id, vlm.tokenizer.pad_token_id} <= set(never)
+    for token in vlm.tokenizer.convert_ids_to_tokens(vlm.special_ids):
+        with pytest.raises(ValueError, match=re.escape(f"the answer contains the special token {token}")):
+            answer_ids(vlm, "What?", f"A cat {token} sits.")
+
+
+@on_every_architecture
+def test_lora_adapts_the_language_model_and_nothing_else(name):
+    core = tiny(name).core
+    linear = {n for n, m in core.named_modules() if isinstance(m, torch.nn.Linear)}
+    inside = {n for n in linear if n.startswith(("model.language_model.", "model.text_model."))}
+    assert {n for n in linear if re.fullmatch(lora_targets(core), n)} == inside and len(inside) == 3 * 7 < len(linear)
+    if name == "llava":
+        assert lora_targets(core) == LORA_TARGETS
+
+
+@on_every_architecture
+def test_an_adapter_survives_saving_and_merging(name, saved, tmp_path):
+    vlm = open_vlm(saved(name))
+    base = logps_of(vlm)
+    adapted = logps_of(with_lora(vlm))
+    assert (base - adapted).abs().max() > 0.01
+    save_adapter(vlm, tmp_path / "adapter")
+    assert torch.equal(adapted, logps_of(open_vlm(saved(name), str(tmp_path / "adapter"))))
+    vlm.model = vlm.model.merge_and_unload()
+    assert torch.allclose(adapted, logps_of(vlm), atol=1e-4)
+    vlm.model.save_pretrained(tmp_path / "merged")
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(adapted, logps_of(OpenModel(reloaded, vlm.processor, name, name, sharing="not asked")), atol=1e-4)
+
+
+@on_every_architecture
+def test_four_bit_is_for_the_language_model_alone(name, saved):
+    shared, plain = (open_vlm(saved(name), quantisation="nf4", share_prefix=share) for share in (True, False))
+    four_bit = {n for n, m in shared.model.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert four_bit == {n for n, m in tiny(name).core.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(lora_targets(tiny(name).core), n)}
+    assert all(p.dtype == torch.float32 for n, p in shared.model.named_parameters() if n.rpartition(".")[0] not in four_bit)
+    assert (NOT_SHARED[name] in shared.sharing if name in NOT_SHARED else shared.sharing == "") and lora_targets(shared.core) == lora_targets(tiny(name).core)
+    assert torch.allclose(logps_of(shared), logps_of(plain), atol=1e-4)
+    assert 0.01 < (logps_of(shared) - logps_of(tiny(name))).abs().max() < 20, "4 bits are not 32"
+
+
+def write_inputs(folder):
+    "Prompts with a picture of each size, the last one for dev."
+    prompts = []
+    (folder / "prompts/images").mkdir(parents=True)
+    for k, size in enumerate(SIZES):
+        path = folder / f"prompts/images/{k}.png"
+        picture(k, size).save(path)
+        prompts.append(Prompt(f"{k:02x}", f"images/{k}.png", sha256_of(path.read_bytes()), DESCRIBE[k], "here", "dev" if k == len(SIZES) - 1 else "train"))
+    write_table(folder / "prompts", "prompts", prompts)
+    pairs = [Pair(f"{p.prompt_id}-p", p.prompt_id, "a", "b", "A red cat and two dogs.", "A cup.", 1.0, 0.0) for p in prompts]
+    write_table(folder / "pairs", "pairs", pairs[:2] + pairs[-1:])
+    claims = [Claim(f"{p.prompt_id}-{k}", response_id_of(p.prompt_id, k), "There is a cat.", question) for p in prompts
+              for k, question in enumerate(("Is there a cat?", "Are there two red dogs on the left?"))]
+    write_table(folder / "claims", "claims", claims)
+    return prompts
+
+
+@on_every_architecture
+def test_the_stages_run(name, saved, tmp_path):
+    prompts, at = write_inputs(tmp_path), lambda part: str(tmp_path / part)
+    vlm = open_vlm(saved(name), quantisation="nf4")
+    responses = run_sampling(at("prompts"), at("01"), vlm, n_samples=2, max_new_tokens=8, batch_size=3)
+    assert len(responses) + len(json.loads((tmp_path / "01/manifest.json").read_text())["set_aside"]) >= 1 and responses == read_table(at("01"), "responses", Response)
+    verdicts = run_feedback(at("prompts"), at("01"), at("claims"), at("03"), vlm, batch_size=2)
+    assert len(verdicts) == 2 * len(prompts) and all(0 < v.p_yes < 1 and 0 < v.p_no < 1 for v in verdicts) and len({(v.p_yes, v.p_no) for v in verdicts}) == len(verdicts)
+    save_adapter(with_lora(vlm), at("parent"))
+    run_dpo(at("prompts"), at("pairs"), at("05"), saved(name), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1, evaluations=1)
+    engine = read_manifest(at("05"))["engine"]
+    assert engine["layout"] == ("plain" if name in NOT_SHARED else "packed") and NOT_SHARED.get(name, "") in engine.get("layout_problem", "")
+    assert NOT_CACHED[name] in engine["image_features"] if name in NOT_CACHED else engine["image_features"] == "cached"
+    run_guided_decoding(at("prompts"), at("07"), saved(name), at("05/adapter"), quantisation="nf4", n_candidates=2, max_new_tokens=8, batch_size=4)
+    rows = [json.loads(line) for line in open(at("07/candidates-aligned-00000.jsonl"))]
+    assert rows and any(abs(r["policy_sum_logp"] - r["reference_sum_logp"]) > 1e-2 for r in rows)
+
+
+def test_a_model_with_parts_missing_is_named(tmp_path):
+    import transformers as tf
+
+    model, processor = build_tiny("llava")
+    text = tf.Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                           vocab_size=model.config.text_config.vocab_size, final_logit_softcapping=0.1)
+    processor.chat_template = None
+    missing = missing_parts(OpenModel(model, processor, "llava", ""))
+    assert missing == ["chat template"] and missing_parts(OpenModel(tf.Gemma2ForCausalLM(text), processor, "gemma2", ""))[0].startswith("image features")
+    model.save_pretrained(tmp_path)
+    processor.tokenizer.chat_template = None
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration is not supported: it has no chat template"):
+        open_vlm(str(tmp_path))
