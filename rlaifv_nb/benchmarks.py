@@ -8,7 +8,7 @@ __all__ = ['MODES', 'AMBER_TYPES', 'AMBER_PARTS', 'check_mode', 'read_json_rows'
            'amber_table', 'read_pope', 'official_pope_answer', 'count_pope_answers', 'pope_figures', 'official_choice',
            'read_choice', 'count_mmstar_answers', 'mmstar_figures', 'read_published', 'compare_published']
 
-# %% ../nbs/06_benchmarks.ipynb #bd20a42b
+# %% ../nbs/06_benchmarks.ipynb #ef8609da
 import json
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ def check_mode(mode):
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
 
-# %% ../nbs/06_benchmarks.ipynb #c01e1ba8
+# %% ../nbs/06_benchmarks.ipynb #e58cdb55
 def read_json_rows(path):
     "The rows (dicts) of a JSON array or of JSON lines, whatever the ending. Raises ValueError naming file and row of what is no object."
     text = Path(path).read_text(encoding="utf-8")
@@ -67,13 +67,13 @@ def require_ids(answers, wanted, source="the answers"):
     if missing or unknown:
         raise ValueError(f"{source}: {len(missing)} ids without an answer {missing[:5]}, {len(unknown)} unknown ids {unknown[:5]}")
 
-# %% ../nbs/06_benchmarks.ipynb #d445e779
+# %% ../nbs/06_benchmarks.ipynb #ae9669fc
 def yes_or_no(text):
     "`yes`, `no` or None (unread): the answer's first word, in any case."
     word = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
     return word and word[1].lower()
 
-# %% ../nbs/06_benchmarks.ipynb #d4289397
+# %% ../nbs/06_benchmarks.ipynb #4e5cbd76
 AMBER_TYPES = {"discriminative-hallucination": "existence", "discriminative-attribute-state": "state",
                "discriminative-attribute-number": "number", "discriminative-attribute-action": "action",
                "discriminative-relation": "relation", "relation": "relation"}
@@ -142,7 +142,7 @@ def _official_amber(correct, n, no_no, said_no, is_no, epsilon, epsilon_f1):
     p, r = precision / 100, recall / 100
     return {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": round(2 * p * r / (p + r + epsilon_f1) * 100, 1)}
 
-# %% ../nbs/06_benchmarks.ipynb #184956ac
+# %% ../nbs/06_benchmarks.ipynb #81cb4aa2
 def always_no(answers):
     "The answers of a model that says No to everything."
     return {id: "No" for id in answers}
@@ -158,7 +158,7 @@ def amber_table(answers, annotations, mode="clean"):
             lines.append(f"| {part} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/06_benchmarks.ipynb #4a347adf
+# %% ../nbs/06_benchmarks.ipynb #a117991a
 def read_pope(answers_path, labels_path):
     """`({question_id: answer}, {question_id: label})` of POPE files; answers stand in the order of the questions.
 
@@ -215,7 +215,7 @@ def _ratio(a, b):
     "a / b, NaN where that is undefined."
     return a / b if b else float("nan")
 
-# %% ../nbs/06_benchmarks.ipynb #4f836386
+# %% ../nbs/06_benchmarks.ipynb #16a4bc30
 def official_choice(prediction, answer):
     "Whether MMStar's own rule takes the prediction for the letter `answer`."
     prediction, answer = (s.lower().strip().replace("\n", " ") for s in (prediction, answer))
@@ -257,7 +257,7 @@ def mmstar_figures(sums, mode="clean"):
         return {k: v if "(" in k else scores[k, "correct"] / (1500.0 if k == "final score" else 250.0) for k, v in figures.items()}
     return {k: 100 * v for k, v in figures.items()} | {"unread": 100 * scores["final score", "unread"] / scores["final score", "n"]}
 
-# %% ../nbs/06_benchmarks.ipynb #0cfe6ea4
+# %% ../nbs/06_benchmarks.ipynb #59bb74ae
 def read_published(path="packaged:benchmarks/published.json"):
     "The published figures: rows with benchmark, model, figures, version, judge and source."
     return json.loads(Path(resolve_path(path)).read_text(encoding="utf-8"))["rows"]

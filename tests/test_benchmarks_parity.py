@@ -3,18 +3,21 @@
 The answer files come from seeds (parity_cases.py); NLTK and spaCy are replaced by the same simple rules on both sides."""
 import json
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
 import parity_cases as cases
 import pytest
 
-from rlaifv_nb.benchmarks import (amber_figures, always_no, count_amber_answers, count_mmstar_answers, count_pope_answers, mmstar_figures, pope_figures,
-                                  read_amber_annotations, read_amber_answers, read_pope)
+from rlaifv_nb.benchmarks import (always_no, amber_figures, count_amber_answers, count_mmstar_answers, count_pope_answers, mmstar_figures,
+                                  pope_figures, read_amber_annotations, read_amber_answers, read_pope)
 from rlaifv_nb.intervals import sum_counts
-from rlaifv_nb.judgements import count_preferences, count_ratings, preference_figures, rating_figures, read_preference, read_reviews
-from rlaifv_nb.objects import (AmberWords, coco_words, count_amber_descriptions, count_mentions, description_figures, mention_figures, parse_object_list,
-                               phrase_mentions, read_amber_words, read_coco_truth, read_coco_words, read_halbench_answers, text_mentions)
+from rlaifv_nb.judgements import (count_points, count_preferences, count_ratings, point_figures, preference_figures, rating_figures,
+                                  read_preference, read_reviews)
+from rlaifv_nb.objects import (AmberWords, coco_words, count_amber_descriptions, count_mentions, description_figures, mention_figures,
+                               open_amber_tools, open_halbench_tools, parse_object_list, phrase_mentions, read_amber_words, read_coco_truth,
+                               read_coco_words, read_halbench_answers, text_mentions)
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,12 +48,19 @@ def sums_of(counter, *args, **options):
     return sum_counts(counter(*args, **options))
 
 
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    "NLTK and spaCy are the same simple rules here as when the official scripts ran."
+    for name, module in cases.stand_in_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 def amber(case):
     "All official figures of an AMBER case by our functions."
     annotations, answers = {a["id"]: a for a in case["annotations"]}, {a["id"]: a["response"] for a in case["answers"]}
-    words, near = AmberWords(case["association"], frozenset(case["safe"])), cases.near_pairs(case)
+    words, cases.Word.near = AmberWords(case["association"], frozenset(case["safe"])), case["near"]
     yes_no = amber_figures(sums_of(count_amber_answers, answers, annotations, "official"), "official")
-    described = sums_of(count_amber_descriptions, answers, annotations, words, lambda text, _: cases.plain_nouns(text), lambda a, b: near(a, b) > 0.8)
+    described = sums_of(count_amber_descriptions, answers, annotations, words, *open_amber_tools())
     return yes_no | {f"generative {k}": v for k, v in description_figures(described, "official").items()}
 
 
@@ -75,16 +85,6 @@ def test_amber_always_no_is_above_the_paper_s_llava():
     assert figures["all F1"] == 79.7 and len(answers) == 14216
 
 
-def tag(text):
-    "spaCy's stand-in: lemma and whether a noun."
-    return [(cases.singular(w.lower()), cases.is_noun(w)) for w in text.split()]
-
-
-def lemmas(text, vocabulary):
-    "NLTK's stand-in."
-    return [cases.singular(w) for w in text.split()]
-
-
 def halbench(case, coco, folder):
     "Both official sets of metrics of a case, through our loaders."
     for kind in ("instances", "captions"):
@@ -93,6 +93,7 @@ def halbench(case, coco, folder):
             (folder / f"{kind}_{part}2014.json").write_text(json.dumps(rows))
     (folder / "caps.jsonl").write_text("".join(json.dumps(c) + "\n" for c in case["caps"]))
     answers, phrases = read_halbench_answers(folder / "caps.jsonl"), {c["image_id"]: c["phrases"] for c in case["caps"]}
+    tag, lemmas = open_halbench_tools()
     truth = read_coco_truth(folder, answers, coco, lemmas)
     mentions = {"judge": {id: phrase_mentions(p, coco, tag) for id, p in phrases.items()},
                 "classic": {id: text_mentions(text, coco, lemmas) for id, text in answers.items()}}
@@ -193,6 +194,19 @@ def test_pope(tmp_path):
 def test_mmstar():
     for seed, figures in seeds("mmstar"):
         assert mmstar_figures(sums_of(count_mmstar_answers, cases.mmstar_case(seed), "official"), "official") == figures, seed
+
+
+def test_llava_bench():
+    for seed, figures in seeds("llava"):
+        assert point_figures(sums_of(count_points, cases.llava_case(seed)), "official") == figures, seed
+
+
+def test_missing_libraries_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(RuntimeError, match="en_core_web_lg"):
+        open_amber_tools()
+    with pytest.raises(RuntimeError, match="en_core_web_trf"):
+        open_halbench_tools()
 
 
 def test_answer_files_that_official_scripts_would_misread(tmp_path):

@@ -1,10 +1,10 @@
 """Runs the official scripts on the seeded answer files of tests/parity_cases.py and writes the figures that they print beside this file.
 
-    python tests/data/parity/make_fixtures.py --amber DIR --rlaifv DIR --pope DIR --mmstar DIR [--data DIR]
+    python tests/data/parity/make_fixtures.py --amber DIR --rlaifv DIR --rlhfv DIR --pope DIR --mmstar DIR [--data DIR]
 
-Each DIR is a checkout: github.com/junyangwang0410/AMBER (the figures here: 534babf), RLHF-V/RLAIF-V (83d917b), AoiDragon/POPE (08d957b),
-MMStar-Benchmark/MMStar (88f243a). `--data` is a folder with `amber/annotations.json`, `amber/relation.json` and `rlaifv/synonyms_refine.txt`
-for the cases on real word lists. The scripts run unchanged, but for POPE's two paths, which it asks users to fill in. What they import and
+Each DIR is a checkout: github.com/junyangwang0410/AMBER (the figures here: 534babf), RLHF-V/RLAIF-V (83d917b), RLHF-V/RLHF-V (8daac8a),
+AoiDragon/POPE (08d957b), MMStar-Benchmark/MMStar (88f243a). `--data` is a folder with `amber/annotations.json`, `amber/relation.json` and
+`rlaifv/synonyms_refine.txt` for the cases on real word lists. The scripts run unchanged, but for POPE's two paths, which it asks users to fill in. What they import and
 these machines need not have is replaced: NLTK and spaCy by the stand-ins of parity_cases.py, the judges' client by saved texts, jsonlines and
 the Excel writer by a few lines. Nothing of the scripts is stored, only the figures and the SHA-256 of each script.
 """
@@ -77,46 +77,20 @@ def write(name, scripts, figures):
     print(name, len(rows), "files")
 
 
-class Word:
-    "A spaCy document of one word, or one of its tokens, by the stand-in rules."
-    near = set()
-
-    def __init__(self, text):
-        self.text, self.lemma_, self.tag_ = text, cases.singular(text.lower()), "NN" if cases.is_noun(text) else "JJ"
-
-    def similarity(self, other):
-        return cases.similarity(Word.near, self.text, other.text)
-
-    def __iter__(self):
-        return (Word(t) for t in self.text.split())
-
-
-def stand_ins():
-    "NLTK, spaCy, jsonlines."
-    class Lemmatizer:
-        lemmatize = staticmethod(cases.singular)
-
-    nltk = module("nltk", word_tokenize=str.split, pos_tag=lambda ts: [(t, "NN" if cases.is_noun(t) else "JJ") for t in ts])
-    nltk.wordnet = module("nltk.wordnet", WordNetLemmatizer=Lemmatizer)
-    nltk.stem = module("nltk.stem", WordNetLemmatizer=Lemmatizer)
-    module("spacy", load=lambda name: Word)
-    module("jsonlines", Reader=lambda f: (json.loads(line) for line in f if line.strip()))
-
-
 def amber(script, real):
     "inference.py with all tasks, figures by their headings."
     official = load(script)
     headings = {"Generative Task": "generative", "Descriminative Task": "all", "Exsitence": "existence"}
 
     def run(case):
-        folder, Word.near = Path(tempfile.mkdtemp()), case["near"]
+        folder, cases.Word.near = Path(tempfile.mkdtemp()), case["near"]
         files = {"word_association": case["association"], "inference_data": case["answers"], "annotation": case["annotations"]}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content))
         (folder / "safe_words").write_text("\n".join(case["safe"]))
-        official.args = argparse.Namespace(**{k: folder / k for k in files}, safe_words=folder / "safe_words", evaluation_type="a", similarity_score=0.8,
-                                           metrics=script.parent / "data" / "metrics.txt")
-        figures, part = {}, None
+        official.args = argparse.Namespace(**{k: folder / k for k in files}, safe_words=folder / "safe_words", evaluation_type="a",
+                                           similarity_score=0.8, metrics=script.parent / "data" / "metrics.txt")
+        figures, part = {}, None  # the script prints headings, then "name: value" lines
         for line in printed(lambda: official.main(official.args)).splitlines():
             name, _, value = (s.strip() for s in line.partition(":"))
             if name and not value:
@@ -148,7 +122,8 @@ def halbench(script, real):
         for kind in ("instances", "captions"):
             for part in ("train", "val"):
                 rows = case[kind][part == "val" :: 2]
-                (folder / f"{kind}_{part}2014.json").write_text(json.dumps(base | {"images": case["images"], "annotations": rows, "categories": case["categories"]}))
+                content = base | {"images": case["images"], "annotations": rows, "categories": case["categories"]}
+                (folder / f"{kind}_{part}2014.json").write_text(json.dumps(content))
         phrases = {c["image_id"]: c["phrases"] for c in case["caps"]}
         result = {}
         with contextlib.chdir(folder):
@@ -165,8 +140,9 @@ def halbench(script, real):
                 metrics = {k: v for k, v in chair[0]["overall_metrics"].items() if "tokens" not in k} if chair else error
                 result["judge" if judge else "classic"] = metrics
                 if judge and chair:
-                    (folder / "model" / "x" / "checkpoint-1").mkdir(parents=True)
-                    (folder / "model" / "x" / "checkpoint-1" / "hall_obj_halbench.json").write_text(json.dumps({"overall_metrics": metrics}))
+                    place = folder / "model" / "x" / "checkpoint-1"
+                    place.mkdir(parents=True)
+                    (place / "hall_obj_halbench.json").write_text(json.dumps({"overall_metrics": metrics}))
                     sys.argv = ["summary", f"{folder}/model/"]
                     text = printed(lambda: runpy.run_path(str(summary), run_name="__main__"))
                     result["summary"] = dict(re.findall(r"^(\w[\w ]*?) *: (\S+)$", text, re.M)) or text
@@ -207,7 +183,7 @@ def mmhal(script):
         (folder / "response.json").write_text(json.dumps(template))
         sys.argv = ["mmhal", "--response", f"{folder}/response.json", "--evaluation", f"{folder}/out/saved.json", "--api-key", "none"]
         outputs = [printed(lambda: runpy.run_path(str(script), run_name="__main__"))]
-        outputs += [printed(lambda: summary.cal_informative(f"{folder}/out/saved.json")), printed(lambda: summary.cal_mmhalscore(f"{folder}/out/saved.json"))]
+        outputs += [printed(lambda: work(f"{folder}/out/saved.json")) for work in (summary.cal_informative, summary.cal_mmhalscore)]
         found = [{k: m[1] for k, p in patterns.items() if (m := re.search(p, text))} for text in outputs]
         return {"evaluation": found[0], "summary": found[1] | found[2]}
 
@@ -250,7 +226,8 @@ def refomb(script):
         rows = [{"image_url": f"{i['id']}.jpg", "question": f"ITEM{i['id']}!", "description": "d", "type": i["type"], "answer": "a"} for i in items]
         (folder / "reference").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (folder / "model").write_text(json.dumps(rows))  # as an array: the script misreads JSON lines of one row
-        sys.argv = ["review", "--answer_gpt_4v", f"{folder}/reference", "--answer_model", f"{folder}/model", "--save_dir", str(folder), "--modelB", "m"]
+        sys.argv = ["review", "--answer_gpt_4v", f"{folder}/reference", "--answer_model", f"{folder}/model", "--save_dir", str(folder),
+                    "--modelB", "m"]
         text = printed(lambda: runpy.run_path(str(script), run_name="__main__"))
         result = {"win": re.search(r"Score is (\S+)", text)[1], "win table": breakdown(folder / "A-GPT-4V_B-m.json")}
         asked.clear()
@@ -264,7 +241,8 @@ def refomb(script):
 
 def pope(script):
     "evaluate.py with its two paths filled in."
-    source, names = script.read_text(), {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "F1", "Yes ratio": "yes ratio"}
+    source = script.read_text()
+    names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "F1", "Yes ratio": "yes ratio"}
 
     def run(labels, answers):
         folder = Path(tempfile.mkdtemp())
@@ -296,12 +274,25 @@ def mmstar(script):
     write("mmstar", [script], [run(cases.mmstar_case(seed)) for seed in range(N_SEEDS)])
 
 
+def llava(script):
+    "RLHF-V's summary of LLaVA-Bench reviews."
+    def run(reviews):
+        folder = Path(tempfile.mkdtemp())
+        (folder / "llava_test_gpt4.jsonl").write_text("".join(json.dumps(r) + "\n" for r in reviews))
+        sys.argv = ["summary", str(folder)]
+        text = printed(lambda: runpy.run_path(str(script), run_name="__main__"))
+        return {category: float(value) for category, value in re.findall(r"^(\w+) \[.*\] (\S+)$", text, re.M)}
+
+    write("llava", [script], [run(cases.llava_case(seed)) for seed in range(N_SEEDS)])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("amber", "rlaifv", "pope", "mmstar", "data"):
+    for name in ("amber", "rlaifv", "rlhfv", "pope", "mmstar", "data"):
         parser.add_argument(f"--{name}", type=lambda p: Path(p).resolve())
     args = parser.parse_args()
-    stand_ins()
+    sys.modules.update(cases.stand_in_modules())
+    module("jsonlines", Reader=lambda f: (json.loads(line) for line in f if line.strip()))
     os.environ["TQDM_DISABLE"] = "1"
     if args.amber:
         amber(args.amber / "inference.py", args.data)
@@ -309,6 +300,8 @@ if __name__ == "__main__":
         pope(args.pope / "evaluate.py")
     if args.mmstar:
         mmstar(args.mmstar / "eval" / "vlmeval" / "evaluate" / "mmstar.py")
+    if args.rlhfv:
+        llava(args.rlhfv / "eval" / "summarize_gpt_llava_review.py")
     if args.rlaifv:
         halbench(args.rlaifv / "eval" / "eval_gpt_obj_halbench.py", args.data)
         refomb(args.rlaifv / "eval" / "eval_RefoMB_p0.py")
