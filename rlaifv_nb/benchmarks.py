@@ -8,7 +8,7 @@ __all__ = ['MODES', 'AMBER_TYPES', 'AMBER_PARTS', 'check_mode', 'read_json_rows'
            'amber_table', 'read_pope', 'official_pope_answer', 'count_pope_answers', 'pope_figures', 'official_choice',
            'read_choice', 'count_mmstar_answers', 'mmstar_figures', 'read_published', 'compare_published']
 
-# %% ../nbs/06_benchmarks.ipynb #ef8609da
+# %% ../nbs/06_benchmarks.ipynb #562dacc2
 import json
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ def check_mode(mode):
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
 
-# %% ../nbs/06_benchmarks.ipynb #e58cdb55
+# %% ../nbs/06_benchmarks.ipynb #f398ad65
 def read_json_rows(path):
     "The rows (dicts) of a JSON array or of JSON lines, whatever the ending. Raises ValueError naming file and row of what is no object."
     text = Path(path).read_text(encoding="utf-8")
@@ -67,13 +67,13 @@ def require_ids(answers, wanted, source="the answers"):
     if missing or unknown:
         raise ValueError(f"{source}: {len(missing)} ids without an answer {missing[:5]}, {len(unknown)} unknown ids {unknown[:5]}")
 
-# %% ../nbs/06_benchmarks.ipynb #ae9669fc
+# %% ../nbs/06_benchmarks.ipynb #506615ea
 def yes_or_no(text):
     "`yes`, `no` or None (unread): the answer's first word, in any case."
     word = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
     return word and word[1].lower()
 
-# %% ../nbs/06_benchmarks.ipynb #4e5cbd76
+# %% ../nbs/06_benchmarks.ipynb #00f27c62
 AMBER_TYPES = {"discriminative-hallucination": "existence", "discriminative-attribute-state": "state",
                "discriminative-attribute-number": "number", "discriminative-attribute-action": "action",
                "discriminative-relation": "relation", "relation": "relation"}
@@ -142,7 +142,7 @@ def _official_amber(correct, n, no_no, said_no, is_no, epsilon, epsilon_f1):
     p, r = precision / 100, recall / 100
     return {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": round(2 * p * r / (p + r + epsilon_f1) * 100, 1)}
 
-# %% ../nbs/06_benchmarks.ipynb #81cb4aa2
+# %% ../nbs/06_benchmarks.ipynb #1167059a
 def always_no(answers):
     "The answers of a model that says No to everything."
     return {id: "No" for id in answers}
@@ -158,7 +158,7 @@ def amber_table(answers, annotations, mode="clean"):
             lines.append(f"| {part} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/06_benchmarks.ipynb #a117991a
+# %% ../nbs/06_benchmarks.ipynb #56d7e89b
 def read_pope(answers_path, labels_path):
     """`({question_id: answer}, {question_id: label})` of POPE files; answers stand in the order of the questions.
 
@@ -215,7 +215,7 @@ def _ratio(a, b):
     "a / b, NaN where that is undefined."
     return a / b if b else float("nan")
 
-# %% ../nbs/06_benchmarks.ipynb #16a4bc30
+# %% ../nbs/06_benchmarks.ipynb #fadb8eb0
 def official_choice(prediction, answer):
     "Whether MMStar's own rule takes the prediction for the letter `answer`."
     prediction, answer = (s.lower().strip().replace("\n", " ") for s in (prediction, answer))
@@ -257,17 +257,17 @@ def mmstar_figures(sums, mode="clean"):
         return {k: v if "(" in k else scores[k, "correct"] / (1500.0 if k == "final score" else 250.0) for k, v in figures.items()}
     return {k: 100 * v for k, v in figures.items()} | {"unread": 100 * scores["final score", "unread"] / scores["final score", "n"]}
 
-# %% ../nbs/06_benchmarks.ipynb #59bb74ae
+# %% ../nbs/06_benchmarks.ipynb #b623ca3d
 def read_published(path="packaged:benchmarks/published.json"):
     "The published figures: rows with benchmark, model, figures, version, judge and source."
     return json.loads(Path(resolve_path(path)).read_text(encoding="utf-8"))["rows"]
 
 
 def compare_published(measured, benchmark, published=None):
-    """A Markdown table of own figures beside all published rows of a benchmark.
+    """A Markdown table of own figures, with their intervals where given, beside all published rows of a benchmark.
 
-    `measured` is `{model: ({figure: value}, version, judge)}`. Raises ValueError for a benchmark without published rows, or a figure that none of
-    them has (a misspelt name would look like a missing value)."""
+    `measured` is `{model: ({figure: value or (value, low, high)}, version, judge)}`. Raises ValueError for a benchmark
+    without published rows, or a figure that none of them has (a misspelt name would look like a missing value)."""
     published = read_published() if published is None else published
     rows = [r for r in published if r["benchmark"] == benchmark]
     if not rows:
@@ -279,6 +279,12 @@ def compare_published(measured, benchmark, published=None):
     lines = [f"| model | {' | '.join(names)} | version | judge | source |", "|---" * (len(names) + 4) + "|"]
     own = [{"model": f"**{m}**", "figures": f, "version": v, "judge": j, "source": "measured here"} for m, (f, v, j) in measured.items()]
     for r in own + rows:
-        values = [f"{r['figures'][name]:.1f}" if name in r["figures"] else "" for name in names]
+        values = [_with_interval(r["figures"].get(name, "")) for name in names]
         lines.append(f"| {r['model']} | {' | '.join(values)} | {r['version']} | {r['judge']} | {r['source']} |")
     return "\n".join(lines)
+
+
+def _with_interval(value):
+    "A table's cell: a number with four significant digits, and its interval if it has one."
+    value, *ends = value if isinstance(value, tuple) else (value,)
+    return f"{value:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "") if value != "" else ""

@@ -7,7 +7,7 @@ __all__ = ['MMHAL_TYPES', 'REFOMB_TYPES', 'read_rating', 'read_judge_texts', 'co
            'count_preferences', 'preference_figures', 'read_reviews', 'count_points', 'point_figures',
            'read_human_labels', 'count_labels', 'label_figures']
 
-# %% ../nbs/06_judgements.ipynb #2a6b2515
+# %% ../nbs/06_judgements.ipynb #31b73d09
 import re
 from collections import Counter
 
@@ -17,7 +17,7 @@ MMHAL_TYPES = ("attribute", "adversarial", "comparison", "counting", "relation",
 REFOMB_TYPES = ("Coarse Perception", "Fine-grained perception", "Relation reasoning", "Attribute reasoning", "Time series inference",
                 "Mechanical logical reasoning", "Creative generation", "OCR")
 
-# %% ../nbs/06_judgements.ipynb #371f3ff0
+# %% ../nbs/06_judgements.ipynb #0024d433
 def read_rating(text, mode="clean"):
     "The rating 0 to 6 of a judge's text, or None where there is none or several; `clean` allows markdown and wants whole numbers."
     check_mode(mode)
@@ -45,7 +45,7 @@ def read_judge_texts(path):
         texts.append(text)
     return texts
 
-# %% ../nbs/06_judgements.ipynb #817e0205
+# %% ../nbs/06_judgements.ipynb #8672b50d
 def count_ratings(texts, types=None, mode="clean"):
     """Counts per item, `{index: {(type, name): number}}` with names n, score, hallucinating, informative and unread.
 
@@ -85,7 +85,7 @@ def rating_figures(sums, mode="clean"):
     figures = {"score": score, "hallucination": 100 * hallucination, "informativeness": 100 * informative / 3}
     return figures | {f"score: {type}": a / k for type, (a, k) in per_type.items()} | {"unread": 100 * total["unread"] / (n + total["unread"])}
 
-# %% ../nbs/06_judgements.ipynb #c91b401b
+# %% ../nbs/06_judgements.ipynb #e27ecd81
 def read_preference(text, mode="clean"):
     """1 if B (the model) is better, -1 if A (the reference), 0 for a tie, None if unreadable.
 
@@ -96,7 +96,7 @@ def read_preference(text, mode="clean"):
         return None
     return {"A": -1, "B": 1, "C": 0}[marks[0]]
 
-# %% ../nbs/06_judgements.ipynb #6fc62108
+# %% ../nbs/06_judgements.ipynb #0b51c84f
 def count_preferences(texts, types, swapped=None, mode="clean"):
     """Counts per item, `{id: {(type, name): number}}` with names n, win (0 to 1) and, in clean mode, unread, both, consistent, decided, first.
 
@@ -148,7 +148,7 @@ def preference_figures(sums, mode="clean"):
     rest = {name: total[a] / (total[b] if b else total["n"] + total["unread"]) for name, (a, b) in shares.items() if b is None or total[b]}
     return {name: 100 * value for name, value in (figures | rest).items()}
 
-# %% ../nbs/06_judgements.ipynb #ce48f3a2
+# %% ../nbs/06_judgements.ipynb #a3d22483
 def read_reviews(path):
     """`({id: text}, {id: type})` of an official RefoMB review file, overall or `.hall.json`.
 
@@ -161,7 +161,7 @@ def read_reviews(path):
         raise ValueError(f"{path}, item {unknown[0]!r}: unknown type {found[unknown[0]]['type']!r}; there are {', '.join(REFOMB_TYPES)}")
     return {id: row["text"] for id, row in found.items()}, {id: row["type"] for id, row in found.items()}
 
-# %% ../nbs/06_judgements.ipynb #f7de3efd
+# %% ../nbs/06_judgements.ipynb #221dd679
 def count_points(reviews):
     """Counts per review, `{number: {(category, name): number}}` with names n, reference, model and failed.
 
@@ -190,7 +190,7 @@ def point_figures(sums, mode="clean"):
     failed, n = rows["all"]["failed"], rows["all"]["n"]
     return {c: 100 * row["model"] / row["reference"] for c, row in scored.items()} | {"failed": 100 * failed / (failed + n)}
 
-# %% ../nbs/06_judgements.ipynb #7d156e1a
+# %% ../nbs/06_judgements.ipynb #39365bf3
 def read_human_labels(path, key="id", label="hallucinated"):
     "`{id: whether the response hallucinates}` of JSON rows; labels are true/false or 1/0. Raises ValueError naming a row with another label."
     rows = rows_by_id(read_json_rows(path), key, source=str(path))

@@ -9,7 +9,7 @@ __all__ = ['IRREGULAR', 'AMBER_NEEDS', 'HALBENCH_NEEDS', 'singular_of', 'simple_
            'needs_extraction', 'parse_object_list', 'text_mentions', 'phrase_mentions', 'open_halbench_tools',
            'read_coco_truth', 'read_halbench_answers', 'count_mentions', 'mention_figures']
 
-# %% ../nbs/06_objects.ipynb #170532e3
+# %% ../nbs/06_objects.ipynb #9b9ee327
 import json
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .benchmarks import check_mode, read_json_rows, require_ids, rows_by_id
 IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth",
              "leaves": "leaf", "oxen": "ox"}
 
-# %% ../nbs/06_objects.ipynb #8cc07e58
+# %% ../nbs/06_objects.ipynb #9a3a3e5a
 def singular_of(word, vocabulary):
     "The form of a lower-case word that the vocabulary has: itself, else its singular by English spelling rules, else the word unchanged."
     if word in vocabulary or not word.endswith("s") and word not in IRREGULAR:
@@ -35,7 +35,7 @@ def simple_lemmas(text, vocabulary):
     "The words of a text in lower case, those of the vocabulary in its singular form; hyphens and punctuation separate."
     return [singular_of(word, vocabulary) for word in re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())]
 
-# %% ../nbs/06_objects.ipynb #3bb7c237
+# %% ../nbs/06_objects.ipynb #38ea582e
 @dataclass(frozen=True)
 class AmberWords:
     "AMBER's vocabulary: `association` maps a word to those that may stand for it; `safe` are words that never count as hallucinated."
@@ -63,7 +63,7 @@ def vocabulary_nouns(text, words):
     spelling = {word.lower(): word for word in words.vocabulary}
     return [spelling[w] for w in simple_lemmas(text, spelling) if w in spelling]
 
-# %% ../nbs/06_objects.ipynb #ed741b3f
+# %% ../nbs/06_objects.ipynb #800c8d9b
 def never_similar(noun, word):
     "The built-in similarity: only the association list makes words synonyms."
     return False
@@ -110,7 +110,7 @@ def count_amber_descriptions(answers, annotations, words, nouns=vocabulary_nouns
     rows = {id: annotations[id] for id in answers if annotations[id]["type"] == "generative"}
     return {id: count_description(nouns(answers[id], words), row["truth"], row["hallu"], words, similar) for id, row in rows.items()}
 
-# %% ../nbs/06_objects.ipynb #6f89543b
+# %% ../nbs/06_objects.ipynb #00768fe1
 AMBER_NEEDS = ("AMBER's official finder needs: pip install nltk spacy; python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger "
                "averaged_perceptron_tagger_eng wordnet; python -m spacy download en_core_web_lg")
 
@@ -134,7 +134,7 @@ def open_amber_tools(limit=0.8):
         raise RuntimeError(AMBER_NEEDS) from e
     return nouns, lambda noun, word: nlp(noun).similarity(nlp(word)) > limit
 
-# %% ../nbs/06_objects.ipynb #ad1621a9
+# %% ../nbs/06_objects.ipynb #065a1fc9
 def description_figures(sums, mode="clean"):
     "CHAIR, Cover, Hal and Cog in percent from summed counts; a figure without a denominator is 0 (`official`) or NaN (`clean`)."
     check_mode(mode)
@@ -145,7 +145,7 @@ def description_figures(sums, mode="clean"):
         return figures | {"Hal": round(100 - clean / (0.001 + sums.get("n", 0)) * 100, 1)}
     return {name: 100 * sums.get(a, 0) / sums[b] if sums.get(b) else float("nan") for name, (a, b) in ratios.items()}
 
-# %% ../nbs/06_objects.ipynb #036ba94b
+# %% ../nbs/06_objects.ipynb #b44d7998
 @dataclass(frozen=True)
 class CocoWords:
     "COCO's words: `class_of` maps a word to its class, `doubles` a pair of lemmas (as one text) to the word it stands for."
@@ -188,7 +188,7 @@ def coco_mentions(words, coco):
     words = [w for w in words if w != "seat"] if "toilet" in words else words
     return [(word, coco.class_of[word]) for word in words if word in coco.class_of]
 
-# %% ../nbs/06_objects.ipynb #b4d87aee
+# %% ../nbs/06_objects.ipynb #b3bb4684
 def needs_extraction(answer):
     "Whether an answer is long enough to be asked about: the official script takes up to three words as naming no object."
     return len(answer.strip().split()) > 3
@@ -234,7 +234,7 @@ def phrase_mentions(phrases, coco, tag=None):
             found += pairs or _noun_runs(tokens)
     return coco_mentions(list(dict.fromkeys(found)), coco)
 
-# %% ../nbs/06_objects.ipynb #3391d6d2
+# %% ../nbs/06_objects.ipynb #725e8c83
 HALBENCH_NEEDS = ("Object HalBench's official reader needs: pip install nltk spacy; python -m nltk.downloader punkt punkt_tab wordnet; "
                   "python -m spacy download en_core_web_trf")
 
@@ -258,7 +258,7 @@ def open_halbench_tools():
         raise RuntimeError(HALBENCH_NEEDS) from e
     return lambda text: [(token.lemma_, token.tag_ in ("NN", "NNS", "NNP", "NNPS")) for token in nlp(text)], lemmas
 
-# %% ../nbs/06_objects.ipynb #201475d5
+# %% ../nbs/06_objects.ipynb #dfcb1657
 def read_coco_truth(folder, image_ids, coco, lemmas=simple_lemmas):
     """`{image_id: set of classes}` from COCO's 2014 instances and captions, train and val.
 
@@ -290,7 +290,7 @@ def read_halbench_answers(path):
         rows.append({"image_id": int(row["image_id"]), "answer": text.replace("Assistant:", "").strip() if isinstance(text, str) else text})
     return {id: row["answer"] for id, row in rows_by_id(rows, "image_id", "answer", source=str(path)).items()}
 
-# %% ../nbs/06_objects.ipynb #1ee22e2f
+# %% ../nbs/06_objects.ipynb #75953d51
 def count_mentions(answers, mentions, truth, mode="clean"):
     """Counts per image, `{image_id: {n, with_object, hallucinating, mentions, bad, covered, truth, words}}`.
 

@@ -125,7 +125,8 @@ def mmhal_case(seed):
     for _ in range(96):
         s = rng.randint(0, 6)
         text = rng.choice((f"Fine.\n- Rating: {s}, so", f"RATING: {s}", f"Rating: {s}. Again rating: {s}",
-                           f"Rating: {s} or rating: {rng.randint(0, 6)}", f"**Rating:** {s}", f"Rating {s}", "", f"Rating: {s}0", f"rating:  {s}", "Rating: 7", "no idea"))
+                           f"Rating: {s} or rating: {rng.randint(0, 6)}", f"**Rating:** {s}", f"Rating {s}", "", f"Rating: {s}0",
+                           f"rating:  {s}", "Rating: 7", "no idea"))
         texts.append({0: "I cannot rate this.", 1: "Rating: 6", 2: text.lower()}.get(manner, text))
     return texts
 

@@ -4,9 +4,10 @@
 
 Each DIR is a checkout: github.com/junyangwang0410/AMBER (the figures here: 534babf), RLHF-V/RLAIF-V (83d917b), RLHF-V/RLHF-V (8daac8a),
 AoiDragon/POPE (08d957b), MMStar-Benchmark/MMStar (88f243a). `--data` is a folder with `amber/annotations.json`, `amber/relation.json` and
-`rlaifv/synonyms_refine.txt` for the cases on real word lists. The scripts run unchanged, but for POPE's two paths, which it asks users to fill in. What they import and
-these machines need not have is replaced: NLTK and spaCy by the stand-ins of parity_cases.py, the judges' client by saved texts, jsonlines and
-the Excel writer by a few lines. Nothing of the scripts is stored, only the figures and the SHA-256 of each script.
+`rlaifv/synonyms_refine.txt` for the cases on real word lists.
+The scripts run unchanged, but for POPE's two paths, which it asks users to fill in. What they import and this
+project does not need is replaced: NLTK and spaCy by the stand-ins of parity_cases.py, the judges' client by saved texts, jsonlines and the
+Excel writer by a few lines. Nothing of the scripts is stored, only the figures and the SHA-256 of each script.
 """
 import argparse
 import contextlib
