@@ -10,7 +10,7 @@ from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, build_tiny, open_
 from transformers import AutoModelForImageTextToText
 
 from rlaifv_nb.caches import picture_features
-from rlaifv_nb.dpo import LORA_TARGETS, run_dpo
+from rlaifv_nb.dpo import run_dpo
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
@@ -110,7 +110,7 @@ def test_lora_adapts_the_language_model_and_nothing_else(name):
     inside = {n for n in linear if n.startswith(("model.language_model.", "model.text_model."))}
     assert {n for n in linear if re.fullmatch(lora_targets(core), n)} == inside and len(inside) == 3 * 7 < len(linear)
     if name == "llava":
-        assert lora_targets(core) == LORA_TARGETS
+        assert lora_targets(core) == r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @on_every_architecture

@@ -24,7 +24,7 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 
 from rlaifv_nb.attention import sharing_problem
 from rlaifv_nb.caches import to_device, with_features
-from rlaifv_nb.models import OpenModel, answer_ids, load_image, prompt_inputs
+from rlaifv_nb.models import OpenModel, answer_ids, load_image, lora_targets, prompt_inputs
 from rlaifv_nb.packing import collate_rows, pack_row, row_logps
 from rlaifv_nb.records import YES_NO_SUFFIX, sha256_of
 
@@ -182,12 +182,11 @@ def open_random(size, share=True):
     return opened(LlavaForConditionalGeneration(make_config(size, tokenizer)), size, tokenizer, share), words
 
 
-def lora_config():
-    "The adapter that both sides train."
+def lora_config(model):
+    "The adapter of a model that both sides train."
     from peft import LoraConfig
-    from rlaifv_nb.dpo import LORA_TARGETS
 
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LORA_TARGETS, lora_dropout=0.0)
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=lora_targets(model), lora_dropout=0.0)
 
 
 @torch.no_grad()
@@ -204,7 +203,7 @@ def with_lora(vlm):
     "The model with an adapter of random values on it."
     from peft import get_peft_model
 
-    vlm.model = get_peft_model(vlm.model, lora_config())
+    vlm.model = get_peft_model(vlm.model, lora_config(vlm.model))
     fill_adapter(vlm.model)
     return vlm
 
@@ -286,7 +285,7 @@ def make_trainer(vlm, pairs, folder, **options):
                        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_num_workers=0, report_to=[],
                        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, **options)
     trainer = DPOTrainer(model=vlm.model, args=config, train_dataset=Dataset.from_list(rows, features=features), processing_class=vlm.processor,
-                         peft_config=lora_config())
+                         peft_config=lora_config(vlm.model))
     fill_adapter(trainer.model)
     trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     return trainer, start_training(trainer.model)
