@@ -6,7 +6,7 @@
 __all__ = ['sum_counts', 'count_table', 'resample_sums', 'middle', 'figure_intervals', 'average_repeats', 'compare_models',
            'minimum_detectable_difference', 'kappa_of', 'judge_agreement']
 
-# %% ../nbs/06_intervals.ipynb #18bbc337
+# %% ../nbs/06_intervals.ipynb #ba572c0b
 from collections import Counter
 from statistics import NormalDist
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .evaluation import ratio_interval
 
-# %% ../nbs/06_intervals.ipynb #3a2a00af
+# %% ../nbs/06_intervals.ipynb #6401879f
 def sum_counts(counts):
     "The sum of the counts of all items, `{name: number}`."
     total = Counter()
@@ -36,7 +36,7 @@ def count_table(counts, groups=None):
     names = sorted({name for row in units.values() for name in row})
     return names, list(units), np.array([[row[name] for name in names] for row in units.values()], dtype=float)
 
-# %% ../nbs/06_intervals.ipynb #cb1c3783
+# %% ../nbs/06_intervals.ipynb #25d4f993
 def resample_sums(table, seed=0, n_resamples=2000):
     "Sums (n_resamples, names) of bootstrap draws of the rows of a table (units, names), by the distinct rows' multinomial counts."
     rows, times = np.unique(table, axis=0, return_counts=True)
@@ -60,7 +60,7 @@ def figure_intervals(counts, figures, groups=None, seed=0, n_resamples=2000):
     drawn = [figures(dict(zip(names, row))) for row in resample_sums(table, seed, n_resamples)]
     return {name: (v, *middle([d.get(name, float("nan")) for d in drawn])) for name, v in value.items()}
 
-# %% ../nbs/06_intervals.ipynb #e22e6653
+# %% ../nbs/06_intervals.ipynb #15d6d2ea
 def average_repeats(repeats):
     "Counts per item averaged over repeats, a list of `{item_id: {name: number}}`. Raises ValueError naming items that not every repeat has."
     if not repeats:
@@ -74,7 +74,7 @@ def average_repeats(repeats):
             totals[id].update(row)
     return {id: {name: value / len(repeats) for name, value in row.items()} for id, row in totals.items()}
 
-# %% ../nbs/06_intervals.ipynb #6375026d
+# %% ../nbs/06_intervals.ipynb #e48b512c
 def compare_models(first, second, figures, groups=None, seed=0, n_resamples=2000):
     """`{figure: (difference, low, high, p)}` of second minus first on the same items, by the paired bootstrap.
 
@@ -97,7 +97,7 @@ def compare_models(first, second, figures, groups=None, seed=0, n_resamples=2000
         result[name] = (value, *middle(values), float(min(1, 2 * (tail + 1) / (n_resamples + 1))))
     return result
 
-# %% ../nbs/06_intervals.ipynb #fec1184e
+# %% ../nbs/06_intervals.ipynb #85ce1112
 def minimum_detectable_difference(rate, n, correlation=0.0, power=0.8, alpha=0.05):
     """The smallest true difference, in percent points, that a comparison of two rates on the same n items finds with probability `power`.
 
@@ -108,7 +108,7 @@ def minimum_detectable_difference(rate, n, correlation=0.0, power=0.8, alpha=0.0
     quantiles = NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(power)
     return quantiles * (2 * rate * (100 - rate) * (1 - correlation) / n) ** 0.5
 
-# %% ../nbs/06_intervals.ipynb #d36bd18c
+# %% ../nbs/06_intervals.ipynb #0fef722b
 def kappa_of(sums):
     "Cohen's kappa from summed counts `{(judge's label, true label): number}`; NaN when chance alone gives full agreement."
     n = sum(sums.values())

@@ -1,5 +1,6 @@
 """Benchmarks on the icon world: answer files written wrong on purpose score what counting by hand says; and intervals keep their promise."""
 import json
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from rlaifv_nb.benchmarks import (amber_figures, amber_table, compare_published, count_amber_answers, count_pope_answers, pope_figures,
                                   read_amber_annotations, read_amber_answers, read_json_rows, read_published, require_ids)
 from rlaifv_nb.iconworld import OBJECTS, make_scene
-from rlaifv_nb.intervals import compare_models, figure_intervals, judge_agreement, kappa_of, minimum_detectable_difference, sum_counts
+from rlaifv_nb.intervals import (average_repeats, compare_models, figure_intervals, judge_agreement, kappa_of, middle,
+                                 minimum_detectable_difference, sum_counts)
 from rlaifv_nb.judgements import count_preferences, count_ratings, preference_figures, rating_figures, read_preference
 from rlaifv_nb.objects import (AmberWords, coco_words, count_amber_descriptions, count_mentions, description_figures, mention_figures,
                                simple_lemmas, text_mentions)
@@ -133,6 +135,29 @@ def test_kappa_is_symmetric_and_at_most_one(pairs):
     kappa, turned = kappa_of(sum_counts(counts)), kappa_of(sum_counts({i: {(b, a): 1} for i, (a, b) in enumerate(pairs)}))
     assert (np.isnan(kappa) and np.isnan(turned)) or kappa == pytest.approx(turned)
     assert np.isnan(kappa) or kappa <= 1 + 1e-12
+
+
+def test_interval_and_p_value_are_those_of_the_normal_approximation():
+    assert middle(range(1001)) == pytest.approx((25, 975))
+
+    def rate(c):
+        return {"rate": 100 * c["bad"] / c["n"]}
+
+    first, second = ({i: {"n": 1, "bad": int(start <= i < start + 80)} for i in range(400)} for start in (0, 60))
+    second |= {i: {"n": 1, "bad": 1} for i in range(140, 160)}  # 80 and 100 errors, 20 of them the same
+    value, low, high = figure_intervals(first, rate, n_resamples=20000)["rate"]
+    width = 2 * 1.96 * 100 * (0.2 * 0.8 / 400) ** 0.5
+    assert value == 20 and high - low == pytest.approx(width, rel=0.05)
+    difference, low, high, p = compare_models(first, second, rate, n_resamples=20000)["rate"]
+    error = 100 * ((60 + 80) / 400 - 0.05**2) ** 0.5 / 400**0.5
+    assert difference == 5 and high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert p == pytest.approx(2 * (1 - NormalDist().cdf(5 / error)), abs=0.015)
+
+
+def test_repeats_do_not_narrow_an_interval():
+    counts = {i: {"n": 1, "bad": int(i < 30)} for i in range(100)}
+    once, thrice = (figure_intervals(c, lambda c: {"rate": 100 * c["bad"] / c["n"]})["rate"] for c in (counts, average_repeats([counts] * 3)))
+    assert thrice == pytest.approx(once)
 
 
 def test_agreement_counts_groups_as_the_units():
