@@ -67,6 +67,16 @@ def test_every_picture_reaches_the_model(name):
 
 
 @on_every_architecture
+def test_scores_are_those_of_processor_and_model_alone(name):
+    vlm, image = tiny(name), picture(2)
+    text = prompt_text(vlm, DESCRIBE[2])
+    inputs = vlm.processor(text=[text], images=[image], add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
+    with torch.no_grad():
+        own = vlm.core(**inputs).logits[0, -1].log_softmax(-1)[[branch[0] for branch in BRANCH]]
+    assert torch.allclose(logps_of(vlm, image, DESCRIBE[2])[[0, len(BRANCH[0])]], own, atol=1e-4)
+
+
+@on_every_architecture
 def test_another_question_keeps_the_picture(name):
     vlm = tiny(name)
     for size in SIZES:
@@ -178,8 +188,10 @@ def test_a_model_with_parts_missing_is_named(tmp_path):
     import transformers as tf
 
     model, processor = build_tiny("llava")
-    text = tf.Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                           vocab_size=model.config.text_config.vocab_size, final_logit_softcapping=0.1)
+    hook = model.register_forward_hook(lambda module, inputs, out: setattr(out, "logits", out.logits * 0.5))
+    assert missing_parts(OpenModel(model, processor, "llava", "")) == ["logits that are its head's output alone"]
+    hook.remove()
+    text = tf.Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64)
     processor.chat_template = None
     missing = missing_parts(OpenModel(model, processor, "llava", ""))
     assert missing == ["chat template"] and missing_parts(OpenModel(tf.Gemma2ForCausalLM(text), processor, "gemma2", ""))[0].startswith("image features")
