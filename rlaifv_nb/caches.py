@@ -105,7 +105,8 @@ def features_problem(vlm, inputs):
     if image_tokens != len(features):
         return f"{name} has {image_tokens} image tokens for {len(features)} features"
     native = hidden_states(vlm.core, batch | positions, use_cache=False)
-    other = hidden_states(vlm.core, {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch} | positions | {"image_features": features}, use_cache=False)
+    text = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
+    other = hidden_states(vlm.core, text | positions | {"image_features": features}, use_cache=False)
     tolerance = (1e-4 if native.dtype == torch.float32 else 5e-2) * native.abs().max()
     return "" if (native - other).abs().max() <= tolerance else f"{name} puts more of a picture into the language model than features at image tokens"
 

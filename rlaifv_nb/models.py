@@ -52,8 +52,8 @@ def load_pictures(prompts, folder):
             set_aside.append(SetAside(prompt.prompt_id, "unreadable picture", str(e)))
     return usable, pictures, set_aside
 
-# %% ../nbs/00_models.ipynb #f788a805
-PICTURE_PART = re.compile(r"<row_\d+_col_\d+>")  # Idefics3 and SmolVLM name the tiles of a picture, with tokens that not every tokenizer calls special
+# %% ../nbs/00_models.ipynb #2a8181d5
+PICTURE_PART = re.compile(r"<row_\d+_col_\d+>")  # tiles of a picture in Idefics3 and SmolVLM, not special in every tokenizer
 
 
 def language_model_name(model):
@@ -77,9 +77,11 @@ def unquantised_modules(model):
 def missing_parts(vlm):
     "What this package needs of a vision-language model and does not find in this one; an empty list for the tested architectures."
     core, ids = vlm.core, torch.arange(10, 18, device=vlm.device)[None]
-    parts = {"image features (`get_image_features`)": hasattr(getattr(core, "model", None), "get_image_features"), "`lm_head`": hasattr(core, "lm_head"),
+    parts = {"image features (`get_image_features`)": hasattr(getattr(core, "model", None), "get_image_features"),
+             "`lm_head`": hasattr(core, "lm_head"),
              "`image_token_id` in its configuration": getattr(core.config, "image_token_id", None) is not None,
-             "`image_token` in its processor": hasattr(vlm.processor, "image_token"), "chat template": bool(getattr(vlm.processor, "chat_template", None))}
+             "`image_token` in its processor": hasattr(vlm.processor, "image_token"),
+             "chat template": bool(getattr(vlm.processor, "chat_template", None))}
     missing = [name for name, found in parts.items() if not found]
     if not missing:
         out = core(input_ids=ids, output_hidden_states=True)

@@ -109,7 +109,7 @@ def collate_rows(rows, layout="shared", kernel="auto"):
             "targets": torch.tensor([t for r in rows for b in r["branches"] for t in b]), "lengths": [len(b) for r in rows for b in r["branches"]]}
 
 
-PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, for positions, which rows already have, or (`token_type_ids`) for masks of plain rows
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, for positions (rows have them) or masks (of plain rows only)
 
 
 def pack_by_budget(rows, max_tokens):

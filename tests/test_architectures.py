@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, build_tiny, open_tiny
 from transformers import AutoModelForImageTextToText
 
@@ -17,7 +18,7 @@ from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.models import (OpenModel, answer_ids, lora_targets, missing_parts, open_vlm, prompt_inputs, prompt_text, save_adapter, sibling_ids,
                               unsampled_ids)
 from rlaifv_nb.prefix import branch_logps, read_prompts
-from rlaifv_nb.records import Claim, Pair, Prompt, Response, read_manifest, read_table, response_id_of, sha256_of, write_table
+from rlaifv_nb.records import Claim, Pair, Prompt, read_manifest, response_id_of, sha256_of, write_table
 from rlaifv_nb.sampling import run_sampling
 
 SIZES = ((150, 100), (90, 140), (56, 56), (240, 60))
@@ -102,10 +103,25 @@ def test_the_template_loses_and_doubles_nothing(name):
         assert (prompt_text(vlm, question) + decode(ids)) == whole.rstrip()
 
 
+@pytest.mark.parametrize("part, other", [("{% for message", "{{ messages | length }}{% for message"),
+                                         ("{{ part['text'] }}", "{{ part['text'] | upper }}")])
+def test_templates_that_rewrite_a_turn_are_refused(part, other):
+    vlm = open_tiny("llava")
+    vlm.processor.chat_template = vlm.processor.chat_template.replace(part, other)
+    with pytest.raises(ValueError, match="the chat template or tokenizer changes the prompt when an answer follows"):
+        answer_ids(vlm, "What?", "A red cat.")
+
+
+def test_an_answer_has_its_spaces_where_the_template_keeps_them():
+    for name, kept in (("llava", True), ("gemma3", False)):
+        assert (answer_ids(tiny(name), "What?", "A cat. ") != answer_ids(tiny(name), "What?", "A cat.")) == kept
+
+
 @on_every_architecture
 def test_special_tokens_are_never_part_of_an_answer(name):
     vlm = tiny(name)
-    never, words = unsampled_ids(vlm), set(re.findall(r"<[^<>\s]+>", prompt_text(vlm, "?") + vlm.tokenizer.decode(prompt_inputs(vlm, picture(0), "?")["input_ids"][0])))
+    text = prompt_text(vlm, "?") + vlm.tokenizer.decode(prompt_inputs(vlm, picture(0), "?")["input_ids"][0])
+    never, words = unsampled_ids(vlm), set(re.findall(r"<[^<>\s]+>", text))
     assert vlm.end_id not in never and set(vlm.tokenizer.convert_tokens_to_ids(list(words))) <= {*never, vlm.end_id}
     assert {vlm.core.config.image_token_id, vlm.tokenizer.bos_token_id, vlm.tokenizer.pad_token_id} <= set(never)
     for token in vlm.tokenizer.convert_ids_to_tokens(vlm.special_ids):
@@ -142,9 +158,11 @@ def test_an_adapter_survives_saving_and_merging(name, saved, tmp_path):
 def test_four_bit_is_for_the_language_model_alone(name, saved):
     shared, plain = (open_vlm(saved(name), quantisation="nf4", share_prefix=share) for share in (True, False))
     four_bit = {n for n, m in shared.model.named_modules() if type(m).__name__ == "Linear4bit"}
-    assert four_bit == {n for n, m in tiny(name).core.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(lora_targets(tiny(name).core), n)}
+    core = tiny(name).core
+    assert four_bit == {n for n, m in core.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(lora_targets(core), n)}
     assert all(p.dtype == torch.float32 for n, p in shared.model.named_parameters() if n.rpartition(".")[0] not in four_bit)
-    assert (NOT_SHARED[name] in shared.sharing if name in NOT_SHARED else shared.sharing == "") and lora_targets(shared.core) == lora_targets(tiny(name).core)
+    assert lora_targets(shared.core) == lora_targets(core)
+    assert NOT_SHARED[name] in shared.sharing if name in NOT_SHARED else shared.sharing == ""
     assert torch.allclose(logps_of(shared), logps_of(plain), atol=1e-4)
     assert 0.01 < (logps_of(shared) - logps_of(tiny(name))).abs().max() < 20, "4 bits are not 32"
 
@@ -156,7 +174,8 @@ def write_inputs(folder):
     for k, size in enumerate(SIZES):
         path = folder / f"prompts/images/{k}.png"
         picture(k, size).save(path)
-        prompts.append(Prompt(f"{k:02x}", f"images/{k}.png", sha256_of(path.read_bytes()), DESCRIBE[k], "here", "dev" if k == len(SIZES) - 1 else "train"))
+        split = "dev" if k == len(SIZES) - 1 else "train"
+        prompts.append(Prompt(f"{k:02x}", f"images/{k}.png", sha256_of(path.read_bytes()), DESCRIBE[k], "here", split))
     write_table(folder / "prompts", "prompts", prompts)
     pairs = [Pair(f"{p.prompt_id}-p", p.prompt_id, "a", "b", "A red cat and two dogs.", "A cup.", 1.0, 0.0) for p in prompts]
     write_table(folder / "pairs", "pairs", pairs[:2] + pairs[-1:])
@@ -171,14 +190,18 @@ def test_the_stages_run(name, saved, tmp_path):
     prompts, at = write_inputs(tmp_path), lambda part: str(tmp_path / part)
     vlm = open_vlm(saved(name), quantisation="nf4")
     responses = run_sampling(at("prompts"), at("01"), vlm, n_samples=2, max_new_tokens=8, batch_size=3)
-    assert len(responses) + len(json.loads((tmp_path / "01/manifest.json").read_text())["set_aside"]) >= 1 and responses == read_table(at("01"), "responses", Response)
+    assert len(responses) == 2 * len(prompts) and len({r.text for r in responses}) > len(prompts)
     verdicts = run_feedback(at("prompts"), at("01"), at("claims"), at("03"), vlm, batch_size=2)
-    assert len(verdicts) == 2 * len(prompts) and all(0 < v.p_yes < 1 and 0 < v.p_no < 1 for v in verdicts) and len({(v.p_yes, v.p_no) for v in verdicts}) == len(verdicts)
+    assert len(verdicts) == 2 * len(prompts) and all(0 < v.p_yes < 1 and 0 < v.p_no < 1 for v in verdicts)
+    assert len({(v.p_yes, v.p_no) for v in verdicts}) == len(verdicts), "picture and question both matter"
     save_adapter(with_lora(vlm), at("parent"))
-    run_dpo(at("prompts"), at("pairs"), at("05"), saved(name), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1, evaluations=1)
+    run_dpo(at("prompts"), at("pairs"), at("05"), saved(name), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1,
+            evaluations=1)
     engine = read_manifest(at("05"))["engine"]
     assert engine["layout"] == ("plain" if name in NOT_SHARED else "packed") and NOT_SHARED.get(name, "") in engine.get("layout_problem", "")
     assert NOT_CACHED[name] in engine["image_features"] if name in NOT_CACHED else engine["image_features"] == "cached"
+    parent, trained = (load_file(f"{at(part)}/adapter_model.safetensors") for part in ("parent", "05/adapter"))
+    assert parent.keys() == trained.keys() and len(parent) == 3 * 7 * 2 and all((parent[k] - trained[k]).abs().max() > 0 for k in parent)
     run_guided_decoding(at("prompts"), at("07"), saved(name), at("05/adapter"), quantisation="nf4", n_candidates=2, max_new_tokens=8, batch_size=4)
     rows = [json.loads(line) for line in open(at("07/candidates-aligned-00000.jsonl"))]
     assert rows and any(abs(r["policy_sum_logp"] - r["reference_sum_logp"]) > 1e-2 for r in rows)
@@ -191,10 +214,11 @@ def test_a_model_with_parts_missing_is_named(tmp_path):
     hook = model.register_forward_hook(lambda module, inputs, out: setattr(out, "logits", out.logits * 0.5))
     assert missing_parts(OpenModel(model, processor, "llava", "")) == ["logits that are its head's output alone"]
     hook.remove()
-    text = tf.Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64)
+    text = tf.Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
     processor.chat_template = None
     missing = missing_parts(OpenModel(model, processor, "llava", ""))
-    assert missing == ["chat template"] and missing_parts(OpenModel(tf.Gemma2ForCausalLM(text), processor, "gemma2", ""))[0].startswith("image features")
+    assert missing == ["chat template"]
+    assert missing_parts(OpenModel(tf.Gemma2ForCausalLM(text), processor, "gemma2", ""))[0].startswith("image features")
     model.save_pretrained(tmp_path)
     processor.tokenizer.chat_template = None
     processor.save_pretrained(tmp_path)

@@ -153,7 +153,8 @@ def test_cached_features_stand_in_for_pixels(name, tmp_path):
     vlm, cache = tiny(name), ContentCache(tmp_path, 1)
     layout = "plain" if vlm.sharing else "packed"
     if name in NOT_CACHED:
-        assert NOT_CACHED[name] in features_problem(vlm, inputs_of(name, 0, 0)) and type(vlm.core).__name__ in features_problem(vlm, inputs_of(name, 0, 0))
+        problem = features_problem(vlm, inputs_of(name, 0, 0))
+        assert NOT_CACHED[name] in problem and type(vlm.core).__name__ in problem
         return
     for scene in range(3):
         inputs = inputs_of(name, scene, 0)
@@ -170,7 +171,8 @@ def test_cached_features_stand_in_for_pixels(name, tmp_path):
 @pytest.mark.parametrize("name", NOT_SHARED)
 def test_rows_that_would_be_wrong_are_noticed(name):
     vlm = tiny(name)
-    assert "other log-probabilities in the layout shared" in layout_problem(vlm.core, packed_row(vlm, inputs_of(name, 0, 0), [[20, 30], [40]]), "shared")
+    row = packed_row(vlm, inputs_of(name, 0, 0), [[20, 30], [40]])
+    assert "other log-probabilities in the layout shared" in layout_problem(vlm.core, row, "shared")
 
 
 def test_what_cannot_share_is_named_and_works_plainly():

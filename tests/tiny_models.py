@@ -109,8 +109,8 @@ class SmolPictureProcessor(tf.SmolVLMProcessor):
         tf.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-for config, processor in ((tf.Qwen2_5_VLConfig, PictureProcessor), (tf.Qwen3VLConfig, Qwen3PictureProcessor), (tf.InternVLConfig, InternPictureProcessor),
-                          (tf.SmolVLMConfig, SmolPictureProcessor)):
+for config, processor in ((tf.Qwen2_5_VLConfig, PictureProcessor), (tf.Qwen3VLConfig, Qwen3PictureProcessor),
+                          (tf.InternVLConfig, InternPictureProcessor), (tf.SmolVLMConfig, SmolPictureProcessor)):
     tf.AutoProcessor.register(config, processor, exist_ok=True)  # so that AutoProcessor opens them from a folder
 
 QWEN_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
@@ -132,9 +132,10 @@ def qwen3_vl():
     "Qwen3-VL: a picture's features enter several layers of the language model."
     tokenizer = tokenizer_with("<|im_start|>", "<|im_end|>", *QWEN_TOKENS.values(), eos="<|im_end|>", image_token="<|image_pad|>")
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
-    text = text_of(tokenizer, head_dim=12, rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4, "mrope_interleaved": True})
-    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=48, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
-                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4, "mrope_interleaved": True}
+    text = text_of(tokenizer, head_dim=12, rope_parameters=rope)
+    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=48, patch_size=14, spatial_merge_size=2,
+                  temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
     config = tf.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
     pictures = tf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     template = CHATML.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>")
