@@ -159,7 +159,7 @@ class PackedLayout:
     """Who sees whom in a row of units, each `(length of the prompt, lengths of its branches)`. `kernel` is one of `KERNELS`."""
 
     def __init__(self, units, kernel="auto"):
-        self.kernel, self.calls = kernel, 0
+        self.kernel = kernel
         self.queries, self.keys, start = [], [], 0  # of each piece: (first, end) of its queries, and its keys as such ranges
         for prompt, branches in units:
             whole = (start, start + prompt)
@@ -174,7 +174,6 @@ class PackedLayout:
 
     def attend(self, layer, query, key, value, scaling):
         "Output (1, heads, n, d) for queries, keys and values of a row (1, heads, n, d)."
-        self.calls += 1
         kernel = kernel_for(self.kernel, query.device, query.dtype)
         if kernel in ("sdpa", "flex"):
             return (self.attend_sdpa if kernel == "sdpa" else self.attend_flex)(query, key, value, scaling)
@@ -204,7 +203,6 @@ class PackedLayout:
         gather, cumulative, longest = self.table_of(query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return kernel(q.contiguous(), k[gather], v[gather], *cumulative, *longest, scaling).transpose(0, 1)[None]
-
 
     def attend_flex(self, query, key, value, scaling):
         "One call with a block mask. Raises ValueError for training on a CPU, which FlexAttention cannot do."

@@ -112,15 +112,15 @@ def collate_rows(rows, layout="shared", kernel="auto"):
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, for positions (rows have them) or masks (of plain rows only)
 
 
-def pack_by_budget(rows, max_tokens):
-    "Groups of consecutive rows with at most `max_tokens` tokens each (a single row may have more)."
+def pack_by_budget(items, max_tokens, size=n_tokens_of):
+    "Groups of consecutive items (rows, or what else has a `size` in tokens) with at most `max_tokens` tokens each; a single item may have more."
     groups, used = [], 0
-    for row in rows:
-        if not groups or used + n_tokens_of(row) > max_tokens:
+    for item in items:
+        if not groups or used + size(item) > max_tokens:
             groups.append([])
             used = 0
-        groups[-1].append(row)
-        used += n_tokens_of(row)
+        groups[-1].append(item)
+        used += size(item)
     return groups
 
 # %% ../nbs/00_packing.ipynb #c9d05b11

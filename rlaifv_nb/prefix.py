@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .attention import PrefixedRow, SharedPrefix, no_mask
 from .models import prompt_inputs, prompt_positions, prompt_text, sibling_ids, surface_ids, unsampled_ids
-from .packing import PER_TOKEN, cat_ragged, token_logps
+from .packing import PER_TOKEN, cat_ragged, pack_by_budget, token_logps
 from .records import YES_NO_SUFFIX
 
 # %% ../nbs/00_prefix.ipynb #ed534c10
@@ -165,17 +165,10 @@ def score_branches(vlm, prefix, index, branches, max_tokens=16384):
     """Hidden states of branches (token id lists) that continue the prompts `index`: a list of (t + 1, hidden), after the prompt and each token.
 
     About `max_tokens` go through the model at a time: of the branches, or, for a model that does not share, of prompts and branches."""
-    states, branches, used = [None] * len(branches), [list(b) for b in branches], 0
+    states, branches = [None] * len(branches), [list(b) for b in branches]
     order = sorted(range(len(branches)), key=lambda r: (0 if vlm.sharing else index[r], len(branches[r])))
     size = lambda r: len(branches[r]) + (prefix.inputs[index[r]]["input_ids"].shape[1] if vlm.sharing else 0)
-    groups = []
-    for r in order:
-        if not groups or used + size(r) > max_tokens:
-            groups.append([])
-            used = 0
-        groups[-1].append(r)
-        used += size(r)
-    for group in groups:
+    for group in pack_by_budget(order, max_tokens, size):
         found = (score_plain if vlm.sharing else score_shared)(vlm, prefix, [index[r] for r in group], [branches[r] for r in group])
         for r, hidden in zip(group, found):
             states[r] = hidden
