@@ -325,7 +325,7 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
     from rlaifv_nb.claims import extract_claims
     from rlaifv_nb.models import open_llm, open_vlm
     from rlaifv_nb.prefix import generate_texts
-    from rlaifv_nb.records import Prompt, Response
+    from rlaifv_nb.records import Response
     from rlaifv_nb.sampling import vlm_generator
 
     generate, ask = vlm_generator(open_vlm(policy), max_new_tokens=128), partial(generate_texts, open_llm(splitter), max_new_tokens=256)

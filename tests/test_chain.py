@@ -15,8 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from rlaifv_nb import chain, recipes, report
-from rlaifv_nb.chain import StepError, is_done, main, run_chain
+from rlaifv_nb import chain, command as command_line, recipes, report
+from rlaifv_nb.chain import StepError, is_done, run_chain
+from rlaifv_nb.command import main
 from rlaifv_nb.recipes import FINAL_STAGES, ROUND_STAGES, RecipeError, chain_parameters, check_library, check_recipe, load_recipe, plan_run
 from rlaifv_nb.records import Claim, Pair, Prompt, Response, Score, Verdict, package_folder, read_table, write_json, write_rows, write_table
 
@@ -429,7 +430,7 @@ def test_check_library_compares_cell_by_cell(tmp_path):
 def command(monkeypatch, notebooks, tmp_path, executed):
     """The command with stand-in notebooks, in an empty folder, with recipes for it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chain, "package_folder", lambda name: {"nbs": notebooks}.get(name) or package_folder(name))
+    monkeypatch.setattr(command_line, "package_folder", lambda name: {"nbs": notebooks}.get(name) or package_folder(name))
     small = {"prompts": {"n_per_round": 2, "n_dev": 1}, "evaluate": [], "rounds": 1, "extends": "bare.yaml"}
     bare = yaml.safe_load((ROOT / "data" / "recipes" / "tiny.yaml").read_text()) | {"parameters": {}}
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(bare))
@@ -504,7 +505,7 @@ def test_help_version_and_recipes(capsys):
 
 
 def test_help_and_recipes_load_nothing_heavy():
-    code = ("import sys\nfrom rlaifv_nb.chain import main\nmain(['recipes'])\n"
+    code = ("import sys\nfrom rlaifv_nb.command import main\nmain(['recipes'])\n"
             "assert not {'torch', 'transformers', 'papermill', 'matplotlib', 'nbformat', 'PIL'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
