@@ -180,7 +180,7 @@ def detectable(measured, scores, mode):
         return f"A {name} of {number(rate)}% in {found.n} items is no certainty: within {number(bound)} points of it (97.5%)."
     apart, together = (minimum_detectable_difference(rate, found.n, correlation) for correlation in (0, 0.7))
     return (f"With {found.n} items, two models must differ by {apart:.1f} points in {name} to be told apart in 80% of trials; "
-            f"by {together:.1f} if their errors correlate at 0.7.")
+            f"by {together:.1f} if their errors correlate at 0.7 (items taken as independent).")
 
 
 def measure_table(measured, scores, mode):
@@ -202,14 +202,14 @@ def published_tables(model, measured, scores, mode, protocol, judge):
     "Own figures beside all published ones of the same benchmark, version and judge named, as Markdown; empty where nothing was published."
     blocks, found = [], {(s.metric): (s.value, s.ci_low, s.ci_high) for s in scores}
     for benchmark in dict.fromkeys(PARTS[m.part].benchmark for m in measured):
-        own = {}
-        for m in (m for m in measured if PARTS[m.part].benchmark == benchmark):
+        own, parts = {}, [m for m in measured if PARTS[m.part].benchmark == benchmark]
+        for m in parts:
             for name, (published, factor) in PARTS[m.part].published.get(mode, {}).items():
                 if f"{m.part}: {name}" in found:
                     own[published] = tuple(factor * v for v in found[f"{m.part}: {name}"])
         if own and any(r["benchmark"] == benchmark for r in read_published()):
             blocks.append(f"**{benchmark}**, in percent, beside published figures (never compare across versions or judges)\n\n"
-                          + compare_published({model: (own, f"{protocol}, {len(measured[0].counts)} items", judge)}, benchmark))
+                          + compare_published({model: (own, f"{protocol}, {len(parts[0].counts)} items", judge)}, benchmark))
     return "\n\n".join(blocks)
 
 # %% ../nbs/06_measures.ipynb #70d3bee0
