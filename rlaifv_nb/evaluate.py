@@ -18,8 +18,8 @@ import yaml
 from .answers import BENCHES, open_questions, questions_sha, run_answers, write_answer_file
 from .chain import git_commit
 from .evaluation import PROTOCOL, read_cases, run_evaluation, score_table
-from .intervals import compare_models
-from .measures import (RULES, check_tools, compare_measured, comparison_table, measure_answers, measure_reviews, measure_scores, measure_table,
+from .intervals import compare_models, sum_counts
+from .measures import (RULES, check_tools, compare_measured, comparison_table, figures_of, measure_answers, measure_reviews, measure_scores, measure_table,
                                 published_tables, read_counts, write_counts)
 from .benchmarks import check_mode
 from .records import Score, StageFolder, read_manifest, read_table, resolve_path, sha256_of, write_rows, write_table, write_text
@@ -140,9 +140,10 @@ def finish_evaluation(stage, measured, questions, asked, generated, judged_by, r
     head = f"{label}: {protocol}, judge: {judged_by}, decoding: {decoding}."
     body = measure_table(measured, scores, mode) or "Answers were written; nothing is scored here."
     write_text(out / "table.md", "\n\n".join(b for b in (head, *notes, body, published_tables(label, measured, scores, mode, protocol, judged_by)) if b) + "\n")
+    blind = {f"{m.part}: {k}": v for m in measured if m.blind for k, v in figures_of(m.part, mode)(sum_counts(m.blind)).items()}
     made = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "recipe": recipe}
     stage.finish(len(questions) or sum(len(m.counts) for m in measured), len(asked) or sum(len(m.counts) for m in measured), ["counts", "scores"],
-                 judged_by=judged_by, decoding=decoding, questions_set_aside=aside, made=made)
+                 judged_by=judged_by, decoding=decoding, questions_set_aside=aside, always_no=blind, made=made)
 
 
 def evaluation_text(out):
