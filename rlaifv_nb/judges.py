@@ -358,8 +358,8 @@ def open_judge(spec, folder, *, max_new_tokens=1024, temperature=0.0, seed=None,
     authorise = key_sender(api_key or (read_api_key(variable) if variable else ""))
     post = partial(send_with_retries, url=f"{url}/chat/completions", model=model, parameters=parameters, authorise=authorise, budget=budget,
                    timeout=timeout, retries=retries, backoff=backoff)
-    return Judge(kind, model, "", {"url": url} | parameters, Path(folder), partial(endpoint_answers, post=post, concurrency=concurrency, budget=budget),
-                 budget)
+    answer = partial(endpoint_answers, post=post, concurrency=concurrency, budget=budget)
+    return Judge(kind, model, "", {"url": url} | parameters, Path(folder), answer, budget)
 
 # %% ../nbs/06_judges.ipynb #d72a0d84
 RETIRED = {  # OpenAI's list of deprecations (developers.openai.com/api/docs/deprecations), as quoted in October 2026
@@ -377,6 +377,7 @@ def named_judge(model):
 
 def judge_note(judge, published=""):
     "One line for the report: who judged, and which judge the published figures come from."
-    where = f" at {judge.parameters['url']}" if judge.kind == "endpoint" else f" (local, weights {judge.version[:12]}, greedy)"
+    where = f" at {judge.parameters['url']}" if judge.kind == "endpoint" else f" ({judge.kind}, version {judge.version[:12]})"
     note = f"judged by {named_judge(judge.model)}{where}"
-    return note + (f"; published figures by {named_judge(published)}: not comparable with other judges" if published and published != judge.model else "")
+    other = published and published != judge.model
+    return note + (f"; published figures by {named_judge(published)}: not comparable with other judges" if other else "")
