@@ -76,13 +76,13 @@ def find_entries(folder):
                 raise ValueError("not finished: there is no manifest.json")
             entries += read_entries(here)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            problems.append((here, f"{type(e).__name__}: {e}"))
+            problems.append((here, f"{type(e).__name__}: {e}".replace(f"{folder}/", "")))
     return entries, problems
 
 # %% ../nbs/09_leaderboard.ipynb #c4a9945a
 SHOWN = {"POPE": ("accuracy", "precision", "recall", "F1", "yes ratio"), "": ("response", "mention", "any_claim", "cover", "accuracy", "F1")}
-LESS_IS_BETTER = {"CHAIR", "Hal", "Cog", "response", "mention", "any_claim", "hallucination", "CHAIRs", "CHAIRs_refine", "CHAIRi", "attribute", "number",
-                  "relation", "unread", "response over all", "failed"}
+LESS_IS_BETTER = {"CHAIR", "Hal", "Cog", "response", "mention", "any_claim", "hallucination", "CHAIRs", "CHAIRs_refine", "CHAIRi", "attribute",
+                  "number", "relation", "unread", "response over all", "failed"}
 SCRIPT = """<script>
 document.querySelectorAll("table.sorts").forEach(table => table.querySelectorAll("th").forEach((th, i) => th.addEventListener("click", () => {
   const up = th.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0], value = row => row.cells[i].dataset.v ?? row.cells[i].textContent;
@@ -162,7 +162,8 @@ def group_section(place, measured, entries, folder):
     head = "".join(f"<th>{t}</th>" for t in ["model", *map(column_title, metrics), "items", "date", "commit", "recipe"])
     rows = "".join(entry_row(e, metrics, folder) for e in ranked)
     return (f'<section><h2 id="table-{place}">{protocol}</h2><p>Mode {entries[0].facts["mode"]}; judge: {judge}; {items}.</p>'
-            f'<div class=wide><table class=sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>{baseline_row(ranked[0].baseline, metrics)}</table></div>'
+            f'<div class=wide><table class=sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
+            f"{baseline_row(ranked[0].baseline, metrics)}</table></div>"
             + more_figures(ranked, metrics) + source(folder, *dict.fromkeys(e.folder / "manifest.json" for e in ranked)) + "</section>\n")
 
 

@@ -7,15 +7,14 @@ __all__ = ['AMBER_TYPE', 'N_LIKELY', 'REFOMB_TYPE', 'likely_objects', 'yes_no_cl
            'write_miniature_pope', 'refomb_type', 'write_miniature_refomb', 'write_miniature', 'named_objects',
            'true_description_figures', 'true_answer_figures']
 
-# %% ../nbs/08_miniature.ipynb #358db85c
-import json
+# %% ../nbs/08_miniature.ipynb #e278453c
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from .iconworld import (COMPANION, DESCRIBE, OBJECTS, SINGULARS, THEMES, IconClaim, balanced_claims, biased_groups, caption_text, draw_picture,
-                                 is_true, make_scene, question_text, short_questions)
+from .iconworld import (COMPANION, DESCRIBE, OBJECTS, SINGULARS, THEMES, IconClaim, balanced_claims, biased_groups, caption_text,
+                                 draw_picture, is_true, make_scene, question_text, short_questions)
 from .records import write_json, write_rows, write_text
 
 # %% ../nbs/08_miniature.ipynb #1f73c634
@@ -45,8 +44,8 @@ def write_miniature_amber(folder, scenes):
     for id, (scene, claim) in enumerate(((s, c) for s in scenes for c in yes_no_claims(s)), len(scenes) + 1):
         discriminative.append({"id": id, "image": f"{scene.scene_id}.png", "query": question_text(claim)})
         annotations.append({"id": id, "type": AMBER_TYPE[claim.type], "truth": "yes" if is_true(scene, claim) else "no"})
-    files = {"query/query_generative.json": generative, "query/query_discriminative.json": discriminative, "query/query_all.json": generative + discriminative,
-             "annotations.json": annotations, "relation.json": {o: [] for o in OBJECTS}}
+    files = {"query/query_generative.json": generative, "query/query_discriminative.json": discriminative,
+             "query/query_all.json": generative + discriminative, "annotations.json": annotations, "relation.json": {o: [] for o in OBJECTS}}
     for name, rows in files.items():
         write_json(folder / name, rows)
     write_text(folder / "safe_words.txt", "")
