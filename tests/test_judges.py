@@ -179,6 +179,13 @@ def test_the_key_is_sent_and_never_kept(server, tmp_path, monkeypatch):
         open_judge(f"{server.spec}|JUDGE_KEY", tmp_path / "out")
 
 
+def test_a_broken_key_is_refused_without_telling_it(server, tmp_path):
+    for broken in (f"{KEY}\n", f"Bearer {KEY}", "clé"):
+        with pytest.raises(ValueError, match="the judge's key holds") as caught:
+            open_judge(server.spec, tmp_path, api_key=broken)
+        assert broken.strip() not in str(caught.value)
+
+
 def test_no_key_is_sent_that_was_not_named(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     ask(server, tmp_path, ["a"])
