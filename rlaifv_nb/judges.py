@@ -8,9 +8,10 @@ __all__ = ['SPECS', 'RETIRED', 'JudgePrompt', 'Answer', 'Judgement', 'JudgeError
            'send', 'send_with_retries', 'endpoint_answers', 'parse_spec', 'key_sender', 'read_api_key', 'open_judge',
            'named_judge', 'judge_note']
 
-# %% ../nbs/06_judges.ipynb #7a6ec6e1
+# %% ../nbs/06_judges.ipynb #ec10c2f0
 import json
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -320,7 +321,10 @@ def parse_spec(spec):
 
 
 def key_sender(api_key):
-    "What puts the key into a request and only there (and keeps a ~/.netrc from doing so)."
+    "What puts the key into a request and only there (and keeps a ~/.netrc from doing so). Raises ValueError for what is no key."
+    if api_key and not re.fullmatch(r"[!-~]+", api_key):
+        raise ValueError("the judge's key holds spaces, line ends or characters that no key has")
+
     def authorise(request):
         if api_key:
             request.headers["Authorization"] = f"Bearer {api_key}"
@@ -340,7 +344,7 @@ def open_judge(spec, folder, *, max_new_tokens=1024, temperature=0.0, seed=None,
     """A judge by its spec: `local:MODEL` or `URL|MODEL` or `URL|MODEL|KEY_VARIABLE`; judgements are kept in `folder`.
 
     `max_requests` and `max_tokens` limit this run (0: no limit). For endpoints: `temperature`, `seed`, `extra` (more of the request's JSON;
-    None removes a parameter), `concurrency` requests at a time, `timeout` seconds, `retries` after the first attempt with waits from
+    None removes a parameter), `concurrency` requests at a time, `timeout` seconds without a sign of life, `retries` after the first attempt with waits from
     `backoff` seconds. For local models, which decode greedily: `batch_size`, `dtype`, `quantisation`.
     Raises ValueError for a spec or an option that is not supported."""
     kind, model, url, variable = parse_spec(spec)

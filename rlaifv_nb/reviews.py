@@ -210,11 +210,11 @@ def review_refomb(answers, items, judge, out, mode="clean", prompt="packaged:pro
     `answers` `{id: text}`, `items` as from `read_refomb_items`. Own prompts have {question}, {description}, {answer_a}, {answer_b}, and
     {review}. Figures are means over `repeats`; the interval is over items, each repeat's figure stands in the manifest.
     Raises JudgeError when judgements are missing (the same call goes on), ValueError in official mode for a verdict that stays unreadable."""
+    asked = repeats_of(judge, repeats)
     first, second = read_template(prompt, "question", "description", "answer_a", "answer_b"), read_template(trust_prompt, "review")
     stage = review_stage(out, "RefoMB", judge, mode, answers, items, {"review": first, "trust": second}, repeats=repeats, retries=retries)
     if stage.is_done:
         return read_figures(out)
-    asked = repeats_of(judge, repeats)
     tasks = [(repeat, order, id) for repeat in range(asked) for order in orders_of(mode) for id in items]
 
     def compare(repeat, order, id, draw):
@@ -264,11 +264,11 @@ def review_mmhal(answers, items, judge, out, mode="clean", prompt="packaged:prom
 
     `items` as from `read_mmhal_items`. Your own prompt has {contents}, {question}, {standard}, {answer}.
     Raises JudgeError when judgements are missing: the same call goes on."""
+    asked = repeats_of(judge, repeats)
     template = read_template(prompt, "contents", "question", "standard", "answer")
     stage = review_stage(out, "MMHal-Bench", judge, mode, answers, items, {"rating": template}, repeats=repeats, retries=retries)
     if stage.is_done:
         return read_figures(out)
-    asked = repeats_of(judge, repeats)
 
     def rate(repeat, order, id, draw):
         return template.fill(draw, answer=answers[id], **{k: items[id][k] for k in ("contents", "question", "standard")})
@@ -314,11 +314,11 @@ def review_llava_bench(answers, items, judge, out, mode="clean", prompt="package
 
     `items` as from `read_llava_bench_items`. Your own prompt has {question}, {context}, {answer_1}, {answer_2}.
     Raises JudgeError when judgements are missing: the same call goes on."""
+    asked = repeats_of(judge, repeats)
     template = read_template(prompt, "question", "context", "answer_1", "answer_2")
     stage = review_stage(out, "LLaVA-Bench", judge, mode, answers, items, {"review": template}, repeats=repeats, retries=retries)
     if stage.is_done:
         return read_figures(out)
-    asked = repeats_of(judge, repeats)
 
     def compare(repeat, order, id, draw):
         one, two = in_order(order, answers[id], items[id]["reference"])

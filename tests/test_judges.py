@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from judge_server import running_server
 
 from rlaifv_nb.judges import (BudgetSpent, JudgeError, JudgePrompt, judge_note, open_judge, parse_spec, read_judgements, request_body)
 from rlaifv_nb.records import write_rows
@@ -16,59 +15,10 @@ from rlaifv_nb.records import write_rows
 KEY = "sk-a-very-secret-key-0123456789"
 
 
-class JudgeServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server. `script` holds what to do with the first requests; the rest is answered after `delay` seconds."""
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.delay, self.lock = [], 0.0, threading.Lock()
-        self.requests, self.headers_seen, self.times, self.now, self.most = [], [], [], 0, 0
-
-    @property
-    def spec(self):
-        return f"http://127.0.0.1:{self.server_port}/v1|echo"
-
-    def prompts(self):
-        return [r["messages"][-1]["content"] for r in self.requests]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        s, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with s.lock:
-            s.requests.append(body)
-            s.headers_seen.append(dict(self.headers))
-            s.times.append(time.monotonic())
-            s.now += 1
-            s.most = max(s.most, s.now)
-            step = s.script.pop(0) if s.script else {}
-        time.sleep(step.get("delay", s.delay))
-        with s.lock:
-            s.now -= 1
-        text = f"heard: {body['messages'][-1]['content']}"
-        answer = {"model": "echo-2", "system_fingerprint": "fp_7", "usage": {"prompt_tokens": 7, "completion_tokens": 3},
-                  "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-        payload = step.get("body", json.dumps(answer)).replace("{auth}", self.headers.get("Authorization", ""))
-        try:
-            self.send_response(step.get("status", 200))
-            for name, value in step.get("headers", {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(payload.encode())
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has given up
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    with JudgeServer() as s:
-        threading.Thread(target=s.serve_forever, args=(0.01,), daemon=True).start()
+    with running_server() as s:
         yield s
-        s.shutdown()
 
 
 def ask(server, folder, texts, **options):
@@ -227,6 +177,13 @@ def test_the_key_is_sent_and_never_kept(server, tmp_path, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ValueError, match="JUDGE_KEY is not set"):
         open_judge(f"{server.spec}|JUDGE_KEY", tmp_path / "out")
+
+
+def test_a_broken_key_is_refused_without_telling_it(server, tmp_path):
+    for broken in (f"{KEY}\n", f"Bearer {KEY}", "clé"):
+        with pytest.raises(ValueError, match="the judge's key holds") as caught:
+            open_judge(server.spec, tmp_path, api_key=broken)
+        assert broken.strip() not in str(caught.value)
 
 
 def test_no_key_is_sent_that_was_not_named(server, tmp_path, monkeypatch):
