@@ -9,8 +9,8 @@ from rlaifv_nb.benchmarks import read_published
 from rlaifv_nb.command import main
 from rlaifv_nb.iconworld import IconClaim, biased_groups, caption_text, is_true
 from rlaifv_nb.measures import PARTS, measure_answers, measure_reviews, measure_scores
-from rlaifv_nb.miniature import (N_LIKELY, absent_objects, likely_objects, named_objects, true_answer_figures, true_description_figures, write_miniature,
-                                 yes_no_claims)
+from rlaifv_nb.miniature import (N_LIKELY, absent_objects, likely_objects, named_objects, true_answer_figures, true_description_figures,
+                                 write_miniature, yes_no_claims)
 from rlaifv_nb.records import Score, read_table
 from rlaifv_nb.reviews import read_refomb_items
 
@@ -172,7 +172,8 @@ def test_a_picture_that_cannot_be_read_is_set_aside_and_said(world, tmp_path, ca
     folder = tmp_path / "data"
     scenes = write_miniature(folder, 4)
     (folder / "images" / f"{scenes[1].scene_id}.png").write_bytes(b"no picture")
-    assert main(["evaluate", "packaged:iconworld-vlm", "--bench", "amber", "--data", str(folder), "--out", str(tmp_path / "e"), "--max-new-tokens", "64"]) == 0
+    argv = ["evaluate", "packaged:iconworld-vlm", "--bench", "amber", "--data", str(folder), "--out", str(tmp_path / "e"), "--max-new-tokens", "64"]
+    assert main(argv) == 0
     n = 1 + len(yes_no_claims(scenes[1]))
     assert f"{n} questions set aside: unreadable picture" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
