@@ -246,7 +246,8 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
 
 @pytest.mark.parametrize("request_, says", [
     (Request("nope", "m"), "choose one of iconworld, amber"), (Request("amber"), "give one of"),
-    (Request("amber", "m", answers="a", data="d"), "give one of"), (Request("amber", answers="a", adapter="b", data="d"), "adapter"), (Request("amber", "m", data="d", mode="fast"), "official, clean"),
+    (Request("amber", "m", answers="a", data="d"), "give one of"), (Request("amber", answers="a", adapter="b", data="d"), "adapter"),
+    (Request("amber", "m", data="d", mode="fast"), "official, clean"),
     (Request("amber", "m", data="d", tools="spacy"), "official, builtin"), (Request("refomb", "m", data="d"), "needs a judge"),
     (Request("pope-random", "m", data="d", judge="local:x"), "a judge is asked"), (Request("mhumaneval", "m", data="d"), "labels"),
     (Request("pope-random", reviews="r"), "has no reviews"), (Request("objhal", "m", data="d", mode="official"), "needs a judge"),
