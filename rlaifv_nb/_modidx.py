@@ -422,6 +422,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rlaifv_nb.measures.Part': ('measures.html#part', 'rlaifv_nb/measures.py'),
                                     'rlaifv_nb.measures.amber_tools': ('measures.html#amber_tools', 'rlaifv_nb/measures.py'),
                                     'rlaifv_nb.measures.both': ('measures.html#both', 'rlaifv_nb/measures.py'),
+                                    'rlaifv_nb.measures.certain_end': ('measures.html#certain_end', 'rlaifv_nb/measures.py'),
                                     'rlaifv_nb.measures.check_tools': ('measures.html#check_tools', 'rlaifv_nb/measures.py'),
                                     'rlaifv_nb.measures.compare_measured': ('measures.html#compare_measured', 'rlaifv_nb/measures.py'),
                                     'rlaifv_nb.measures.comparison_table': ('measures.html#comparison_table', 'rlaifv_nb/measures.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'TOOLS', 'RULES', 'Part', 'both', 'Measured', 'check_tools', 'amber_tools', 'halbench_tools', 'measure_amber',
-           'measure_pope', 'measure_mmstar', 'measure_halbench', 'measure_answers', 'measure_reviews', 'figures_of',
-           'measure_scores', 'number', 'detectable', 'measure_table', 'published_tables', 'write_counts', 'read_counts',
-           'compare_measured', 'comparison_table']
+           'measure_pope', 'measure_mmstar', 'measure_halbench', 'measure_answers', 'measure_reviews', 'certain_end',
+           'figures_of', 'measure_scores', 'number', 'detectable', 'measure_table', 'published_tables', 'write_counts',
+           'read_counts', 'compare_measured', 'comparison_table']
 
 # %% ../nbs/06_measures.ipynb #756876af
 from collections.abc import Callable
@@ -172,7 +172,13 @@ def measure_reviews(bench, path, mode="clean", types=None):
         return [Measured("MHumanEval", count_labels(read_human_labels(path)))]
     raise ValueError(f"no judgements are read for {bench}: choose one of mmhal, refomb, llava-bench, mhumaneval")
 
-# %% ../nbs/06_measures.ipynb #5a1e1257
+# %% ../nbs/06_measures.ipynb #c92bea91
+def certain_end(value, n, factor=1):
+    "The 97.5% bounds (low, high) of a rate that is 0 or 100 percent in n units; `factor` makes percent of the value."
+    bound = 100 * (1 - 0.025 ** (1 / n)) / factor
+    return (0.0, bound) if value == 0 else (100 / factor - bound, 100 / factor)
+
+
 def figures_of(part, mode):
     "The function from summed counts to a part's figures."
     return lambda sums: PARTS[part].figures(sums, mode)
@@ -182,7 +188,10 @@ def measure_scores(model, measured, mode, protocol, seed=0):
     "`Score` rows of the parts, `metric` as `part: figure`; `n` is the number of items."
     scores = []
     for m in measured:
+        rate, factor = PARTS[m.part].rate.get(mode, ("", 1))
         for name, (value, low, high) in figure_intervals(m.counts, figures_of(m.part, mode), m.groups, seed).items():
+            if name == rate and low == high and factor * value in (0, 100):
+                low, high = certain_end(value, len(set(m.groups.values())) if m.groups else len(m.counts), factor)
             scores.append(Score(model, f"{m.part}: {name}", float(value), len(m.counts), float(low), float(high), protocol))
     return scores
 
@@ -200,8 +209,7 @@ def detectable(measured, scores, mode):
     found = next(s for s in scores if s.metric == f"{measured.part}: {name}")
     rate = factor * found.value
     if not 0 < rate < 100:
-        bound = 100 * (1 - 0.025 ** (1 / found.n)) if rate == rate else float("nan")
-        return f"A {name} of {number(rate)}% in {found.n} items is no certainty: within {number(bound)} points of it (97.5%)."
+        return f"A {name} of {number(rate)}% in {found.n} items is no certainty, and too near the end to say what difference could be seen."
     apart, together = (minimum_detectable_difference(rate, found.n, correlation) for correlation in (0, 0.7))
     return (f"With {found.n} items, two models must differ by {apart:.1f} points in {name} to be told apart in 80% of trials; "
             f"by {together:.1f} if their errors correlate at 0.7 (items taken as independent).")

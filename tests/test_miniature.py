@@ -180,6 +180,16 @@ def test_a_picture_that_cannot_be_read_is_set_aside_and_said(world, tmp_path, ca
     assert manifest["questions_set_aside"] == {"unreadable picture": n} and manifest["rows_in"] - manifest["rows_out"] == n
 
 
+def test_a_rate_of_0_or_100_percent_gets_the_exact_bound(world):
+    folder, scenes = world
+    path, questions = folder / "clean.json", open_questions("amber", folder)
+    path.write_text(json.dumps([{"id": q.question_id, "response": "No" if q.kind == "yes/no" else "Nothing."} for q in questions]))
+    measured = measure_answers("amber", folder, path, questions)
+    found = {s.metric: (s.value, s.ci_low, s.ci_high) for s in measure_scores("", measured, "clean", "")}
+    assert found["AMBER generative: Hal"] == (0, 0, pytest.approx(100 * (1 - 0.025 ** (1 / N))))
+    assert found["AMBER discriminative: all accuracy"][1] < found["AMBER discriminative: all accuracy"][0]
+
+
 def test_published_names_of_parts_are_in_the_published_file(tmp_path):
     names = {}
     for row in read_published():
