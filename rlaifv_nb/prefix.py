@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prefix', 'stack_inputs', 'read', 'read_prompts', 'RoomLayer', 'SharedRows', 'PlainRows', 'grow', 'score_shared',
            'score_plain', 'score_branches', 'branch_logps', 'next_token_sums', 'pick_tokens', 'uniform_numbers',
-           'sample_branches', 'answer_of', 'generate_texts', 'common_prefix_length', 'yes_no_asker']
+           'whole_rows', 'sample_branches', 'answer_of', 'generate_texts', 'common_prefix_length', 'yes_no_asker']
 
 # %% ../nbs/00_prefix.ipynb #5964c238
 from dataclasses import dataclass
@@ -209,13 +209,19 @@ def uniform_numbers(seeds, n):
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(s)).random(n) for s in seeds]))
 
 
+def whole_rows(values, multiple=4):
+    "The list, its last value repeated up to a multiple of 4: matrix products with 9 or 10 rows take longer than with 12."
+    return [*values, *[values[-1]] * (-len(values) % multiple)]
+
+
 @torch.no_grad()
 def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=()):
     """Samples one answer for each entry of `index` and `seeds`; tokens in `never` are not sampled.
 
     Returns a list of (token ids without the end token, `stop` or `length`)."""
-    index, eos = torch.as_tensor(index, device=vlm.device), vlm.end_id
-    uniform, branches = uniform_numbers(seeds, max_new_tokens).to(vlm.device), grow(vlm, prefix, index, max_new_tokens)
+    n_answers, eos = len(seeds), vlm.end_id
+    index = torch.tensor(whole_rows(index), device=vlm.device)
+    uniform, branches = uniform_numbers(whole_rows(seeds), max_new_tokens).to(vlm.device), grow(vlm, prefix, index, max_new_tokens)
     rows, hidden = torch.arange(len(index), device=vlm.device), branches.hidden
     ended = torch.zeros(len(index), dtype=torch.bool, device=vlm.device)
     answers = torch.full((len(index), max_new_tokens), eos, device=vlm.device)
@@ -233,7 +239,7 @@ def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_t
             branches.keep(going)
         branches.step(tokens)
         hidden = branches.hidden
-    return [answer_of(row, eos) for row in answers.tolist()]
+    return [answer_of(row, eos) for row in answers[:n_answers].tolist()]
 
 
 def answer_of(tokens, eos):
