@@ -103,13 +103,15 @@ def check_request(r):
     "Raises ValueError for an unknown benchmark or a combination that has no meaning."
     check_mode(r.mode)
     check_tools(r.finder)
-    new = r.model or r.answers
+    new, default = r.model or r.answers, Request(r.bench)
+    inert = [k for k in ("data", "tools", "num_beams", "batch_size", "name") if r.bench == "iconworld" and getattr(r, k) != getattr(default, k)]
     wrong = {
         f"bench={r.bench!r}: choose one of {', '.join(BENCH_NAMES)}": r.bench not in BENCH_NAMES,
         "give one of: a model, a file of answers, a file of reviews": sum(map(bool, (r.model, r.answers, r.reviews))) != 1,
         "an adapter needs the model that it belongs to": r.adapter and not r.model,
         f"{r.bench} has no reviews: {', '.join(REVIEWED)} have": r.reviews and r.bench not in REVIEWED,
         "mhumaneval is scored from people's labels: give them as reviews, rows with id and hallucinated": r.bench == "mhumaneval" and new,
+        f"{', '.join(inert)}: the icon world has no use for that": inert,
         "the icon world asks a model itself, in clean mode": r.bench == "iconworld" and (not r.model or r.mode != "clean"),
         f"{r.bench} needs the folder of its files (data)": new and not r.data and r.bench != "iconworld",
         "refomb-facts is no official protocol: choose clean mode": r.bench == "refomb-facts" and r.mode == "official",

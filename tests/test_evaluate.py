@@ -245,7 +245,7 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
 
 
 @pytest.mark.parametrize("request_, says", [
-    (Request("nope", "m"), "choose one of iconworld, amber"), (Request("amber"), "give one of"),
+    (Request("nope", "m"), "choose one of iconworld, amber"), (Request("iconworld", "m", data="x", num_beams=3), "data, num_beams: the icon world"), (Request("amber"), "give one of"),
     (Request("amber", "m", answers="a", data="d"), "give one of"), (Request("amber", answers="a", adapter="b", data="d"), "adapter"),
     (Request("amber", "m", data="d", mode="fast"), "official, clean"),
     (Request("amber", "m", data="d", tools="spacy"), "official, builtin"), (Request("refomb", "m", data="d"), "needs a judge"),
