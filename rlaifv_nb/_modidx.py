@@ -447,6 +447,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlaifv_nb.prefix.pick_tokens': ('prefix.html#pick_tokens', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.read': ('prefix.html#read', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.read_prompts': ('prefix.html#read_prompts', 'rlaifv_nb/prefix.py'),
+                                  'rlaifv_nb.prefix.read_texts': ('prefix.html#read_texts', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.sample_branches': ('prefix.html#sample_branches', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.score_branches': ('prefix.html#score_branches', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.score_plain': ('prefix.html#score_plain', 'rlaifv_nb/prefix.py'),
