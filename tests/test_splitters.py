@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from conftest import check_table
 from tiny_models import END_OF_TURN, SPLITTERS
 
 from rlaifv_nb.claims import Retry, fill, read_templates, run_claims
@@ -14,6 +15,7 @@ from rlaifv_nb.models import OpenModel, open_llm, prompt_text
 from rlaifv_nb.prefix import common_prefix_length, generate_texts, read_texts
 from rlaifv_nb.records import Claim, Prompt, Response, SetAside, read_manifest, read_table, write_table
 
+TITLES = {name: build.__doc__.partition(":")[0] for name, build in SPLITTERS.items()}
 on_every_family = pytest.mark.parametrize("name", SPLITTERS)
 FACTS = {  # response -> what the splitter answers
     "A red dog sits.": "Here are the facts:\n1. There is a dog.\n2. The dog is red.\n3. The dog sits.",
@@ -51,7 +53,7 @@ def taught(templates):
     return pairs
 
 
-def learn(model, tokenizer, pairs, steps=150):
+def learn(model, tokenizer, pairs, steps=100):
     "Teaches the pairs by heart and returns the last loss."
     opened, rows = OpenModel(model, tokenizer, "", ""), []
     for prompt, answer in pairs:
@@ -62,14 +64,14 @@ def learn(model, tokenizer, pairs, steps=150):
     ids = torch.tensor([fill_up(a + b, 0) for a, b in rows])
     labels = torch.tensor([fill_up([-100] * len(a) + b, -100) for a, b in rows])
     mask = torch.tensor([fill_up([1] * len(a + b), 0) for a, b in rows])
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=4e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=8e-3, weight_decay=0.0)
     for step in range(steps):
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if loss < 0.01:
+        if loss < 0.02:
             break
     return loss.item()
 
@@ -106,7 +108,7 @@ def write_inputs(folder, texts):
 
 
 @on_every_family
-def test_the_template_loses_and_doubles_nothing(name, saved):
+def test_the_template_loses_and_doubles_nothing(name, saved, show):
     llm = open_llm(saved(name))
     assert llm.tokenizer.decode([llm.end_id]) == END_OF_TURN[name]
     text = prompt_text(llm, "Is there\n\na dog?", image=None)
@@ -118,10 +120,11 @@ def test_the_template_loses_and_doubles_nothing(name, saved):
     assert ids.count(bos) == (name != "qwen2"), "one beginning, or none"
     if name != "qwen2":
         assert llm.tokenizer(text).input_ids.count(bos) == 2, "what adding special tokens again would do"
+    show(TITLES[name], "chat template")
 
 
 @on_every_family
-def test_responses_become_claims(name, saved, prompt_files, tmp_path):
+def test_responses_become_claims(name, saved, prompt_files, tmp_path, show):
     prompts, responses, out = write_inputs(tmp_path, FACTS)
     claims = run_claims(prompts, responses, out, open_llm(saved(name)), max_new_tokens=40, batch_size=3, templates=read_templates(**prompt_files))
     dog = [(f, QUESTIONS[f][0]) for f in ("There is a dog.", "The dog is red.", "The dog sits.")]
@@ -139,10 +142,11 @@ def test_responses_become_claims(name, saved, prompt_files, tmp_path):
                        templates=read_templates(**prompt_files))
     assert again == claims, "sharing on = off"
     assert read_table(tmp_path / "again", "claims", Claim) == claims and read_manifest(tmp_path / "again")["tables"] == manifest["tables"]
+    show(TITLES[name], "02 claims", "question asked again")
 
 
 @on_every_family
-def test_the_instruction_is_read_once_and_nothing_changes(name, saved):
+def test_the_instruction_is_read_once_and_nothing_changes(name, saved, show):
     shared, plain = open_llm(saved(name)), open_llm(saved(name), share_prefix=False)
     assert ("sliding_attention" in shared.sharing) == (name == "gemma3_text") and plain.sharing
     long = read_templates("packaged:prompts/facts_fewshot.txt", "packaged:prompts/question_fewshot.txt").question
@@ -161,6 +165,7 @@ def test_the_instruction_is_read_once_and_nothing_changes(name, saved):
     assert on == off == generate_texts(shared, prompts, 12, max_tokens=2 * len(rows[0])), "groups change nothing either"
     own = plain.model.generate(torch.tensor([rows[0]]), do_sample=False, max_new_tokens=12, eos_token_id=plain.end_id)[0, len(rows[0]) :]
     assert plain.tokenizer.decode(own, skip_special_tokens=True).strip() == on[0][0]
+    show(TITLES[name], "instruction read once, on = off", but=shared.sharing)
 
 
 @on_every_family
@@ -172,3 +177,7 @@ def test_a_model_that_follows_no_instruction_is_named(name, tmp_path):
         run_claims(*inputs, open_llm(str(tmp_path / "model")), max_new_tokens=12)
     reasons = {s.reason for s in read_table(inputs[2], "set_aside-claims", SetAside)}
     assert reasons <= {"facts cut", "no list of facts"} and reasons
+
+
+def test_the_table_says_what_was_shown(request):
+    check_table(request, "splitters", globals(), [TITLES[name] for name in SPLITTERS])
