@@ -129,9 +129,9 @@ _PAST = {"was", "were", "had", "did", "showed", "depicted"}
 _MODALS = {"can", "could", "may", "might", "must", "shall", "should", "will", "would"}
 _FILLERS = _PRESENT | _PAST | set("a an the this that these those there any some in of image picture photo shown seen see visible".split())
 _IRREGULAR = dict(pair.split("/") for pair in (  # past form / verb
-    "had/have wore/wear sat/sit stood/stand held/hold ran/run ate/eat went/go lay/lie hung/hang drove/drive rode/ride flew/fly swam/swim drank/drink slept/sleep "
-    "threw/throw caught/catch broke/break fell/fall made/make took/take gave/give got/get came/come left/leave led/lead met/meet lit/light wrote/write "
-    "sang/sing spoke/speak grew/grow shone/shine built/build bore/bear said/say saw/see blew/blow bit/bite brought/bring bought/buy kept/keep "
+    "had/have wore/wear sat/sit stood/stand held/hold ran/run ate/eat went/go lay/lie hung/hang drove/drive rode/ride flew/fly swam/swim drank/drink "
+    "slept/sleep threw/throw caught/catch broke/break fell/fall made/make took/take gave/give got/get came/come left/leave led/lead met/meet lit/light "
+    "wrote/write sang/sing spoke/speak grew/grow shone/shine built/build bore/bear said/say saw/see blew/blow bit/bite brought/bring bought/buy kept/keep "
     "put/put cut/cut hit/hit set/set shut/shut read/read spread/spread").split())
 _COUNTS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
 _WORD = re.compile(r"\d+(?:[.,:/-]\d+)*|\w+(?:['-]\w+)*")
@@ -199,7 +199,7 @@ def question_problem(fact, question):
 # %% ../nbs/02_claims.ipynb #c1645da6
 @dataclass(frozen=True)
 class Retry:
-    "A fact whose first question (empty: none could be read) did not fit, what was wrong, and what the second question is and has wrong (empty: it fits)."
+    "A fact whose first question (empty: none could be read) did not fit, what was wrong, the second question, and what is wrong with it (empty: it fits)."
     fact: str
     question: str
     problem: str
@@ -283,7 +283,8 @@ def run_claims(prompts, responses, out, llm, divide="facts", max_new_tokens=256,
         ask, numbers = partial(generate_texts, llm, max_new_tokens=max_new_tokens), {r.response_id: k // batch_size for k, r in enumerate(rows)}
 
         def work(chunk):
-            claims, set_aside, retries = whole_claims(chunk) if divide == "whole" else extract_claims(chunk, questions, ask, templates, check_questions)
+            found = whole_claims(chunk) if divide == "whole" else extract_claims(chunk, questions, ask, templates, check_questions)
+            claims, set_aside, retries = found
             if retries:
                 write_rows(stage.path / f"retries-{numbers[chunk[0].response_id]:05d}.jsonl", retries)
             return claims, set_aside

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlaifv_nb.claims import Templates, fill, parse_facts, parse_question, question_problem, read_template, read_templates, says_no_facts
-from rlaifv_nb.records import package_folder
+from rlaifv_nb.claims import WHOLE_QUESTION, Templates, fill, parse_facts, parse_question, question_problem, read_template, read_templates, says_no_facts
+from rlaifv_nb.records import package_folder, sha256_of
 
 MESSY = [json.loads(line) for line in (Path(__file__).parent / "data/messy_outputs.jsonl").read_text(encoding="utf-8").split("\n") if line]
 PROMPTS = package_folder("data") / "prompts"
@@ -50,8 +50,7 @@ def test_a_question_is_read(text, question):
 
 def test_packaged_prompts_are_those_that_the_packaged_splitter_knows():
     templates = read_templates()
-    assert templates.facts.startswith("Split the answer to a question about an image into facts.\nWrite one fact a line") and templates.facts.endswith("Facts:")
-    assert templates.question.endswith("Write the question only.\nFact: {fact}\nQuestion:")
+    assert sha256_of(templates.facts + templates.question + WHOLE_QUESTION)[:12] == "c5ac6d2f8a1e", "the texts it was trained on, byte by byte"
     assert templates.sha != Templates(templates.facts, templates.question, templates.retry + " ").sha
 
 

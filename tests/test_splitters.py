@@ -10,7 +10,7 @@ import torch
 from conftest import check_table
 from tiny_models import END_OF_TURN, SPLITTERS
 
-from rlaifv_nb.claims import Retry, fill, read_templates, run_claims
+from rlaifv_nb.claims import Retry, fill, question_problem, read_templates, run_claims
 from rlaifv_nb.models import OpenModel, open_llm, prompt_text
 from rlaifv_nb.prefix import common_prefix_length, generate_texts, read_texts
 from rlaifv_nb.records import Claim, Prompt, Response, SetAside, read_manifest, read_table, write_table
@@ -46,8 +46,6 @@ def taught(templates):
     for fact, tries in QUESTIONS.items():
         pairs.append((fill(templates.question, fact=fact), tries[0]))
         if len(tries) > 1:
-            from rlaifv_nb.claims import question_problem
-
             problem = f"{tries[0]} ({question_problem(fact, tries[0])})"
             pairs.append((fill(templates.retry, fact=fact, problem=problem), tries[1]))
     return pairs
@@ -80,7 +78,8 @@ def learn(model, tokenizer, pairs, steps=100):
 def prompt_files(tmp_path_factory):
     "A user's own short prompts, as paths."
     folder, files = tmp_path_factory.mktemp("prompts"), {}
-    for kind, text in (("facts", "Facts of: {response}\nAsked: {question}"), ("question", "Question of: {fact}"), ("retry", "Again: {fact} Wrong: {problem}")):
+    for kind, text in (("facts", "Facts of: {response}\nAsked: {question}"), ("question", "Question of: {fact}"),
+                       ("retry", "Again: {fact} Wrong: {problem}")):
         files[f"{kind}_prompt"] = str(folder / f"{kind}.txt")
         (folder / f"{kind}.txt").write_text(text + "\n")
     return files
@@ -173,7 +172,7 @@ def test_a_model_that_follows_no_instruction_is_named(name, tmp_path):
     for part in build(name):
         part.save_pretrained(tmp_path / "model")
     inputs = write_inputs(tmp_path, FACTS)
-    with pytest.raises(ValueError, match=r"no claims in any of 5 responses; the first was set aside as '(facts cut|no list of facts)'.*model that follows"):
+    with pytest.raises(ValueError, match=r"no claims in any of 5 responses; .* set aside as '(facts cut|no list of facts)'.*model that follows"):
         run_claims(*inputs, open_llm(str(tmp_path / "model")), max_new_tokens=12)
     reasons = {s.reason for s in read_table(inputs[2], "set_aside-claims", SetAside)}
     assert reasons <= {"facts cut", "no list of facts"} and reasons
