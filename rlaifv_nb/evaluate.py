@@ -19,7 +19,7 @@ import yaml
 
 from .answers import BENCHES, open_questions, questions_sha, run_answers, write_answer_file
 from .chain import git_commit
-from .claims import FACTS_PROMPT, parse_facts
+from .claims import parse_facts, read_templates
 from .evaluation import PROTOCOL, read_cases, run_evaluation, score_table
 from .benchmarks import check_mode, read_json_rows, rows_by_id
 from .fact_review import count_unsupported, is_supported, review_facts
@@ -152,7 +152,7 @@ def judge_refomb(r, path, questions, judge, out):
 def judge_facts(r, path, questions, judge, out):
     "RefoMB's trust by counting facts."
     items, answers, types = refomb_items(r, path, questions)
-    found = review_facts(answers, items, judge, out, FACTS_PROMPT, parse_facts, r.mode)
+    found = review_facts(answers, items, judge, out, read_templates().facts, parse_facts, r.mode)
     facts = {(order, id): [] for order in ("model", "reference", "description") for id in items}
     facts |= {(row.order, row.item_id): row.value for row in last_reviews(read_reviews_of(out)).values()}
     support = lambda id, texts: [is_supported(text, facts["description", id]) for text in texts]

@@ -7,7 +7,7 @@ import pytest
 from judge_server import running_server
 from test_benchmarks_parity import official_data
 
-from rlaifv_nb.claims import FACTS_PROMPT, parse_facts
+from rlaifv_nb.claims import parse_facts, read_templates
 from rlaifv_nb.fact_review import is_supported, review_facts
 from rlaifv_nb.iconworld import caption_text, is_true, make_scene, read_claims
 from rlaifv_nb.judges import BudgetSpent, open_judge
@@ -17,6 +17,7 @@ from rlaifv_nb.reviews import (read_llava_bench_items, read_mmhal_answers, read_
                                read_refomb_items, read_reviews_of, read_template, review_agreement, review_halbench, review_llava_bench, review_mmhal,
                                review_refomb, review_table)
 
+FACTS = read_templates().facts
 # What the reference and the model say of a picture of a cat and a red ball.
 CASES = [("A cat.", "A cat and a red ball."), ("A cat.", "A dog."), ("A red ball.", "A cat."), ("A dog.", "A cat."), ("A cat and a dog.", "A dog and a cat.")]
 ITEMS = {i: {"question": f"What is in picture {i}?", "description": "A cat and a red ball.", "type": "OCR" if i < 2 else "Coarse Perception",
@@ -277,25 +278,25 @@ def test_a_review_of_facts_follows_the_truth(tmp_path):
              for i, s in enumerate(scenes)}
     answers = {i: pair[1] for i, pair in enumerate(texts)}
     splitter = open_judge("local:packaged:iconworld-splitter", tmp_path / "judge", max_new_tokens=256, batch_size=36)
-    figures = review_facts(answers, items, splitter, tmp_path / "out", FACTS_PROMPT, parse_facts)
+    figures = review_facts(answers, items, splitter, tmp_path / "out", FACTS, parse_facts)
     assert review_agreement(tmp_path / "out", truth)["accuracy"][0] >= 96
     win = 50 * sum(1 + t for t in truth.values()) / len(truth)
     assert figures["trust"][0] == pytest.approx(win, abs=3)
     claims = sum(len(read_claims(pair[1])) for pair in texts)
     assert figures["unsupported: model"][0] == pytest.approx(100 * sum(b[1] for b in bad) / claims, abs=1)
     asked = splitter.budget.requests
-    again = review_facts(answers, items, splitter, tmp_path / "again", FACTS_PROMPT, parse_facts)
+    again = review_facts(answers, items, splitter, tmp_path / "again", FACTS, parse_facts)
     assert again == figures and splitter.budget.requests == asked
-    nothing = review_facts(answers, items, splitter, tmp_path / "none", FACTS_PROMPT, parse_facts, support=lambda id, found: [True] * len(found))
+    nothing = review_facts(answers, items, splitter, tmp_path / "none", FACTS, parse_facts, support=lambda id, found: [True] * len(found))
     assert nothing["trust"][0] == 50 and nothing["unsupported: model"][0] == 0
     with pytest.raises(ValueError, match="choose clean"):
-        review_facts(answers, items, splitter, tmp_path / "official", FACTS_PROMPT, parse_facts, "official")
+        review_facts(answers, items, splitter, tmp_path / "official", FACTS, parse_facts, "official")
 
 
 def test_a_cut_split_is_unread(tmp_path):
     items = {0: {"question": "Describe the image in detail.", "description": "There is a red dog in the top left.", "type": "OCR", "reference": ""}}
     splitter = open_judge("local:packaged:iconworld-splitter", tmp_path / "judge", max_new_tokens=4)
-    figures = review_facts({0: "There is a blue dog in the top left."}, items, splitter, tmp_path / "out", FACTS_PROMPT, parse_facts)
+    figures = review_facts({0: "There is a blue dog in the top left."}, items, splitter, tmp_path / "out", FACTS, parse_facts)
     assert figures["unread"][0] == 100 and "trust" not in figures and review_agreement(tmp_path / "out", {0: 1})["accuracy"][0] == 0
 
 
