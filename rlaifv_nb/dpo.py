@@ -303,7 +303,7 @@ def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_ty
     write_table(out, "training", curves)
     save_adapter(vlm, Path(out) / "adapter", adapter)
     stage.finish(len(rows), len(good), ["reference", "training"], set_aside, preflight=checks, engine=engine, train_pairs=len(train), dev_pairs=len(dev),
-                 adapter_sha=folder_sha(Path(out) / "adapter"), sources=dict(Counter(p.source for p in by_id.values())), **vlm.notes, **best)
+                 adapter_sha=folder_sha(Path(out) / "adapter"), sources=dict(Counter(p.source.partition("/")[0] for p in by_id.values())), **vlm.notes, **best)
     write_adapter_card(Path(out) / "adapter", read_manifest(out))
     for work in ("checkpoints", "cache"):
         shutil.rmtree(Path(out) / work, ignore_errors=True)

@@ -96,7 +96,7 @@ def to_rlaifv_dataset(pairs, prompts, folder, reference=None):
         known, columns = {ref.pair_id: ref for ref in reference}, (*RLAIFV_COLUMNS, "logps")
         rows = [row | {"logps": logps_text(known[row["idx"]])} for row in rows]
     features = datasets.Features({n: datasets.Image() if n == "image" else datasets.Value("string") for n in columns})
-    return datasets.Dataset.from_list(rows, features=features), set_aside
+    return datasets.Dataset.from_dict({n: [row[n] for row in rows] for n in columns}, features=features), set_aside
 
 
 def to_trl_dataset(pairs, prompts, folder):
@@ -108,7 +108,7 @@ def to_trl_dataset(pairs, prompts, folder):
               "rejected": say("assistant", r["rejected"]), "images": [r["image"]]} for r in rows]
     turns = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
     features = datasets.Features({"prompt": turns, "chosen": turns, "rejected": turns, "images": datasets.List(datasets.Image())})
-    return datasets.Dataset.from_list(talks, features=features), set_aside
+    return datasets.Dataset.from_dict({n: [talk[n] for talk in talks] for n in features}, features=features), set_aside
 
 
 def write_parquet(pairs, make, folder, name="RLAIF-V-Dataset", rows_per_file=5000, step=200):
