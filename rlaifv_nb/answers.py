@@ -289,7 +289,7 @@ def open_picture(question, images):
     "The picture of a question, upright RGB. Raises ValueError naming what cannot be read."
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from rlaifv_nb.models import load_image
+    from rlaifv_nb.pictures import load_image
 
     if not question.data:
         return load_image(Path(images) / question.image)

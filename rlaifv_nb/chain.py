@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,8 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 import rlaifv_nb
-from .recipes import (RecipeError, check_library, check_recipe, code_sha, first_remade, open_notebook, plan_run, recipe_text,
+from .inputs import input_kind, make_prompts, read_input, source_name, source_sha
+from .recipes import (INPUT_KEYS, RecipeError, check_library, check_recipe, code_sha, first_remade, open_notebook, plan_run, recipe_text,
                                restart_option, stored)
 from .records import (Prompt, StageFolder, changed_keys, library_versions, read_manifest, read_table, sha256_of,
                                shard_paths, write_json, write_table, write_text)
@@ -34,12 +36,25 @@ LIBRARY = Path(rlaifv_nb.__file__).parent
 
 
 # %% ../nbs/09_chain.ipynb #24d14190
-def take_prompts(source, folder, n):
-    "The first `n` prompts of the table in `source`, their pictures left where they are. Raises RecipeError when it has fewer."
-    rows = read_table(source, "prompts", Prompt)[:n]
+def take_prompts(parameters, folder):
+    """The first `n_prompts` prompts that a source has, their pictures left where they are if they are files; rows set aside on the way, and rows read.
+
+    Raises RecipeError when a source cannot be read or has fewer prompts."""
+    source, n = parameters["source"], parameters["n_prompts"]
+    options = {key: parameters[key] for key in INPUT_KEYS if key in parameters}
+    try:
+        if not options and input_kind(source) == "prompts":
+            rows, set_aside = read_table(source, "prompts", Prompt)[:n], []
+            rows, n_rows = [replace(p, image_path=os.path.relpath(Path(source) / p.image_path, folder)) for p in rows], len(rows)
+        else:
+            rows, set_aside, n_rows = make_prompts(read_input(source, **options), folder, source_name(source), n, copy=False)
+    except ValueError as e:
+        raise RecipeError(f"prompts.source: {e}") from e
     if len(rows) < n:
-        raise RecipeError(f"prompts.source: {n} prompts are needed (rounds x n_per_round), {source} has {len(rows)}")
-    write_table(folder, "prompts", [replace(p, image_path=os.path.relpath(Path(source) / p.image_path, folder)) for p in rows])
+        reasons = ", ".join(f"{k} {reason}" for reason, k in sorted(Counter(s.reason for s in set_aside).items()))
+        raise RecipeError(f"prompts.source: {n} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
+                          + (f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} {set_aside[0].detail})" if set_aside else ""))
+    return rows, set_aside, n_rows
 
 
 def prepare_prompts(step, folder):
@@ -50,13 +65,18 @@ def prepare_prompts(step, folder):
     n, rounds = p["n_per_round"], p["n_prompts"] // p["n_per_round"]
     stage = StageFolder(folder, "prompts", {"seed": p["seed"], "n_per_round": n})
     if p["source"] == "iconworld":
-        write_prompts(folder, {"train": n - p["n_dev"], "dev": p["n_dev"]}, blocks=rounds, seed=p["seed"])
+        rows = write_prompts(folder, {"train": n - p["n_dev"], "dev": p["n_dev"]}, blocks=rounds, seed=p["seed"])
+        set_aside, n_rows, found = [], len(rows), {}
     else:
-        take_prompts(p["source"], folder, p["n_prompts"])
-    rows = read_table(folder, "prompts", Prompt)
+        rows, set_aside, n_rows = take_prompts(p, folder)
+        found = {"source": source_name(p["source"]), "source_sha": source_sha(p["source"], p.get("split", "train"))}
+        if "n_dev" in p:
+            rows = [replace(row, split="dev" if k % n >= n - p["n_dev"] else "train") for k, row in enumerate(rows)]
+        write_table(folder, "set_aside-prompts", set_aside)
+        write_table(folder, "prompts", rows)
     if len({row.prompt_id for row in rows}) < len(rows):
         raise RecipeError(f"prompts.source: {p['source']} asks the same question about the same picture twice")
-    stage.finish(len(rows), len(rows), ["prompts"], rounds=[sha256_of(repr(rows[k * n : (k + 1) * n])) for k in range(rounds)])
+    stage.finish(n_rows, len(rows), ["prompts"], set_aside, **found, rounds=[sha256_of(repr(rows[k * n : (k + 1) * n])) for k in range(rounds)])
 
 # %% ../nbs/09_chain.ipynb #015b5475
 class StepError(RuntimeError):

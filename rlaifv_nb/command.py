@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVALUATE_OPTIONS', 'HELP', 'add_evaluation_commands', 'command_evaluate', 'command_leaderboard', 'Parser',
-           'make_parser', 'parse_settings', 'command_run', 'command_report', 'command_recipes', 'main']
+           'make_parser', 'add_import', 'add_export', 'parse_settings', 'command_run', 'command_report',
+           'command_import', 'command_export', 'command_recipes', 'main']
 
 # %% ../nbs/09_command.ipynb #c0a10003
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import yaml
 
 import rlaifv_nb
-from .chain import StepError, run_chain
+from .chain import StepError, describe_rows, run_chain
 from .recipes import RecipeError, RecipeLoader, load_recipe, merge, packaged_recipes
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
@@ -93,6 +94,8 @@ HELP = """RLAIF-V in notebooks: a vision-language model learns from its own veri
   rlaifv run tiny --rounds 3 --from 06_evaluation      a third round for the same run
   rlaifv run ablations            a recipe with variants: one run each, and a table that compares them
   rlaifv report runs/tiny         write report.html of a run, finished or not
+  rlaifv import photos --question "Describe the image." --out my_prompts      pictures and questions of your own
+  rlaifv export runs/tiny --to merged --out my_model      the trained model, or the run's pairs in public formats
   rlaifv recipes                  what can be run
   rlaifv evaluate MODEL --adapter FOLDER --bench amber --data FOLDER      measure a model on a benchmark's own files
   rlaifv evaluate --answers FILE --bench amber --data FOLDER              measure a file of answers
@@ -133,8 +136,40 @@ def make_parser():
     report.add_argument("folder", help="a run folder, finished or not")
     report.set_defaults(function=command_report)
     add_evaluation_commands(commands)
+    add_import(commands)
+    add_export(commands)
     commands.add_parser("recipes", help="list the recipes of this package", allow_abbrev=False).set_defaults(function=command_recipes)
     return parser
+
+
+def add_import(commands):
+    "The command line of `rlaifv import`."
+    parser = commands.add_parser("import", allow_abbrev=False, help="make a table of prompts from pictures and questions, or a later table from an official file")
+    parser.add_argument("source", help="a folder of pictures, a JSONL file (own or official), a Parquet or Arrow file, a dataset's folder, or dataset:NAME on the Hub")
+    parser.add_argument("--out", required=True, help="folder of the new table")
+    parser.add_argument("--question", help="the question about every picture that has none of its own")
+    parser.add_argument("--images", help="folder in which the source's pictures are found (default: where the source is)")
+    parser.add_argument("--image-column", help="a dataset's column of pictures (default: image)")
+    parser.add_argument("--question-column", help="a dataset's column of questions (default: question)")
+    parser.add_argument("--split", help="a dataset's split (default: train)")
+    parser.add_argument("--n-prompts", type=int, default=0, help="stop after so many usable rows (default: all)")
+    parser.add_argument("--no-copy", action="store_true", help="leave picture files where they are, and point to them")
+    for table, after in (("prompts", "SOURCE is an official file of a later step, about the prompts in this folder"),
+                         ("responses", "with --prompts: the responses of divided or checked rows"), ("claims", "with --prompts: the claims of checked rows")):
+        parser.add_argument(f"--{table}", help=after)
+    parser.set_defaults(function=command_import)
+
+
+def add_export(commands):
+    "The command line of `rlaifv export`."
+    parser = commands.add_parser("export", help="write a round of a run in a public form, or its adapter merged into the base", allow_abbrev=False)
+    parser.add_argument("folder", help="a run folder")
+    parser.add_argument("--to", required=True, help="official (the files of the official scripts), rlaifv-dataset, trl, or merged (weights for plain transformers)")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--round", type=int, default=0, help="the round (default: the last)")
+    parser.add_argument("--adapter", default="", help="with --to merged: another adapter than the round's own")
+    parser.add_argument("--logps", action="store_true", help="with --to rlaifv-dataset: the reference's log-probabilities as the column logps")
+    parser.set_defaults(function=command_export)
 
 
 def parse_settings(settings):
@@ -180,6 +215,40 @@ def command_report(args):
         print(f"report: {write_report(Path(args.folder))}")
     except ValueError as e:
         raise StepError(str(e)) from e
+
+
+def command_import(args):
+    "Makes a table from a source and says what became of its rows."
+    from rlaifv_nb.inputs import import_prompts
+    from rlaifv_nb.official import from_official
+
+    names = ("question", "images", "image_column", "question_column", "split")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    tables = {name: getattr(args, name) for name in ("prompts", "responses", "claims") if getattr(args, name)}
+    try:
+        if not tables:
+            stage = import_prompts(args.source, args.out, args.n_prompts, not args.no_copy, **options)
+        elif "prompts" not in tables or set(options) - {"images"} or args.n_prompts or args.no_copy:
+            raise ValueError("an official file of a later step needs --prompts, and of the other options only --responses, --claims and --images")
+        else:
+            stage = from_official(args.source, args.out, **tables, images=args.images or "")
+    except ValueError as e:
+        raise StepError(str(e)) from e
+    manifest = read_manifest(stage.path)
+    print(f"{args.out}: {', '.join(manifest['tables'])}: {describe_rows(manifest)}")
+    for reason, n in manifest["set_aside"].items():
+        print(f"  {n:,} {reason}")
+
+
+def command_export(args):
+    "Writes a round of a run in a public form and says how much."
+    from rlaifv_nb.formats import export_run
+
+    try:
+        written = export_run(args.folder, args.to, args.out, args.round, args.adapter, args.logps)
+    except ValueError as e:
+        raise StepError(str(e)) from e
+    print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in written.items()))
 
 
 def command_recipes(args):

@@ -10,6 +10,7 @@ __all__ = ['LOSSES', 'preference_loss', 'RowMaker', 'usable_pairs', 'reference_l
 # %% ../nbs/05_dpo.ipynb #ec0a4829
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .attention import KERNELS, kernel_for
 from .caches import ContentCache, features_problem, layout_problem, picture_features, remember, to_device, with_features
-from .models import OpenModel, answer_ids, checked, folder_sha, load_image, lora_targets, open_vlm, prompt_inputs, prompt_positions, save_adapter
+from .models import OpenModel, answer_ids, checked, folder_sha, lora_targets, open_vlm, prompt_inputs, prompt_positions, save_adapter, write_adapter_card
 from .packing import LAYOUTS, collate_rows, pack_by_budget, pack_row, row_logps
-from .records import Pair, Prompt, RefLogp, SetAside, StageFolder, read_table, resolve_path, seed_of, sha256_of, table_sha, write_table
+from .pictures import load_image
+from .records import Pair, Prompt, RefLogp, SetAside, StageFolder, read_manifest, read_table, resolve_path, seed_of, sha256_of, table_sha, write_table
 
 # %% ../nbs/05_dpo.ipynb #07e93e41
 LOSSES = ("sigmoid", "ipo", "hinge")
@@ -285,6 +287,7 @@ def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_ty
     inputs = {"prompts": table_sha(prompts, "prompts"), "pairs": table_sha(pairs, "pairs"), "policy": vlm.sha, "adapter": adapter_sha}
     stage = StageFolder(out, "dpo", parameters, inputs)
     if stage.is_done:
+        write_adapter_card(Path(out) / "adapter", read_manifest(out))
         return stage
     by_id, rows = {p.prompt_id: p for p in read_table(prompts, "prompts", Prompt)}, read_table(pairs, "pairs", Pair)
     vlm = vlm if adapter else new_adapter(vlm, lora_rank, lora_alpha, seed_of(seed, round, "lora"))
@@ -301,7 +304,8 @@ def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_ty
     save_adapter(vlm, Path(out) / "adapter", adapter)
     engine["not_cached"] = sum(c.skipped for c in (maker.features, known) if c)
     stage.finish(len(rows), len(good), ["reference", "training"], set_aside, preflight=checks, engine=engine, train_pairs=len(train), dev_pairs=len(dev),
-                 adapter_sha=folder_sha(Path(out) / "adapter"), **best)
+                 adapter_sha=folder_sha(Path(out) / "adapter"), sources=dict(Counter(p.source.partition("/")[0] for p in by_id.values())), **vlm.notes, **best)
+    write_adapter_card(Path(out) / "adapter", read_manifest(out))
     for work in ("checkpoints", "cache"):
         shutil.rmtree(Path(out) / work, ignore_errors=True)
     return stage

@@ -156,7 +156,7 @@ def run_evaluation(out, policy, adapters="", quantisation="none", n_scenes=1000,
             stage.map(f"cases-{k}", scenes, lambda chunk: (evaluate_batch(vlm, name, chunk, max_new_tokens, seed), []), batch_size)
             scores += score_cases(read_cases(out, k), seed)
         write_table(out, "scores", scores)
-        stage.finish(n_scenes * len(named), n_scenes * len(named), ["scores"] + [f"cases-{k}" for k in range(len(named))])
+        stage.finish(n_scenes * len(named), n_scenes * len(named), ["scores"] + [f"cases-{k}" for k in range(len(named))], **vlm.notes)
     return stage
 
 

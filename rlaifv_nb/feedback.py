@@ -18,7 +18,7 @@ def label_of(p_yes, p_no, abstain_mass=0.1):
 # %% ../nbs/03_feedback.ipynb #35380d3b
 def judge_claims(prompts, claims_of, folder, p_yes_no, abstain_mass=0.1):
     "Verdicts for all claims about a batch of prompts (`claims_of` maps prompt ids to claims), and the claims set aside."
-    from rlaifv_nb.models import load_pictures
+    from rlaifv_nb.pictures import load_pictures
 
     usable, pictures, unreadable = load_pictures([p for p in prompts if claims_of.get(p.prompt_id)], folder)
     set_aside = [SetAside(c.claim_id, s.reason, s.detail) for s in unreadable for c in claims_of[s.row_id]]
@@ -48,5 +48,5 @@ def run_feedback(prompts, responses, claims, out, vlm, abstain_mass=0.1, batch_s
         stage.map("verdicts", asked, lambda chunk: judge_claims(chunk, claims_of, prompts, p_yes_no, abstain_mass), batch_size)
         verdicts = read_table(out, "verdicts", Verdict)
         stage.finish(len(rows), len(verdicts), ["verdicts"], stage.set_aside("verdicts"),
-                     labels={label: sum(v.label == label for v in verdicts) for label in ("yes", "no", "abstain")})
+                     labels={label: sum(v.label == label for v in verdicts) for label in ("yes", "no", "abstain")}, **vlm.notes)
     return read_table(out, "verdicts", Verdict)

@@ -136,13 +136,13 @@ def run_guided_decoding(prompts, out, policy, adapter, quantisation="none", n_ca
         candidates = read_candidates(out)
         set_aside = [s for source in ("base", "aligned") for s in stage.set_aside(f"candidates-{source}")]
         write_table(out, "choices", make_choices(candidates, beta))
-        stage.finish(2 * len(rows) * n_candidates, len(candidates), ["candidates-base", "candidates-aligned", "choices"], set_aside)
+        stage.finish(2 * len(rows) * n_candidates, len(candidates), ["candidates-base", "candidates-aligned", "choices"], set_aside, **vlm.notes)
     return stage
 
 
 def _candidates_of(vlm, source, folder, n, temperature, max_new_tokens, seed, prompts):
     "Candidates of a batch of prompts; unreadable pictures are set aside, once for each missing candidate."
-    from rlaifv_nb.models import load_pictures
+    from rlaifv_nb.pictures import load_pictures
 
     usable, pictures, unreadable = load_pictures(prompts, folder)
     set_aside = [SetAside(response_id_of(s.row_id, i), s.reason, s.detail) for s in unreadable for i in range(n)]

@@ -22,7 +22,7 @@ def temperature_of(sample_index, temperature, second_temperature=0.0):
 # %% ../nbs/01_sampling.ipynb #6ee71c56
 def sample_responses(prompts, folder, generate, n_samples, temperature, second_temperature=0.0, seed=0, round=1):
     "N responses to each prompt, and the prompts set aside. `generate` gets pictures, questions, N seeds and N temperatures a prompt."
-    from rlaifv_nb.models import load_pictures
+    from rlaifv_nb.pictures import load_pictures
 
     usable, pictures, set_aside = load_pictures(prompts, folder)
     plans = [plan_responses(p, n_samples, seed, round) for p in usable]
@@ -70,5 +70,5 @@ def run_sampling(prompts, out, vlm, first_prompt=0, n_prompts=0, n_samples=10, t
         stage.map("responses", rows, work, batch_size)
         set_aside, responses = stage.set_aside("responses"), read_table(out, "responses", Response)
         stage.finish(len(rows) * n_samples, len(responses), ["responses"], [s for s in set_aside for _ in range(n_samples)],
-                     truncated=sum(r.finish_reason == "length" for r in responses))
+                     truncated=sum(r.finish_reason == "length" for r in responses), **vlm.notes)
     return read_table(out, "responses", Response)

@@ -16,7 +16,8 @@ from workload import (SIZES, answer_length, check_equal, check_gradients, gradie
                       start_training, status_bytes, text_of, trl_batch, trl_logps, trl_step, with_lora, write_json)
 
 from rlaifv_nb.caches import ContentCache
-from rlaifv_nb.models import load_image, prompt_inputs, prompt_positions, surface_ids, unsampled_ids
+from rlaifv_nb.models import prompt_inputs, prompt_positions, surface_ids, unsampled_ids
+from rlaifv_nb.pictures import load_image
 from rlaifv_nb.packing import collate_rows, pack_row, row_logps
 from rlaifv_nb.prefix import branch_logps, read_prompts, sample_branches, stack_inputs, yes_no_asker
 from rlaifv_nb.records import YES_NO_SUFFIX

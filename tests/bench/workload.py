@@ -24,7 +24,8 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
 
 from rlaifv_nb.attention import sharing_problem
 from rlaifv_nb.caches import to_device, with_features
-from rlaifv_nb.models import OpenModel, answer_ids, load_image, lora_targets, prompt_inputs
+from rlaifv_nb.models import OpenModel, answer_ids, lora_targets, prompt_inputs
+from rlaifv_nb.pictures import load_image
 from rlaifv_nb.packing import collate_rows, pack_row, row_logps
 from rlaifv_nb.records import YES_NO_SUFFIX, sha256_of
 
