@@ -87,7 +87,7 @@ def run_claims(prompts, responses, out, llm, divide="facts", max_new_tokens=256,
     "The stage: splits every response into claims with their questions, a shard for each batch, and writes the manifest."
     if divide not in DIVIDES:
         raise ValueError(f"divide={divide!r} is not supported: choose one of {', '.join(DIVIDES)}")
-    parameters = dict(divide=divide, max_new_tokens=max_new_tokens, batch_size=batch_size, prompt_sha=PROMPT_SHA)
+    parameters = dict(divide=divide, max_new_tokens=max_new_tokens, batch_size=batch_size, prompt_sha=PROMPT_SHA, **llm.settings)
     inputs = {"prompts": table_sha(prompts, "prompts"), "responses": table_sha(responses, "responses"), "splitter": llm.sha}
     stage = StageFolder(out, "claims", parameters, inputs)
     rows = read_table(responses, "responses", Response)
