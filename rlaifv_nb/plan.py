@@ -9,7 +9,7 @@ __all__ = ['GIB', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'UTILISATION', 'BANDWIDTH
            'seconds_of', 'disk_of', 'stage_parameters', 'plan_stage', 'advise', 'plan_recipe', 'plan_table',
            'detected_card', 'card_of', 'speeds_of', 'print_plan']
 
-# %% ../nbs/09_plan.ipynb #bf969d72
+# %% ../nbs/09_plan.ipynb #1ae758a2
 import ast
 import json
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from pathlib import Path
 from .recipes import RecipeError, open_notebook, plan_run
 from .records import resolve_path
 
-# %% ../nbs/09_plan.ipynb #ac77c55d
+# %% ../nbs/09_plan.ipynb #32ebe46b
 GIB = 2**30
 
 
@@ -64,7 +64,7 @@ class StagePlan:
         "GiB on a card (None: the CPU), with its reserve."
         return (self.weights + self.work * (1 + (FRAGMENTS if card else 0))) / GIB + (CONTEXT_GIB if card else 0)
 
-# %% ../nbs/09_plan.ipynb #85071ba9
+# %% ../nbs/09_plan.ipynb #5f0e73c6
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -96,7 +96,7 @@ def read_model(folder):
     except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError):
         return config, None, "no processor in " + Path(folder).name
 
-# %% ../nbs/09_plan.ipynb #0797b292
+# %% ../nbs/09_plan.ipynb #fe1bb025
 def tiles_of(config, width, height):
     "Tiles of a picture of any resolution, the small view of the whole included."
     kind, side = config.model_type, config.vision_config.image_size
@@ -142,7 +142,7 @@ def assumed_prompt(vlm, lengths):
 
     config = vlm.core.config
     shape, more = picture_shapes(config, lengths.picture)
-    picture, found = {"pixel_values": torch.empty(shape, device="meta"), **more}, []
+    picture, found = {"pixel_values": torch.ones(shape), **more}, []
     dry_peak(vlm, lambda: found.append(len(picture_features(vlm, picture | {"input_ids": None}))))
     before, start, end = lengths.question // 2, *(getattr(config, f"vision_{x}_token_id", None) for x in ("start", "end"))
     ids = [1] * before + ([start] if start else []) + [config.image_token_id] * found[0] + ([end] if end else []) + [1] * (lengths.question - before)
@@ -175,7 +175,7 @@ def prompts_of(vlm, problem, source, lengths):
     sizes = [p["input_ids"].shape[1] for p in prompts]
     return prompts[sizes.index(max(sizes))], sum(sizes) / len(sizes), f"up to {max(sizes)} tokens a prompt, from the processor and {len(prompts)} prompts"
 
-# %% ../nbs/09_plan.ipynb #ef49c2ef
+# %% ../nbs/09_plan.ipynb #2f203f23
 def parameter_defaults(path):
     "Parameter -> default of a notebook's parameters cell."
     cells = [c.source for c in open_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
@@ -225,7 +225,7 @@ def work_of(notebook, p, vlm, prompt, lengths, device):
     work = peak(lambda: dry.guided_work(vlm, prompts, p["n_candidates"], p["max_new_tokens"], p["temperature"]))
     return work, f"{n} prompts of {size} x {p['n_candidates']} answers of {p['max_new_tokens']}"
 
-# %% ../nbs/09_plan.ipynb #8c90dce3
+# %% ../nbs/09_plan.ipynb #fec59885
 def counts_of(notebook, p, recipe, prompt_tokens, lengths, shares):
     "Tokens that are read or scored, and sampled, by a stage in one round, and the steps of sampling."
     n, answer = recipe.prompts["n_per_round"], min(lengths.answer, p.get("answer", lengths.answer))
@@ -269,8 +269,8 @@ def disk_of(notebook, p, recipe, vlm, prompt):
     features = int((prompt["input_ids"] == vlm.core.config.image_token_id).sum()) * vlm.core.config.get_text_config().hidden_size * vlm.core.dtype.itemsize
     return int(min(p["cache_gb"] * 1e9, features * recipe.prompts["n_per_round"]) + 2 * 3 * adapter + recipe.rounds * adapter)
 
-# %% ../nbs/09_plan.ipynb #485bed8b
-def stage_parameters(recipe, notebooks, device):
+# %% ../nbs/09_plan.ipynb #96e1992d
+def stage_parameters(recipe, notebooks):
     "Notebook -> all parameters of its first round, defaults included, and what other stages say that matters to it."
     found = {}
     for step in plan_run(recipe):
@@ -326,7 +326,7 @@ def advise(notebook, p, recipe, card, lengths, configs):
 def plan_recipe(recipe, notebooks, card=None, lengths=Lengths(), configs="", speeds=None):
     "All `StagePlan`s of a checked recipe on a card (None: the CPU), with advice where one does not fit, and lines about lengths. `speeds`: tokens a second by stage."
     plans, lines = [], []
-    for notebook, p in stage_parameters(recipe, notebooks, "cuda" if card else "cpu").items():
+    for notebook, p in stage_parameters(recipe, notebooks).items():
         plan, line = plan_stage(notebook, p, recipe, card, lengths, configs, (speeds or {}).get(notebook, 0.0))
         if card and plan.gib(card) > card.gib:
             plan = replace(plan, advice=advise(notebook, p, recipe, card, lengths, configs))
@@ -334,7 +334,7 @@ def plan_recipe(recipe, notebooks, card=None, lengths=Lengths(), configs="", spe
         lines.append(line)
     return plans, lines
 
-# %% ../nbs/09_plan.ipynb #654fd009
+# %% ../nbs/09_plan.ipynb #02c0a9f5
 def plan_table(plans, card=None):
     "The plan as a table in text: a line a stage."
     rows = [["stage", "model", "weights", "work", "GiB", "", "Mtokens", "hours", "GB disk", "longest batch"]]
