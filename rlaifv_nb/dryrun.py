@@ -8,7 +8,7 @@ __all__ = ['aten', 'is_tensor', 'on_meta', 'as_indices', 'emptied', 'Meter', 'pl
            'weight_bytes', 'dry_peak', 'fast_forward', 'sampling_work', 'scored', 'feedback_work', 'guided_work',
            'claims_work', 'pair_row', 'has_deep_features', 'training_work', 'reference_work']
 
-# %% ../nbs/09_dryrun.ipynb #b2cf7322
+# %% ../nbs/09_dryrun.ipynb #edad6e64
 import weakref
 from unittest.mock import patch
 
@@ -26,7 +26,7 @@ from .prefix import RoomLayer, grow, pick_tokens, read_prompts, score_branches
 
 aten = torch.ops.aten
 
-# %% ../nbs/09_dryrun.ipynb #fc1c4e8a
+# %% ../nbs/09_dryrun.ipynb #d22e9bec
 def is_tensor(x):
     "Whether it is a tensor."
     return isinstance(x, torch.Tensor)
@@ -97,7 +97,7 @@ def placed(func, args, kwargs):
             args, kwargs = tree_map(emptied, (args, kwargs))
     return args, kwargs
 
-# %% ../nbs/09_dryrun.ipynb #c39d750e
+# %% ../nbs/09_dryrun.ipynb #632faba3
 class KernelAttention(torch.autograd.Function):
     "What an attention kernel allocates and keeps."
 
@@ -163,7 +163,7 @@ def nf4_bytes(n):
     scales = -(-n // 64)
     return -(-n // 2) + scales + 4 * -(-scales // 256) + 4 * (256 + 16 + 1)
 
-# %% ../nbs/09_dryrun.ipynb #ae23218f
+# %% ../nbs/09_dryrun.ipynb #9082b368
 class DryModel(OpenModel):
     "A model without weights, as `open_vlm` would open it. Its device is the CPU, where token ids and masks are."
 
@@ -220,7 +220,7 @@ def dry_peak(vlm, run, device="cpu"):
         run()
     return meter.peak
 
-# %% ../nbs/09_dryrun.ipynb #9626fbf8
+# %% ../nbs/09_dryrun.ipynb #64593b23
 def fast_forward(branches, place):
     "Sets growing branches to where they will be after `place` tokens."
     for layer in branches.cache.layers:

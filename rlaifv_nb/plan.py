@@ -9,7 +9,7 @@ __all__ = ['GIB', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'UTILISATION', 'BANDWIDTH
            'seconds_of', 'disk_of', 'stage_parameters', 'plan_stage', 'advise', 'plan_recipe', 'plan_table',
            'detected_card', 'card_of', 'speeds_of', 'print_plan']
 
-# %% ../nbs/09_plan.ipynb #1ae758a2
+# %% ../nbs/09_plan.ipynb #a11e33af
 import ast
 import json
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from pathlib import Path
 from .recipes import RecipeError, open_notebook, plan_run
 from .records import resolve_path
 
-# %% ../nbs/09_plan.ipynb #32ebe46b
+# %% ../nbs/09_plan.ipynb #c109cd79
 GIB = 2**30
 
 
@@ -64,7 +64,7 @@ class StagePlan:
         "GiB on a card (None: the CPU), with its reserve."
         return (self.weights + self.work * (1 + (FRAGMENTS if card else 0))) / GIB + (CONTEXT_GIB if card else 0)
 
-# %% ../nbs/09_plan.ipynb #5f0e73c6
+# %% ../nbs/09_plan.ipynb #48711def
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -96,7 +96,7 @@ def read_model(folder):
     except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError):
         return config, None, "no processor in " + Path(folder).name
 
-# %% ../nbs/09_plan.ipynb #fe1bb025
+# %% ../nbs/09_plan.ipynb #3464a46a
 def tiles_of(config, width, height):
     "Tiles of a picture of any resolution, the small view of the whole included."
     kind, side = config.model_type, config.vision_config.image_size
@@ -175,7 +175,7 @@ def prompts_of(vlm, problem, source, lengths):
     sizes = [p["input_ids"].shape[1] for p in prompts]
     return prompts[sizes.index(max(sizes))], sum(sizes) / len(sizes), f"up to {max(sizes)} tokens a prompt, from the processor and {len(prompts)} prompts"
 
-# %% ../nbs/09_plan.ipynb #2f203f23
+# %% ../nbs/09_plan.ipynb #d69e5b7b
 def parameter_defaults(path):
     "Parameter -> default of a notebook's parameters cell."
     cells = [c.source for c in open_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
@@ -225,7 +225,7 @@ def work_of(notebook, p, vlm, prompt, lengths, device):
     work = peak(lambda: dry.guided_work(vlm, prompts, p["n_candidates"], p["max_new_tokens"], p["temperature"]))
     return work, f"{n} prompts of {size} x {p['n_candidates']} answers of {p['max_new_tokens']}"
 
-# %% ../nbs/09_plan.ipynb #fec59885
+# %% ../nbs/09_plan.ipynb #280c97d2
 def counts_of(notebook, p, recipe, prompt_tokens, lengths, shares):
     "Tokens that are read or scored, and sampled, by a stage in one round, and the steps of sampling."
     n, answer = recipe.prompts["n_per_round"], min(lengths.answer, p.get("answer", lengths.answer))
@@ -269,7 +269,7 @@ def disk_of(notebook, p, recipe, vlm, prompt):
     features = int((prompt["input_ids"] == vlm.core.config.image_token_id).sum()) * vlm.core.config.get_text_config().hidden_size * vlm.core.dtype.itemsize
     return int(min(p["cache_gb"] * 1e9, features * recipe.prompts["n_per_round"]) + 2 * 3 * adapter + recipe.rounds * adapter)
 
-# %% ../nbs/09_plan.ipynb #96e1992d
+# %% ../nbs/09_plan.ipynb #8f4a6342
 def stage_parameters(recipe, notebooks):
     "Notebook -> all parameters of its first round, defaults included, and what other stages say that matters to it."
     found = {}
@@ -305,19 +305,18 @@ def plan_stage(notebook, p, recipe, card, lengths, configs="", speed=0.0):
 def advise(notebook, p, recipe, card, lengths, configs):
     "Which key to change, and to what, so that the stage fits the card; or that nothing helps."
     fits = lambda changed: plan_stage(notebook, p | changed, recipe, card, lengths, configs)[0].gib(card) <= card.gib
-    tries = [{"gradient_checkpointing": True}] if notebook == "05_dpo" and not p["gradient_checkpointing"] else []
-    base = dict(tries[0]) if tries else {}
-    for key in (k for k in LOWERED[notebook] if k in p):
-        value = p[key]
-        while value > 1:
-            value = value // 2
-            tries.append(base | {key: value})
-            if key == "max_tokens" and value <= 1024:
-                break
-        base = base | {key: value}
-    if p["quantisation"] == "none":
-        tries += [{"quantisation": "nf4"}, base | {"quantisation": "nf4"}]
-    if not fits(tries[-1] if p["quantisation"] == "none" else base):
+    def milder_to_stronger(tried):
+        tries = [tried]
+        if notebook == "05_dpo" and not p["gradient_checkpointing"]:
+            tries.append(tried | {"gradient_checkpointing": True})
+        for key in (k for k in LOWERED[notebook] if k in p):
+            while (value := tries[-1].get(key, p[key]) // 2) >= (512 if key == "max_tokens" else 1):
+                tries.append(tries[-1] | {key: value})
+        return tries
+
+    as_it_is, packed = milder_to_stronger({}), milder_to_stronger({"quantisation": "nf4"}) if p["quantisation"] == "none" else []
+    tries = next((some for some in (as_it_is, packed) if some and fits(some[-1])), [])
+    if not tries:
         return "no setting of this stage fits: take a smaller model or a larger card"
     changed = next(t for t in tries if fits(t))
     return "set " + " and ".join(f"{notebook}.{key}={json.dumps(value)}" for key, value in changed.items())
@@ -334,7 +333,7 @@ def plan_recipe(recipe, notebooks, card=None, lengths=Lengths(), configs="", spe
         lines.append(line)
     return plans, lines
 
-# %% ../nbs/09_plan.ipynb #02c0a9f5
+# %% ../nbs/09_plan.ipynb #98cf1404
 def plan_table(plans, card=None):
     "The plan as a table in text: a line a stage."
     rows = [["stage", "model", "weights", "work", "GiB", "", "Mtokens", "hours", "GB disk", "longest batch"]]
