@@ -272,7 +272,8 @@ def run_claims(prompts, responses, out, llm, divide="facts", max_new_tokens=256,
     if divide not in DIVIDES:
         raise ValueError(f"divide={divide!r} is not supported: choose one of {', '.join(DIVIDES)}")
     templates = templates or read_templates()
-    parameters = dict(divide=divide, max_new_tokens=max_new_tokens, batch_size=batch_size, prompt_sha=templates.sha, check_questions=check_questions)
+    parameters = dict(divide=divide, max_new_tokens=max_new_tokens, batch_size=batch_size, prompt_sha=templates.sha, check_questions=check_questions,
+                      **llm.settings)
     inputs = {"prompts": table_sha(prompts, "prompts"), "responses": table_sha(responses, "responses"), "splitter": llm.sha}
     stage = StageFolder(out, "claims", parameters, inputs)
     rows = read_table(responses, "responses", Response)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVALUATE_OPTIONS', 'HELP', 'add_evaluation_commands', 'command_evaluate', 'command_leaderboard', 'Parser',
-           'make_parser', 'add_import', 'add_export', 'parse_settings', 'command_run', 'command_report',
+           'make_parser', 'add_import', 'add_export', 'parse_settings', 'command_run', 'command_plan', 'command_report',
            'command_import', 'command_export', 'command_recipes', 'main']
 
 # %% ../nbs/09_command.ipynb #c0a10003
@@ -17,7 +17,7 @@ import yaml
 
 import rlaifv_nb
 from .chain import StepError, describe_rows, run_chain
-from .recipes import RecipeError, RecipeLoader, load_recipe, merge, packaged_recipes
+from .recipes import RecipeError, RecipeLoader, check_recipe, load_recipe, merge, packaged_recipes
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
 
@@ -94,6 +94,7 @@ HELP = """RLAIF-V in notebooks: a vision-language model learns from its own veri
   rlaifv run tiny --rounds 3 --from 06_evaluation      a third round for the same run
   rlaifv run ablations            a recipe with variants: one run each, and a table that compares them
   rlaifv report runs/tiny         write report.html of a run, finished or not
+  rlaifv plan llava15-7b-24gb --gpu 24      before anything is loaded: memory, tokens, hours, disk; refuses what cannot fit
   rlaifv import photos --question "Describe the image." --out my_prompts      pictures and questions of your own
   rlaifv export runs/tiny --to merged --out my_model      the trained model, or the run's pairs in public formats
   rlaifv recipes                  what can be run
@@ -132,6 +133,14 @@ def make_parser():
     run.add_argument("--round", type=int, default=0, help="the round that --from means")
     run.add_argument("--keep-code", action="store_true", help="go on although the code of a notebook has changed since its step was made")
     run.set_defaults(function=command_run)
+    plan = commands.add_parser("plan", help="what a recipe will take, and whether it fits", allow_abbrev=False)
+    plan.add_argument("recipe", help="a packaged name or a file that ends in .yaml")
+    plan.add_argument("--gpu", type=int, default=0, metavar="GB", help="a card of 8, 24, 40 or 80 GB (default: this machine's own, or the CPU)")
+    plan.add_argument("--set", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE", help="another value, as for run")
+    plan.add_argument("--configs", default="", metavar="FOLDER", help="where <Hub id>/config.json is looked for first")
+    plan.add_argument("--tokens-per-second", type=float, default=0.0, metavar="N", help="speed of every stage")
+    plan.add_argument("--speeds", default="", metavar="FILE", help="measured speeds: a JSON object of stages and tokens a second")
+    plan.set_defaults(function=command_plan)
     report = commands.add_parser("report", help="write the report of a run folder", allow_abbrev=False)
     report.add_argument("folder", help="a run folder, finished or not")
     report.set_defaults(function=command_report)
@@ -207,6 +216,16 @@ def command_run(args):
     else:
         run_chain(recipe, run, notebooks, args.remake, args.round, args.keep_code)
     return command_report(argparse.Namespace(folder=run))
+
+
+def command_plan(args):
+    "Prints what a recipe will take. Raises RecipeError naming the key to change when a stage does not fit."
+    from rlaifv_nb.plan import card_of, print_plan, speeds_of
+
+    notebooks = package_folder("nbs")
+    recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
+    for one in recipe.variants.values() or [recipe]:
+        print_plan(one, notebooks, card_of(args.gpu), configs=args.configs, speeds=speeds_of(args.speeds, args.tokens_per_second))
 
 
 def command_report(args):

@@ -270,8 +270,8 @@ def training_maker(maker, pair, cache, cache_gb):
     return replace(maker, layout=engine["layout"], features=None if problem else ContentCache(f"{cache}/features", cache_gb)), engine
 
 
-def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=1.0,
-            lora_rank=16, lora_alpha=32, batch_size=16, layout="packed", kernel="auto", max_tokens=8192, cache="",
+def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", dtype="auto", attention="auto", loss_type="sigmoid", beta=0.1,
+            label_smoothing=0.0, nll_weight=1.0, lora_rank=16, lora_alpha=32, batch_size=16, layout="packed", kernel="auto", max_tokens=8192, cache="",
             cache_gb=4.0, seed=0, round=1, **training):
     """The stage: reference, preflight, training, adapter with lineage, manifest. `training` goes to `train_adapter`.
 
@@ -280,8 +280,8 @@ def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_ty
     loss = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight)
     checked(layout, LAYOUTS, "layout")
     checked(kernel, KERNELS, "kernel")
-    vlm = open_vlm(policy, adapter, quantisation=quantisation, trainable=True, share_prefix=layout != "plain")
-    parameters = loss | dict(quantisation=quantisation, lora_rank=lora_rank, lora_alpha=lora_alpha, batch_size=batch_size, layout=layout, kernel=kernel,
+    vlm = open_vlm(policy, adapter, dtype, quantisation, attention, trainable=True, share_prefix=layout != "plain")
+    parameters = loss | vlm.settings | dict(lora_rank=lora_rank, lora_alpha=lora_alpha, batch_size=batch_size, layout=layout, kernel=kernel,
                              max_tokens=max_tokens, cached=cache_gb > 0, seed=seed, round=round) | training
     adapter_sha = folder_sha(Path(resolve_path(adapter))) if adapter else ""
     inputs = {"prompts": table_sha(prompts, "prompts"), "pairs": table_sha(pairs, "pairs"), "policy": vlm.sha, "adapter": adapter_sha}

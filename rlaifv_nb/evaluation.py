@@ -139,20 +139,20 @@ def parse_adapters(adapters):
     return dict(p.split("=", 1) for p in parts)
 
 
-def run_evaluation(out, policy, adapters="", quantisation="none", n_scenes=1000, split="test", max_new_tokens=128, batch_size=100, seed=0):
+def run_evaluation(out, policy, adapters="", quantisation="none", dtype="auto", attention="auto", n_scenes=1000, split="test", max_new_tokens=128, batch_size=100, seed=0):
     "The stage: cases and scores of the base and of every adapter, and the manifest."
     from rlaifv_nb.models import folder_sha, model_folder, open_vlm
     from rlaifv_nb.records import resolve_path
 
     named = {"base": ""} | parse_adapters(adapters)
-    parameters = dict(models=list(named), quantisation=quantisation, n_scenes=n_scenes, split=split, max_new_tokens=max_new_tokens,
+    parameters = dict(models=list(named), quantisation=quantisation, dtype=dtype, attention=attention, n_scenes=n_scenes, split=split, max_new_tokens=max_new_tokens,
                       batch_size=batch_size, seed=seed, protocol=PROTOCOL)
     inputs = {"policy": folder_sha(model_folder(policy))} | {name: folder_sha(resolve_path(a)) for name, a in named.items() if a}
     stage = StageFolder(out, "evaluation", parameters, inputs)
     if not stage.is_done:
         scenes, scores = [make_scene(split, i) for i in range(n_scenes)], []
         for k, (name, adapter) in enumerate(named.items()):
-            vlm = open_vlm(policy, adapter, quantisation=quantisation)
+            vlm = open_vlm(policy, adapter, dtype, quantisation, attention)
             stage.map(f"cases-{k}", scenes, lambda chunk: (evaluate_batch(vlm, name, chunk, max_new_tokens, seed), []), batch_size)
             scores += score_cases(read_cases(out, k), seed)
         write_table(out, "scores", scores)

@@ -33,7 +33,7 @@ def judge_claims(prompts, claims_of, folder, p_yes_no, abstain_mass=0.1):
 # %% ../nbs/03_feedback.ipynb #d7882a68
 def run_feedback(prompts, responses, claims, out, vlm, abstain_mass=0.1, batch_size=32, labeler_adapter_sha=""):
     "The stage: judges all claims, a shard for each batch of prompts, and writes the manifest."
-    parameters = dict(abstain_mass=abstain_mass, batch_size=batch_size, sharing=vlm.sharing, suffix=YES_NO_SUFFIX)
+    parameters = dict(abstain_mass=abstain_mass, batch_size=batch_size, **vlm.settings, suffix=YES_NO_SUFFIX)
     inputs = {t: table_sha(folder, t) for t, folder in (("prompts", prompts), ("responses", responses), ("claims", claims))}
     stage = StageFolder(out, "feedback", parameters, inputs | {"labeler": vlm.sha, "labeler_adapter": labeler_adapter_sha})
     prompt_of = {r.response_id: r.prompt_id for r in read_table(responses, "responses", Response)}

@@ -116,16 +116,16 @@ def make_choices(candidates, beta=0.1):
     return choices
 
 
-def run_guided_decoding(prompts, out, policy, adapter, quantisation="none", n_candidates=64, temperature=0.9, beta=0.1, max_new_tokens=512,
-                        batch_size=8, seed=0, share_prefix=True):
+def run_guided_decoding(prompts, out, policy, adapter, quantisation="none", dtype="auto", attention="auto", n_candidates=64, temperature=0.9,
+                        beta=0.1, max_new_tokens=512, batch_size=8, seed=0, share_prefix=True):
     "The stage: candidates of both policies with rewards, choices, and the manifest."
     from functools import partial
 
     from rlaifv_nb.models import folder_sha, open_vlm
     from rlaifv_nb.records import resolve_path
 
-    vlm = open_vlm(policy, adapter, quantisation=quantisation, share_prefix=share_prefix)
-    parameters = dict(quantisation=quantisation, sharing=vlm.sharing, n_candidates=n_candidates, temperature=temperature, beta=beta, max_new_tokens=max_new_tokens,
+    vlm = open_vlm(policy, adapter, dtype, quantisation, attention, share_prefix=share_prefix)
+    parameters = vlm.settings | dict(n_candidates=n_candidates, temperature=temperature, beta=beta, max_new_tokens=max_new_tokens,
                       batch_size=batch_size, seed=seed)
     inputs = {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": folder_sha(Path(resolve_path(adapter)))}
     stage, rows = StageFolder(out, "guided_decoding", parameters, inputs), read_table(prompts, "prompts", Prompt)

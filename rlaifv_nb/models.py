@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PICTURE_PART', 'QUANTISATIONS', 'ATTENTIONS', 'DTYPES', 'ADAPTER_CARD', 'language_model_name', 'lora_targets',
-           'unquantised_modules', 'missing_parts', 'checked', 'model_folder', 'folder_sha', 'OpenModel',
-           'quantisation_config', 'keep_4bit_weights_unpacked', 'open_weights', 'sharing_of', 'open_vlm', 'open_llm',
-           'adapter_lineage', 'with_adapter', 'save_adapter', 'card_name', 'card_facts', 'write_adapter_card',
-           'chat_messages', 'prompt_inputs', 'prompt_positions', 'prompt_text', 'answer_ids', 'text_behind_picture',
-           'sibling_ids', 'unsampled_ids', 'surface_ids']
+           'unquantised_modules', 'missing_parts', 'checked', 'attention_for', 'model_folder', 'folder_sha',
+           'OpenModel', 'quantisation_config', 'keep_4bit_weights_unpacked', 'open_weights', 'sharing_of', 'open_vlm',
+           'open_llm', 'adapter_lineage', 'with_adapter', 'save_adapter', 'card_name', 'card_facts',
+           'write_adapter_card', 'chat_messages', 'prompt_inputs', 'prompt_positions', 'prompt_text', 'answer_ids',
+           'text_behind_picture', 'sibling_ids', 'unsampled_ids', 'surface_ids']
 
 # %% ../nbs/00_models.ipynb #621ea032
 import hashlib
@@ -16,6 +16,7 @@ import inspect
 import json
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def missing_parts(vlm):
 
 # %% ../nbs/00_models.ipynb #0915dc15
 QUANTISATIONS = ("none", "nf4")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "flex_attention", "eager")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,6 +75,22 @@ def checked(value, allowed, name):
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(map(str, allowed))}")
     return value
+
+
+def attention_for(attention, device, dtype):
+    """The attention that `auto` stands for on a device (cpu or cuda) with a dtype; any other is itself.
+
+    Raises ValueError for an unknown one and for one that cannot run there, ImportError when its package is missing."""
+    installed = find_spec("flash_attn") is not None
+    if checked(attention, ATTENTIONS, "attention") == "auto":
+        return "flash_attention_2" if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and installed else "sdpa"
+    if attention == "flash_attention_2" and not installed:
+        raise ImportError("attention='flash_attention_2' needs the package flash-attn (pip install flash-attn); 'sdpa' and 'flex_attention' need none")
+    if attention in ("flash_attention_2", "flex_attention") and device != "cuda":
+        raise ValueError(f"attention={attention!r} needs a CUDA device, this is {device}: choose 'sdpa', 'eager' or 'auto'")
+    if attention == "flash_attention_2" and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention='flash_attention_2' needs dtype bfloat16 or float16, not {str(dtype).removeprefix('torch.')}: choose 'sdpa' or 'auto'")
+    return attention
 
 
 def model_folder(name):
@@ -121,6 +138,16 @@ class OpenModel:
     def core(self):
         "The transformers model itself, inside PEFT's wrapper if there is one."
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def settings(self):
+        """How the model was opened, for a manifest: `dtype`, `quantisation`, `attention`, `sharing`. `attention` names what really runs; while branches
+        share their prompt, this is `rlaifv_branches` in the language model ([00_attention](00_attention.ipynb)), whatever was asked for."""
+        config, text = self.core.config, self.core.config.get_text_config()
+        others = [getattr(config, key) for key in config.sub_configs if getattr(config, key) is not text] if text is not config else []
+        kinds = [text._attn_implementation, *sorted({c._attn_implementation for c in others if c is not None})]
+        return {"dtype": str(self.core.dtype).removeprefix("torch."), "quantisation": self.quantisation, "attention": ", vision: ".join(kinds),
+                "sharing": self.sharing}
 
     @cached_property
     def special_ids(self):
@@ -175,7 +202,7 @@ def open_weights(auto_class, name, dtype, quantisation, attention):
         skipped = unquantised_modules(auto_class.from_config(AutoConfig.from_pretrained(folder, local_files_only=True)))
     dtype = DTYPES[checked(dtype, DTYPES, "dtype")] or (torch.bfloat16 if device == "cuda" else torch.float32)
     model = auto_class.from_pretrained(
-        folder, dtype=dtype, device_map=device, attn_implementation=checked(attention, ATTENTIONS, "attention"),
+        folder, dtype=dtype, device_map=device, attn_implementation=attention_for(attention, device, dtype),
         quantization_config=quantisation_config(quantisation, dtype, skipped), use_safetensors=True, local_files_only=True)
     keep_4bit_weights_unpacked(model)
     return model.eval(), folder
@@ -186,7 +213,7 @@ def sharing_of(model, share_prefix):
     return sharing_problem(model) if share_prefix else "share_prefix is false"
 
 
-def open_vlm(name, adapter="", dtype="auto", quantisation="none", attention="sdpa", trainable=False, share_prefix=True, any_quantisation=None):
+def open_vlm(name, adapter="", dtype="auto", quantisation="none", attention="auto", trainable=False, share_prefix=True, any_quantisation=None):
     """A vision-language model, with a LoRA adapter if one is named.
 
     With `share_prefix`, branches of a prompt share one reading of it ([00_prefix](00_prefix.ipynb)) if the model can; `sharing` says why not.
@@ -202,7 +229,7 @@ def open_vlm(name, adapter="", dtype="auto", quantisation="none", attention="sdp
     return with_adapter(opened, adapter, trainable, any_quantisation) if adapter else opened
 
 
-def open_llm(name, dtype="auto", quantisation="none", attention="sdpa", share_prefix=True):
+def open_llm(name, dtype="auto", quantisation="none", attention="auto", share_prefix=True):
     "A text-only chat model, for splitting answers into claims."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -60,7 +60,7 @@ def run_sampling(prompts, out, vlm, first_prompt=0, n_prompts=0, n_samples=10, t
     if temperature < 0 or not 0 < top_p <= 1 or n_samples < 1:
         raise ValueError("need temperature >= 0, 0 < top_p <= 1 and n_samples >= 1")
     parameters = dict(first_prompt=first_prompt, n_prompts=n_prompts, n_samples=n_samples, temperature=temperature, top_p=top_p,
-                      second_temperature=second_temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, sharing=vlm.sharing, seed=seed, round=round)
+                      second_temperature=second_temperature, max_new_tokens=max_new_tokens, batch_size=batch_size, **vlm.settings, seed=seed, round=round)
     stage = StageFolder(out, "sampling", parameters, {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": adapter_sha})
     rows = read_table(prompts, "prompts", Prompt)[first_prompt:]
     rows = rows[:n_prompts] if n_prompts else rows

@@ -1,0 +1,175 @@
+"""`rlaifv plan`: what it says of memory is what torch's allocator counts, packaged recipes fit their cards, and what cannot fit is refused."""
+import dataclasses
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from full_size_configs import FULL_SIZE, write_configs
+from PIL import Image
+from tiny_models import open_tiny
+
+from rlaifv_nb import dryrun as dry
+from rlaifv_nb import prefix as prefixes
+from rlaifv_nb.command import main
+from rlaifv_nb.dpo import PairDataset, RowMaker, new_adapter, reference_logps, train_adapter, training_maker
+from rlaifv_nb.guided_decoding import sample_candidates
+from rlaifv_nb.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
+from rlaifv_nb.packing import PER_TOKEN
+from rlaifv_nb.plan import CARDS, Card, Lengths, advise, config_folder, plan_stage, stage_parameters
+from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
+from rlaifv_nb.records import YES_NO_SUFFIX, Pair, Prompt, package_folder
+from rlaifv_nb.sampling import vlm_generator
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+from workload import SIZES, open_random  # noqa: E402
+
+QUESTION, N, ROOM = "Describe the picture.", 4, 32
+TEXTS = ("A red cat sits.", "Two dogs and a cat.")
+NOTEBOOKS = package_folder("nbs")
+CARD_OF = {"llava15-7b-24gb": 24, "llava15-7b-40gb": 40, "llava15-7b-80gb": 80, "qwen25-vl-7b": 24, "selfalign": 40, "smolvlm": 8}
+
+
+def allocated(run):
+    "Most bytes that torch's CPU allocator had given out during `run` above what it had before."
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.fixture
+def long_answers(monkeypatch):
+    "Answers never end, so that they are as long as the plan takes them to be."
+    pick = prefixes.pick_tokens
+    monkeypatch.setattr(prefixes, "pick_tokens", lambda *args: torch.full_like(pick(*args), 11))
+
+
+def models():
+    "Models of two sizes, one of them in 4 bits too, and one that shares no prompts."
+    larger = dataclasses.replace(SIZES["tiny"], hidden=256, layers=4, intermediate=688, vocabulary=4000)
+    return {"icon nf4": partial(open_vlm, "packaged:iconworld-vlm", quantisation="nf4"),
+            "larger": lambda: open_random(larger)[0], "gemma3": partial(open_tiny, "gemma3")}
+
+
+def within_a_tenth(planned, measured, weights):
+    "Asserts it of work and weights together, and, less strictly, of the work alone."
+    assert abs((planned + weights) / (measured + weights) - 1) < 0.1, (planned, measured, weights)
+    assert abs(planned / measured - 1) < 0.15, (planned, measured)
+
+
+@pytest.mark.parametrize("name", models())
+def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answers):
+    vlm = models()[name]()
+    pictures, device = [Image.new("RGB", (224, 224), c) for c in ("white", "red")], "cpu"
+    inputs = [prompt_inputs(vlm, picture, QUESTION) for picture in pictures]
+    fresh = lambda: dry.open_dry(vlm.core.config, vlm.processor, "float32", vlm.quantisation, share_prefix=not vlm.sharing)
+    d = fresh()
+    weights = dry.weight_bytes(d.model)
+    assert weights == sum(p.nbytes for p in vlm.model.parameters()) + sum(b.nbytes for b in vlm.model.buffers()) or vlm.quantisation == "nf4"
+
+    measured = allocated(lambda: vlm_generator(vlm, 1.0, ROOM)(pictures, [QUESTION] * 2, [[1] * N] * 2, [0.7] * N))
+    within_a_tenth(dry.dry_peak(d, lambda: dry.sampling_work(d, dry.read_prompts(d, inputs), N, ROOM)), measured, weights)
+
+    questions = [f"Is there a cat number {i}?" for i in range(6)]
+    ask, head = prefixes.yes_no_asker(vlm), prompt_inputs(vlm, pictures[0], questions[0] + YES_NO_SUFFIX)
+    rows = [sibling_ids(vlm, q + YES_NO_SUFFIX, head) for q in questions]
+    n = prefixes.common_prefix_length(rows)
+    head = {k: v[:, :n] if k in ("input_ids", "attention_mask", *PER_TOKEN) else v for k, v in head.items()}
+    measured = allocated(lambda: ask(pictures, [questions] * 2))
+    within_a_tenth(dry.dry_peak(d, lambda: dry.feedback_work(d, [head] * 2, len(questions), len(rows[0]) - n)), measured, weights)
+
+    prompts = {str(k): Prompt(str(k), f"{k}.png", "", QUESTION) for k in range(8)}
+    for k in prompts:
+        pictures[int(k) % 2].save(tmp_path / f"{k}.png")
+    pairs = [Pair(f"pair {k}", k, "a", "b", *TEXTS, 0, -1) for k in prompts]
+    for checkpointing in (False, True):
+        trained = new_adapter(OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing), 8, 16, 0)
+        maker, engine = training_maker(RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0)
+        data = PairDataset(maker, pairs, {r.pair_id: r for r in reference_logps(maker, pairs)})
+        loss = dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
+        measured = allocated(lambda: train_adapter(trained, data, data, tmp_path / f"{checkpointing}", loss, learning_rate=1e-4, epochs=0.5, batch_size=4,
+                                                   gradient_checkpointing=checkpointing, evaluations=1))
+        d = dry.put_adapter(fresh(), 8)
+        p = dict(layout=engine["layout"], batch_size=4, max_tokens=8192, gradient_checkpointing=checkpointing, beta=0.1)
+        longest = max(len(b) for b in maker.row(pairs[0])["branches"])
+        weights = dry.weight_bytes(d.model)
+        within_a_tenth(dry.dry_peak(d, lambda: dry.training_work(d, inputs[0], longest, p, device)), measured, weights)
+        if checkpointing:
+            few = [prompts[str(k)] for k in range(2)]
+            measured = allocated(lambda: sample_candidates(trained, "aligned", pictures, few, N, 0.7, ROOM))
+            within_a_tenth(dry.dry_peak(d, lambda: dry.guided_work(d, inputs, N, ROOM)), measured, weights)
+        vlm.model = trained.model.unload()
+
+
+def test_packaged_recipes_name_models_and_keys_that_exist():
+    for name in packaged_recipes():
+        recipe = check_recipe(load_recipe(name), NOTEBOOKS)
+        for model in (recipe.policy, recipe.splitter, recipe.labeler):
+            assert model in FULL_SIZE or model.startswith("packaged:") or model in ("base", "policy"), (name, model)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    "Configurations of real models at full size, without weights."
+    return write_configs(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.mark.parametrize("notebook, low, high", [("03_feedback", 18, 19), ("05_dpo", 4, 5)])
+def test_7b_and_34b_fit_a_24_gb_card_in_4_bits(configs, notebook, low, high):
+    recipe = check_recipe(load_recipe("llava15-7b-24gb"), NOTEBOOKS)
+    plan, line = plan_stage(notebook, stage_parameters(recipe, NOTEBOOKS)[notebook], recipe, CARDS[24], Lengths(), configs)
+    assert low < plan.weights / 2**30 < high and plan.gib(CARDS[24]) <= 0.9 * CARDS[24].gib and "assumed" in line
+    assert plan.tokens > 1e6 and plan.seconds > 0
+
+
+def test_what_does_not_fit_is_refused_with_the_key_to_change():
+    recipe = check_recipe(load_recipe("tiny"), NOTEBOOKS)
+    p = stage_parameters(recipe, NOTEBOOKS)["01_sampling"]
+    plan, _ = plan_stage("01_sampling", p, recipe, CARDS[8], Lengths())
+    card = Card("a small one", plan.gib(CARDS[8]) - plan.work / 2**31, 1, 1)
+    advice = advise("01_sampling", p, recipe, card, Lengths(), "")
+    assert advice.startswith("set 01_sampling.batch_size=")
+    changed = p | {"batch_size": int(advice.rpartition("=")[2])}
+    assert plan_stage("01_sampling", changed, recipe, card, Lengths())[0].gib(card) <= card.gib
+    assert "no setting" in advise("01_sampling", p, recipe, Card("none", 0.5, 1, 1), Lengths(), "")
+
+
+def test_a_model_without_configuration_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="plan needs config.json of some-one/unknown .*--configs FOLDER"):
+        config_folder("some-one/unknown")
+    assert main(["plan", "llava15-7b-24gb", "--gpu", "24", "--configs", str(tmp_path)]) == 2
+    assert "config.json of llava-hf/llava-1.5-7b-hf" in capsys.readouterr().err
+    assert main(["plan", "tiny", "--gpu", "25"]) == 2
+    assert "--gpu 25: choose one of" in capsys.readouterr().err
+
+
+def test_attention_is_chosen_or_refused_in_one_line(monkeypatch):
+    assert attention_for("auto", "cpu", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        attention_for("flex_attention", "cpu", torch.float32)
+    monkeypatch.setattr("rlaifv_nb.models.find_spec", lambda name: None)
+    assert attention_for("auto", "cuda", torch.bfloat16) == "sdpa"
+    with pytest.raises(ImportError, match="pip install flash-attn"):
+        attention_for("flash_attention_2", "cuda", torch.bfloat16)
+    monkeypatch.setattr("rlaifv_nb.models.find_spec", lambda name: True)
+    assert attention_for("auto", "cuda", torch.bfloat16) == "flash_attention_2" and attention_for("auto", "cuda", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="needs dtype"):
+        attention_for("flash_attention_2", "cuda", torch.float32)
+
+
+def test_the_library_imports_without_cuda():
+    names = sorted(p.stem for p in (Path(dry.__file__).parent).glob("[a-z]*.py"))
+    code = (f"import importlib, sys\nfor name in {names!r}: importlib.import_module('rlaifv_nb.' + name)\n"
+            "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
