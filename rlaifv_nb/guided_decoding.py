@@ -51,7 +51,7 @@ def policies_of(vlm):
 
 
 def score_answers(vlm, prefixes, prompts, index, texts):
-    "Of each text, an answer to prompt `index[i]`: its number of tokens and its summed log-probabilities (nats) under the aligned policy and the base."
+    "Of each text, an answer to prompt `index[i]`: number of tokens, and summed log-probabilities (nats) under the aligned policy and the base."
     from rlaifv_nb.models import answer_ids
     from rlaifv_nb.prefix import branch_logps
 

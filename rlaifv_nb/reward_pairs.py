@@ -80,7 +80,7 @@ def top_and_bottom(candidates, k):
     k = min(k, len(candidates) // 2)
     by_sum, by_mean = (sorted(candidates, key=lambda c: (-reward(c), c.response_id)) for reward in (sum_reward, mean_reward))
     worst = len(candidates) - k
-    return [c for c in by_mean[:k] if c in by_sum[:k]], [c for c in by_mean[:worst - 1 : -1] if c in by_sum[worst:]] if k else []
+    return [c for c in by_mean[:k] if c in by_sum[:k]], [c for c in by_mean[worst:][::-1] if c in by_sum[worst:]]
 
 
 def reward_pairs_of(candidates, k, max_pairs):
@@ -119,7 +119,8 @@ def run_reward_pairs(prompts, candidates, out, top_k=3, max_similarity=0.9, ngra
                   "length_balance": length_balance, "length_tolerance": length_tolerance}
     rows = read_table(candidates, "candidates-aligned", Candidate)
     check_ids(rows, "response_id", "prompt_id", check_ids(read_table(prompts, "prompts", Prompt), "prompt_id"))
-    folder = StageFolder(out, "reward_pairs", parameters, {"prompts": table_sha(prompts, "prompts"), "candidates": table_sha(candidates, "candidates-aligned")})
+    inputs = {"prompts": table_sha(prompts, "prompts"), "candidates": table_sha(candidates, "candidates-aligned")}
+    folder = StageFolder(out, "reward_pairs", parameters, inputs)
     if folder.is_done:
         return read_table(folder.path, "pairs", Pair)
 
@@ -130,8 +131,9 @@ def run_reward_pairs(prompts, candidates, out, top_k=3, max_similarity=0.9, ngra
     without += [SetAside(prompt_id, "no usable candidate") for prompt_id in sorted(unpaired)]
     lost = [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
     write_table(folder.path, "set_aside-pairs", unusable + twins + without + lost)
+    n_possible = len(drawn) + len(spare)
     if not kept:
-        raise ValueError(f"no pair is left of {len(rows)} candidates and {len(drawn) + len(spare)} possible pairs; see set_aside-pairs in {folder.path}")
+        raise ValueError(f"no pair is left of {len(rows)} candidates and {n_possible} possible pairs; see set_aside-pairs in {folder.path}")
     kept.sort(key=lambda p: p.pair_id)
     write_table(folder.path, "pairs", kept)
     reasons = lambda rows: dict(sorted(Counter(r.reason for r in rows).items()))
@@ -140,6 +142,6 @@ def run_reward_pairs(prompts, candidates, out, top_k=3, max_similarity=0.9, ngra
         len(rows), len(kept), ["pairs"], unusable + twins + without + lost,
         candidates={"in": len(rows), "distinct": len(usable) - len(twins), **reasons(unusable + twins)},
         prompts={"with candidates": len({c.prompt_id for c in rows}), "with pairs": len(with_pairs), **reasons(without), "length balance": all_lost},
-        pairs={"possible": len(drawn) + len(spare), "written": len(kept), "not drawn": len(spare), **reasons(lost)},
+        pairs={"possible": n_possible, "written": len(kept), "not drawn": len(spare), **reasons(lost)},
         n_exchanged=n_exchanged, length_gap={"before": length_gap(drawn), "after": length_gap(kept)})
     return kept
