@@ -39,7 +39,8 @@ def main():
             seed = json.loads((run / "manifest.json").read_text())["recipe"]["seed"]
             collect(run, RESULTS / "reward_reuse" / f"seed_{seed}" / run.name)
         for name in ("pairs.json", "cpu_seconds.json", "differences.json"):  # of scripts/reward_reuse.py
-            shutil.copy(runs / name, RESULTS / "reward_reuse" / f"seed_{seed}")
+            if (runs / name).exists():
+                shutil.copy(runs / name, RESULTS / "reward_reuse" / f"seed_{seed}")
 
 
 if __name__ == "__main__":

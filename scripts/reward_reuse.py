@@ -5,7 +5,7 @@
     python scripts/reward_reuse.py runs/reward-reuse-0 reward-18     round 2 by reward, with 18 candidates: the seconds of claim feedback
     python scripts/reward_reuse.py runs/reward-reuse-0 extremes      round 2 by claims, but best answers against worst ones, as the reward's pairs are
     python scripts/reward_reuse.py runs/reward-reuse-0 pairs         of each arm's pairs: how often chosen has fewer, as many, more false claims
-    python scripts/reward_reuse.py runs/reward-reuse-* compare       each arm against `claims`, over all seeds, on the same pictures
+    python scripts/reward_reuse.py runs/reward-reuse-* compare       each arm against claims, over all seeds, on the same pictures
 """
 import argparse
 import json
@@ -120,18 +120,22 @@ def pair_quality(runs):
 
 
 def compare(all_runs):
-    """{arm: {figure: (difference from `claims`, low, high, p)}}, in percent points; pictures are resampled, with all their seeds."""
+    """{baseline: {arm: {figure: (difference, low, high, p)}}}, in percent points; pictures are resampled, with all their seeds."""
     def counts(arm):
         rows = [(k, json.loads(line)) for k, runs in enumerate(all_runs) for path in sorted(runs.glob(f"{arm}/06_evaluation/cases-2-*.jsonl"))
                 for line in path.read_text().splitlines()]
         return {(k, row["scene_id"]): {f"{figure} {part}": row[figure][i] for figure in FIGURES for i, part in enumerate(("hits", "all"))}
                 for k, row in rows}
 
+    def difference(baseline, arm):
+        first = counts(baseline)
+        found = compare_models(first, counts(arm), figures, {item: item[1] for item in first})
+        return {figure: [round(float(x), 4) for x in row] for figure, row in found.items()}
+
     figures = lambda sums: {figure: 100 * sums[f"{figure} hits"] / sums[f"{figure} all"] for figure in FIGURES}
-    evaluated = [p.parents[1].name for runs in all_runs for p in runs.glob("*/06_evaluation/cases-2-00000.jsonl")]
-    claims, arms = counts("claims"), sorted({*evaluated} - {"claims"})
-    groups = {item: item[1] for item in claims}
-    return {arm: {k: [round(float(x), 4) for x in v] for k, v in compare_models(claims, counts(arm), figures, groups).items()} for arm in arms}
+    arms = sorted({p.parents[1].name for runs in all_runs for p in runs.glob("*/06_evaluation/cases-2-00000.jsonl")})
+    return {baseline: {arm: difference(baseline, arm) for arm in arms if arm not in ("claims", baseline)}
+            for baseline in ("claims", "claims-extremes") if baseline in arms}
 
 
 def main():
