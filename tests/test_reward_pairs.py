@@ -11,7 +11,7 @@ from rlaifv_nb.guided_decoding import given_ids, read_candidates, run_guided_dec
 from rlaifv_nb.pairs import length_gap
 from rlaifv_nb.recipes import RecipeError, chain_parameters, check_recipe, first_remade, load_recipe, plan_run
 from rlaifv_nb.records import (Candidate, Pair, Prompt, Response, SetAside, package_folder, read_manifest, read_table, response_id_of, write_json,
-                               write_table)
+                               write_table, write_text)
 
 quick = settings(max_examples=80, deadline=None, database=None)
 WORDS = "red blue bus dog near two cars sit on it".split()
@@ -271,3 +271,21 @@ def test_a_step_knows_its_candidates_by_their_tables(tmp_path):
     assert before and content_sha("candidates", tmp_path, 2) == before
     write_table(tmp_path, "candidates-aligned", by_rank(4))
     assert content_sha("candidates", tmp_path, 2) != before
+
+
+def test_report_shows_pairs_that_the_reward_made_and_claims_no_missing_feedback(tmp_path):
+    from rlaifv_nb.iconworld import write_prompts
+    from rlaifv_nb.report import write_report
+
+    write_prompts(tmp_path / "prompts", {"train": 1})
+    prompt_id = read_table(tmp_path / "prompts", "prompts", Prompt)[0].prompt_id
+    texts = ("There is a red bus on the left.", "There is a blue cat on the right.")
+    ids = [response_id_of(prompt_id, i) for i in (0, 1)]
+    for k, stage in ((1, "04_pairs"), (2, "04_reward_pairs")):
+        write_table(tmp_path / f"round_{k}/01_sampling", "responses", [Response(i, prompt_id, n, 0, texts[n], "stop") for n, i in enumerate(ids)])
+        write_table(tmp_path / f"round_{k}" / stage, "pairs", [Pair("a", prompt_id, *ids, *texts, 0.042, -0.017)])
+    write_text(tmp_path / "recipe.yaml", "name: x\nrounds: 2\ndescription: y\nfeedback: [claims, reward]\n")
+    page = write_report(tmp_path).read_text()
+    assert "Feedback in round 1" in page and "Feedback in round 2" not in page
+    assert page.count("chosen (score 0.042)") == 1, "round 2's pair; round 1's waits for its verdicts"
+    assert "no verdicts-*.jsonl in round_1/03_feedback" in page and "round_2/03_feedback" not in page
