@@ -77,8 +77,9 @@ def extreme_pairs(responses, claims, verdicts, k):
 def extremes(runs):
     """Make the run `claims-extremes` beside the finished variant `claims`: the same answers and verdicts, other pairs."""
     source, run, notebooks = (runs / "claims").resolve(), (runs / "claims-extremes").resolve(), package_folder("nbs")
-    shutil.copytree(source, run, dirs_exist_ok=True, ignore=lambda folder, names: names if Path(folder).name in ("06_evaluation",) or (
-        Path(folder) in (source / "round_2/04_pairs", source / "round_2/05_dpo")) else [])
+    for folder in ("prompts", "round_1", *(f"round_2/{stage}" for stage in ("01_sampling", "02_claims", "03_feedback"))):
+        shutil.copytree(source / folder, run / folder, dirs_exist_ok=True)
+    shutil.copy(source / "recipe.yaml", run)
     out, (responses, claims, verdicts) = run / "round_2/04_pairs", (
         read_table(run / "round_2" / stage, table, record) for stage, table, record in
         (("01_sampling", "responses", Response), ("02_claims", "claims", Claim), ("03_feedback", "verdicts", Verdict)))
