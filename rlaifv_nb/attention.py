@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_NAME', 'KERNELS', 'no_mask', 'branch_attention', 'unsupported_layers', 'use_branch_attention',
-           'scores_and_sum', 'SharedPrefix', 'PrefixedRow', 'kernel_for', 'PackedLayout', 'compiled_flex',
-           'varlen_kernel', 'sharing_problem']
+           'SharedPrefix', 'PrefixedRow', 'kernel_for', 'PackedLayout', 'compiled_flex', 'varlen_kernel',
+           'sharing_problem']
 
 # %% ../nbs/00_attention.ipynb #d3884839
 from dataclasses import dataclass
@@ -59,15 +59,6 @@ def use_branch_attention(model, name=ATTENTION_NAME):
     model.set_attn_implementation({text[0]: name} if text else name)
 
 # %% ../nbs/00_attention.ipynb #0f94ad02
-def scores_and_sum(query, key, value, allowed, scaling):
-    "Attention output (..., q, d) and log of its normaliser (..., q, 1) in float32; `allowed` (bool, broadcast to scores) may be None."
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    log_sum = scores.logsumexp(-1, keepdim=True)
-    return (scores - log_sum).exp().to(value.dtype) @ value, log_sum
-
-
 @dataclass
 class SharedPrefix:
     """One token of each of R branches. `keys` and `values` (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens,
@@ -96,17 +87,24 @@ class SharedPrefix:
             return SharedPrefix(self.keys, self.values, self.mask, index)
         return SharedPrefix([k[used] for k in self.keys], [v[used] for v in self.values], self.mask[used], torch.searchsorted(used, index))
 
+    def by_prompt(self, rows):
+        "Rows (R, kv heads, g, x) of the branches as a table (B, kv heads, branches x g, x) of the prompts."
+        return rows[self.rows].unflatten(0, (len(self.mask), -1)).transpose(1, 2).flatten(2, 3)
+
+    def by_branch(self, table, n_group):
+        "The way back."
+        return table.unflatten(2, (-1, n_group)).transpose(1, 2).flatten(0, 1)[self.place]
+
     def attend(self, layer, query, key, value, scaling):
         "Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and values (R, kv heads, s, d)."
-        branches, heads, _, d = query.shape
-        grouped = query.reshape(branches, key.shape[1], -1, d)  # queries of a key/value head: the heads of its group
-        n_group = grouped.shape[2]
-        table = grouped[self.rows].unflatten(0, (len(self.mask), -1)).transpose(1, 2).flatten(2, 3)
-        joint = scores_and_sum(table, self.keys[layer], self.values[layer], self.allowed, scaling)
-        first, first_sum = (x.unflatten(2, (-1, n_group)).transpose(1, 2).flatten(0, 1)[self.place] for x in joint)
-        second, second_sum = scores_and_sum(grouped, key, value, None, scaling)
-        share = torch.sigmoid(first_sum - second_sum).to(query.dtype)
-        return (first * share + second * (1 - share)).reshape(branches, heads, 1, d)
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # queries of a key/value head: the heads of its group
+        scores = self.by_prompt(grouped) @ self.keys[layer].transpose(-1, -2)
+        scores = scores if self.allowed is None else scores.masked_fill(~self.allowed, -torch.inf)
+        scores = torch.cat([self.by_branch(scores, grouped.shape[2]), grouped @ key.transpose(-1, -2)], -1)
+        weights = (scores.float() * scaling).softmax(-1).to(value.dtype)
+        shared, own = weights.tensor_split([self.mask.shape[1]], -1)
+        output = self.by_branch(self.by_prompt(shared) @ self.values[layer], grouped.shape[2]) + own @ value
+        return output.reshape(query.shape)
 
 
 class PrefixedRow:
@@ -184,11 +182,15 @@ class PackedLayout:
         outputs, grouped = [], query.shape[1] != key.shape[1]
         for (first, end), ranges in zip(self.queries, self.keys):
             k, v = (torch.cat([x[:, :, a:b] for a, b in ranges], 2) if len(ranges) > 1 else x[:, :, first:end] for x in (key, value))
-            mask = None
-            if len(ranges) > 1:
-                mask = torch.ones(end - first, k.shape[2], dtype=torch.bool, device=query.device).tril(k.shape[2] - (end - first))
+            mask = self.mask_of(end - first, k.shape[2], query.device) if len(ranges) > 1 else None
             outputs.append(F.scaled_dot_product_attention(query[:, :, first:end], k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped))
         return torch.cat(outputs, 2)
+
+    def mask_of(self, t, n, device):
+        "Which of n keys the t last positions see: all before them, and causally themselves. The same in every layer."
+        if (t, n, device) not in self.tables:
+            self.tables[t, n, device] = torch.ones(t, n, dtype=torch.bool, device=device).tril(n - t)
+        return self.tables[t, n, device]
 
     def table_of(self, device):
         "For a device: index of each piece's keys in the row, and the cumulative lengths of queries and keys (int32)."

@@ -162,15 +162,17 @@ def amber_table(answers, annotations, mode="clean"):
 def read_pope(answers_path, labels_path):
     """`({question_id: answer}, {question_id: label})` of POPE files; answers stand in the order of the questions.
 
+    `labels_path` may also be the rows themselves, when only some questions were asked.
     Raises ValueError that names the row where the answers' question or number of rows does not fit, or a label that is not yes or no."""
-    labels = rows_by_id(read_json_rows(labels_path), "question_id", "label", source=str(labels_path))
+    rows, source = (labels_path, "the questions") if isinstance(labels_path, list) else (read_json_rows(labels_path), labels_path)
+    labels = rows_by_id(rows, "question_id", "label", source=str(source))
     answers = read_json_rows(answers_path)
     if len(answers) != len(labels):
         raise ValueError(f"{answers_path} has {len(answers)} rows for {len(labels)} questions")
     found = {}
     for (id, row), answer in zip(labels.items(), answers):
         if row["label"] not in ("yes", "no"):
-            raise ValueError(f"{labels_path}, question_id {id}: label {row['label']!r}")
+            raise ValueError(f"{source}, question_id {id}: label {row['label']!r}")
         if not isinstance(answer.get("answer"), str):
             raise ValueError(f"{answers_path}, question_id {id}: no text under 'answer'")
         if answer.get("question", row.get("text", "")).lower() != row.get("text", "").lower():

@@ -299,6 +299,7 @@ def run_dpo(prompts, pairs, out, policy, adapter="", quantisation="nf4", loss_ty
     curves, best = train_adapter(vlm, *datasets, Path(out) / "checkpoints", loss, batch_size=batch_size, seed=seed_of(seed, round, "dpo"), **training)
     write_table(out, "training", curves)
     save_adapter(vlm, Path(out) / "adapter", adapter)
+    engine["not_cached"] = sum(c.skipped for c in (maker.features, known) if c)
     stage.finish(len(rows), len(good), ["reference", "training"], set_aside, preflight=checks, engine=engine, train_pairs=len(train), dev_pairs=len(dev),
                  adapter_sha=folder_sha(Path(out) / "adapter"), **best)
     for work in ("checkpoints", "cache"):

@@ -1,28 +1,40 @@
-"""Each architecture from its processor to a merged model and through the stages, on random weights in the ordinary folder layout."""
+"""Each architecture from its processor to a merged model and through the stages, on tiny models in the ordinary folder layout.
+
+What they show is noted with `show` and stands in data/results/architectures.json, which 00_models displays (`pytest --write-table` writes it)."""
 import functools
 import json
+import random
 import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from conftest import check_table
 from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, build_tiny, open_tiny
 from transformers import AutoModelForImageTextToText
 
 from rlaifv_nb.caches import picture_features
+from rlaifv_nb.claims import run_claims
 from rlaifv_nb.dpo import run_dpo
+from rlaifv_nb.evaluation import run_evaluation
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
-from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
-from rlaifv_nb.models import (OpenModel, answer_ids, lora_targets, missing_parts, open_vlm, prompt_inputs, prompt_text, save_adapter, sibling_ids,
-                              unsampled_ids)
-from rlaifv_nb.prefix import branch_logps, read_prompts
-from rlaifv_nb.records import Claim, Pair, Prompt, read_manifest, response_id_of, sha256_of, write_table
+from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene, question_text, read_claims
+from rlaifv_nb.models import (OpenModel, answer_ids, lora_targets, missing_parts, open_llm, open_vlm, prompt_inputs, prompt_positions, prompt_text,
+                              save_adapter, sibling_ids, unsampled_ids)
+from rlaifv_nb.packing import PER_TOKEN, collate_rows, pack_row, row_logps
+from rlaifv_nb.pairs import run_pairs
+from rlaifv_nb.prefix import branch_logps, common_prefix_length, read_prompts
+from rlaifv_nb.records import YES_NO_SUFFIX, Prompt, Score, read_manifest, read_table, sha256_of, write_table
 from rlaifv_nb.sampling import run_sampling
 
 SIZES = ((150, 100), (90, 140), (56, 56), (240, 60))
 BRANCH = [[30, 31, 32, 40], [50, 60]]
+CAPTIONS = ("Two red cats are in the top left. It is a lovely picture.", "A blue cup is in the top right. It is a lovely picture.",
+            "There is a green dog in the bottom left. It is a lovely picture.", "Three brown clocks are in the bottom right. It is a lovely picture.")
+CHECKED = {question_text(c) + YES_NO_SUFFIX: "No" if k % 2 else "Yes" for k, text in enumerate(CAPTIONS) for c in read_claims(text)}
+TITLES = {name: re.split(r"[:,.] |\.$", build.__doc__)[0] for name, build in ARCHITECTURES.items()}
 tiny = functools.lru_cache(open_tiny)
 on_every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -59,12 +71,13 @@ def saved(tmp_path_factory):
 
 
 @on_every_architecture
-def test_every_picture_reaches_the_model(name):
+def test_every_picture_reaches_the_model(name, show):
     vlm = tiny(name)
     for size in SIZES:
         inputs = prompt_inputs(vlm, picture(0, size), DESCRIBE[0])
         assert (inputs["input_ids"] == vlm.core.config.image_token_id).sum() == len(picture_features(vlm, inputs)), size
         assert (logps_of(vlm, picture(0, size)) - logps_of(vlm, picture(1, size))).abs().max() > 1e-3, size
+    show(TITLES[name], "image changes scores", "image tokens = features", "image sizes")
 
 
 @on_every_architecture
@@ -87,7 +100,7 @@ def test_another_question_keeps_the_picture(name):
 
 
 @on_every_architecture
-def test_the_template_loses_and_doubles_nothing(name):
+def test_the_template_loses_and_doubles_nothing(name, show):
     vlm = tiny(name)
     decode, question = functools.partial(vlm.tokenizer.decode, skip_special_tokens=False), DESCRIBE[1]
     before, _, behind = prompt_text(vlm, question).partition(vlm.processor.image_token)
@@ -101,6 +114,7 @@ def test_the_template_loses_and_doubles_nothing(name):
              {"role": "assistant", "content": [{"type": "text", "text": answer}]}], tokenize=False)
         assert ids[-1] == vlm.end_id and not set(ids[:-1]) & set(vlm.special_ids) and decode(ids[:-1]).strip() == answer
         assert (prompt_text(vlm, question) + decode(ids)) == whole.rstrip()
+    show(TITLES[name], "chat template")
 
 
 @pytest.mark.parametrize("part, other", [("{% for message", "{{ messages | length }}{% for message"),
@@ -140,7 +154,7 @@ def test_lora_adapts_the_language_model_and_nothing_else(name):
 
 
 @on_every_architecture
-def test_an_adapter_survives_saving_and_merging(name, saved, tmp_path):
+def test_an_adapter_survives_saving_and_merging(name, saved, tmp_path, show):
     vlm = open_vlm(saved(name))
     base = logps_of(vlm)
     adapted = logps_of(with_lora(vlm))
@@ -152,10 +166,11 @@ def test_an_adapter_survives_saving_and_merging(name, saved, tmp_path):
     vlm.model.save_pretrained(tmp_path / "merged")
     reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(adapted, logps_of(OpenModel(reloaded, vlm.processor, name, name, sharing="not asked")), atol=1e-4)
+    show(TITLES[name], "adapter saved, reloaded, merged")
 
 
 @on_every_architecture
-def test_four_bit_is_for_the_language_model_alone(name, saved):
+def test_four_bit_is_for_the_language_model_alone(name, saved, show):
     shared, plain = (open_vlm(saved(name), quantisation="nf4", share_prefix=share) for share in (True, False))
     four_bit = {n for n, m in shared.model.named_modules() if type(m).__name__ == "Linear4bit"}
     core = tiny(name).core
@@ -165,10 +180,40 @@ def test_four_bit_is_for_the_language_model_alone(name, saved):
     assert NOT_SHARED[name] in shared.sharing if name in NOT_SHARED else shared.sharing == ""
     assert torch.allclose(logps_of(shared), logps_of(plain), atol=1e-4)
     assert 0.01 < (logps_of(shared) - logps_of(tiny(name))).abs().max() < 20, "4 bits are not 32"
+    show(TITLES[name], "4-bit")
+    show(TITLES[name], "prefix sharing on = off", but=NOT_SHARED.get(name, ""))
 
 
-def write_inputs(folder):
-    "Prompts with a picture of each size, the last one for dev."
+def lesson(vlm, k):
+    "A row about picture k with the captions and some of the checked questions as branches, and the length of each answer."
+    turns = [(DESCRIBE[k], text) for text in CAPTIONS] + random.Random(k).sample(sorted(CHECKED.items()), 7)
+    inputs = prompt_inputs(vlm, picture(k, SIZES[k]), DESCRIBE[k])
+    asked, answers = [sibling_ids(vlm, q, inputs) for q, _ in turns], [answer_ids(vlm, q, a) for q, a in turns]
+    positions, n = prompt_positions(vlm.core, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}), common_prefix_length(asked)
+    head = {key: v[:, :n] if key in ("input_ids", "attention_mask", *PER_TOKEN) else v for key, v in inputs.items()}
+    positions = (positions if positions.ndim == 2 else positions[:, 0])[:, :n]
+    return pack_row(head, [q[n:] + a for q, a in zip(asked, answers)], positions), [len(a) for a in answers]
+
+
+def teach(vlm, steps=64):
+    "Teaches a model four captions, whatever the picture, and that two of them are wrong, so that the stages have claims and pairs to work on."
+    lessons, layout = [lesson(vlm, k) for k in range(len(SIZES))], "plain" if vlm.sharing else "packed"
+    learnt = {id(p): p for part in (vlm.core.get_decoder(), vlm.core.lm_head) for p in part.parameters()}
+    optimizer = torch.optim.AdamW(learnt.values(), lr=6e-3, weight_decay=0.0)
+    vlm.model.train()
+    for step in range(steps):
+        row, lengths = lessons[step % len(lessons)]
+        logps = [branch[-n:] for branch, n in zip(row_logps(vlm.core, collate_rows([row], layout)), lengths)]
+        loss = -sum(torch.cat(part).mean() for part in (logps[: len(CAPTIONS)], logps[len(CAPTIONS) :]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    vlm.model.eval()
+
+
+def write_prompts(folder):
+    "Prompts with a picture of each size, the last one for dev; returns them."
     prompts = []
     (folder / "prompts/images").mkdir(parents=True)
     for k, size in enumerate(SIZES):
@@ -177,34 +222,54 @@ def write_inputs(folder):
         split = "dev" if k == len(SIZES) - 1 else "train"
         prompts.append(Prompt(f"{k:02x}", f"images/{k}.png", sha256_of(path.read_bytes()), DESCRIBE[k], "here", split))
     write_table(folder / "prompts", "prompts", prompts)
-    pairs = [Pair(f"{p.prompt_id}-p", p.prompt_id, "a", "b", "A red cat and two dogs.", "A cup.", 1.0, 0.0) for p in prompts]
-    write_table(folder / "pairs", "pairs", pairs[:2] + pairs[-1:])
-    claims = [Claim(f"{p.prompt_id}-{k}", response_id_of(p.prompt_id, k), "There is a cat.", question) for p in prompts
-              for k, question in enumerate(("Is there a cat?", "Are there two red dogs on the left?"))]
-    write_table(folder / "claims", "claims", claims)
     return prompts
 
 
+@pytest.fixture(scope="module")
+def splitter():
+    "The packaged splitter, opened once."
+    return open_llm("packaged:iconworld-splitter")
+
+
 @on_every_architecture
-def test_the_stages_run(name, saved, tmp_path):
-    prompts, at = write_inputs(tmp_path), lambda part: str(tmp_path / part)
-    vlm = open_vlm(saved(name), quantisation="nf4")
-    responses = run_sampling(at("prompts"), at("01"), vlm, n_samples=2, max_new_tokens=8, batch_size=3)
-    assert len(responses) == 2 * len(prompts) and len({r.text for r in responses}) > len(prompts)
-    verdicts = run_feedback(at("prompts"), at("01"), at("claims"), at("03"), vlm, batch_size=2)
-    assert len(verdicts) == 2 * len(prompts) and all(0 < v.p_yes < 1 and 0 < v.p_no < 1 for v in verdicts)
-    assert len({(v.p_yes, v.p_no) for v in verdicts}) == len(verdicts), "picture and question both matter"
+def test_the_stages_run(name, splitter, tmp_path, show):
+    opened, prompts, at = open_tiny(name), write_prompts(tmp_path), lambda part: str(tmp_path / part)
+    teach(opened)
+    for part in (opened.model, opened.processor):
+        part.save_pretrained(at("model"))
+    vlm = open_vlm(at("model"), quantisation="nf4")
+    responses = run_sampling(at("prompts"), at("01"), vlm, n_samples=6, max_new_tokens=24, batch_size=3)
+    assert len(responses) == 6 * len(prompts) and len({r.text for r in responses}) > 2
+    show(TITLES[name], "01 sampling")
+    claims = run_claims(at("prompts"), at("01"), at("02"), splitter, max_new_tokens=64)
+    assert len({c.response_id for c in claims}) > len(responses) / 2
+    show(TITLES[name], "02 claims")
+    verdicts = run_feedback(at("prompts"), at("01"), at("02"), at("03"), vlm, batch_size=2)
+    assert len(verdicts) == len(claims) and len({v.label for v in verdicts}) > 1
+    answers = {(c.response_id[:2], c.question): (v.p_yes, v.p_no) for c, v in zip(claims, verdicts)}
+    different = len(set(answers.values()))
+    assert different > len({q for _, q in answers}) and different > len({p for p, _ in answers}), "picture and question both matter"
+    show(TITLES[name], "03 feedback")
+    pairs = run_pairs(at("prompts"), at("01"), at("02"), at("03"), at("04"), length_balance=False)
+    assert pairs and {p.prompt_id for p in pairs} <= {p.prompt_id for p in prompts}
+    show(TITLES[name], "04 pairs")
     save_adapter(with_lora(vlm), at("parent"))
-    run_dpo(at("prompts"), at("pairs"), at("05"), saved(name), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1,
+    run_dpo(at("prompts"), at("04"), at("05"), at("model"), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1,
             evaluations=1)
     engine = read_manifest(at("05"))["engine"]
     assert engine["layout"] == ("plain" if name in NOT_SHARED else "packed") and NOT_SHARED.get(name, "") in engine.get("layout_problem", "")
     assert NOT_CACHED[name] in engine["image_features"] if name in NOT_CACHED else engine["image_features"] == "cached"
     parent, trained = (load_file(f"{at(part)}/adapter_model.safetensors") for part in ("parent", "05/adapter"))
     assert parent.keys() == trained.keys() and len(parent) == 3 * 7 * 2 and all((parent[k] - trained[k]).abs().max() > 0 for k in parent)
-    run_guided_decoding(at("prompts"), at("07"), saved(name), at("05/adapter"), quantisation="nf4", n_candidates=2, max_new_tokens=8, batch_size=4)
+    show(TITLES[name], "05 dpo")
+    run_evaluation(at("06"), at("model"), f"aligned={at('05/adapter')}", quantisation="nf4", n_scenes=2, max_new_tokens=16)
+    scores = read_table(at("06"), "scores", Score)
+    assert {s.model for s in scores} == {"base", "aligned"} and all(s.n > 0 for s in scores if s.metric.startswith("accuracy"))
+    show(TITLES[name], "06 evaluation")
+    run_guided_decoding(at("prompts"), at("07"), at("model"), at("05/adapter"), quantisation="nf4", n_candidates=2, max_new_tokens=8, batch_size=4)
     rows = [json.loads(line) for line in open(at("07/candidates-aligned-00000.jsonl"))]
     assert rows and any(abs(r["policy_sum_logp"] - r["reference_sum_logp"]) > 1e-2 for r in rows)
+    show(TITLES[name], "07 guided decoding")
 
 
 def test_a_model_with_parts_missing_is_named(tmp_path):
@@ -224,3 +289,7 @@ def test_a_model_with_parts_missing_is_named(tmp_path):
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration is not supported: it has no chat template"):
         open_vlm(str(tmp_path))
+
+
+def test_the_table_says_what_was_shown(request):
+    check_table(request, "architectures", globals(), [TITLES[name] for name in ARCHITECTURES])

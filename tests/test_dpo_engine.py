@@ -29,16 +29,17 @@ def packed(tmp_path_factory):
 
 
 def test_the_manifest_says_what_was_used(packed):
-    assert read_manifest(packed)["engine"] == {"layout": "packed", "kernel": "sdpa", "image_features": "cached"}
+    assert read_manifest(packed)["engine"] == {"layout": "packed", "kernel": "sdpa", "image_features": "cached", "not_cached": 0}
     assert not (packed / "cache").exists(), "the stage's own cache goes with its end"
 
 
 def test_cached_or_not_is_byte_identical(packed, tmp_path):
-    for name, options in (("uncached", {"cache_gb": 0}), ("shared", {"cache": str(tmp_path / "cache")}), ("again", {"cache": str(tmp_path / "cache")})):
+    for name, options in (("uncached", {"cache_gb": 0}), ("tight", {"cache_gb": 1e-4}), ("shared", {"cache": str(tmp_path / "cache")}), ("again", {"cache": str(tmp_path / "cache")})):
         run_dpo(PROMPTS, PAIRS, tmp_path / name, POLICY, **SETTING, **options)
         for file in ("training-00000.jsonl", "reference-00000.jsonl", "adapter/adapter_model.safetensors"):
             assert (packed / file).read_bytes() == (tmp_path / name / file).read_bytes(), (name, file)
     assert {p.name for p in (tmp_path / "cache").iterdir()} == {"features", "reference"}
+    assert read_manifest(tmp_path / "tight")["engine"]["not_cached"] > 0
 
 
 @pytest.mark.parametrize("options", [{"layout": "plain"}, {"layout": "shared"}, {"max_tokens": 500}])
@@ -52,7 +53,7 @@ def test_every_layout_learns_the_same(packed, tmp_path, options):
 def test_a_layout_that_does_not_fit_falls_back(tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "layout_problem", lambda *args: "it looks both ways")
     run_dpo(PROMPTS, PAIRS, tmp_path, POLICY, **SETTING)
-    assert read_manifest(tmp_path)["engine"] == {"layout": "plain", "layout_problem": "it looks both ways", "image_features": "cached"}
+    assert read_manifest(tmp_path)["engine"] == {"layout": "plain", "layout_problem": "it looks both ways", "image_features": "cached", "not_cached": 0}
 
 
 def test_a_wrong_layout_is_noticed(monkeypatch):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 import transformers as tf
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rlaifv_nb.iconworld_models import CHAT_TEMPLATE, build_tokenizer
 from rlaifv_nb.models import OpenModel, sharing_of
@@ -211,3 +212,52 @@ def open_tiny(name, share_prefix=True):
     "The model of that name, opened as `open_vlm` would."
     model, processor = build_tiny(name)
     return OpenModel(model, processor, name, name, "none", sharing_of(model, share_prefix))
+
+
+LLAMA3_TEMPLATE = (  # as published with Llama 3
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+QWEN2_TEMPLATE = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML  # adds a system turn
+MISTRAL_TEMPLATE = (  # as published with Mistral 7B, less its errors
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}")
+
+
+def chat_tokenizer(template, *special, bos="", end):
+    "A tokenizer with a chat template that, like the real ones, puts `bos` before every text, whether or not the template has done so."
+    tokenizer = tokenizer_with(*special, eos=end)
+    if bos:
+        tokenizer.bos_token = bos
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def llama3():
+    "Llama 3: header tokens around the role, an end of turn."
+    tokenizer = chat_tokenizer(LLAMA3_TEMPLATE, "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", bos="<|begin_of_text|>", end="<|eot_id|>")
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**text_of(tokenizer))), tokenizer
+
+
+def qwen2():
+    "Qwen 2.5: no token at the beginning, a system turn that the template adds."
+    tokenizer = chat_tokenizer(QWEN2_TEMPLATE, "<|im_start|>", "<|im_end|>", end="<|im_end|>")
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**text_of(tokenizer))), tokenizer
+
+
+def gemma3_text():
+    "Gemma 3: layers with a sliding window, an end of turn that is not the end token."
+    tokenizer = chat_tokenizer(GEMMA_TEMPLATE, "<bos>", "<start_of_turn>", "<end_of_turn>", bos="<bos>", end="</s>")
+    text = text_of(tokenizer, head_dim=12, sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=12)
+    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**text)), tokenizer
+
+
+def mistral():
+    "Mistral: instructions between two tokens, the end token behind an answer."
+    tokenizer = chat_tokenizer(MISTRAL_TEMPLATE, "[INST]", "[/INST]", bos="<s>", end="</s>")
+    return tf.MistralForCausalLM(tf.MistralConfig(sliding_window=None, **text_of(tokenizer))), tokenizer
+
+
+SPLITTERS = {f.__name__: f for f in (llama3, qwen2, gemma3_text, mistral)}
+END_OF_TURN = {"llama3": "<|eot_id|>", "qwen2": "<|im_end|>", "gemma3_text": "<end_of_turn>", "mistral": "</s>"}
