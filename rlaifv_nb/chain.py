@@ -87,10 +87,10 @@ CODE = "code of the notebook"
 
 
 def content_sha(name, path, round):
-    "What identifies an input: the table `name` in the folder `path` (of prompts, this round's), else all its files; empty if not there yet."
+    "What identifies an input: the table `name` (or tables `name-...`) in `path`, of prompts this round's, else all files; empty if not there yet."
     if name == "prompts":
         return "".join(read_manifest(path)["rounds"][round - 1 : round])[:12] if (path / "manifest.json").exists() else ""
-    files = shard_paths(path, name) or sorted(p for p in path.rglob("*") if p.is_file())
+    files = shard_paths(path, name) or sorted(path.glob(f"{name}-*.jsonl")) or sorted(p for p in path.rglob("*") if p.is_file())
     return sha256_of("".join(sha256_of(f.read_bytes()) for f in files))[:12] if files else ""
 
 

@@ -227,13 +227,13 @@ def show_before_after(run, n=3):
 
 
 def read_feedback(run, k):
-    "Round k: prompts by id, responses by id, and response id -> its judged claims as (claim, truth, label)."
-    here, claims = run / f"round_{k}", {}
+    "Round k: prompts by id, responses by id, and response id -> its judged claims as (claim, truth, label), none where the reward has judged."
+    here, claims, by_reward = run / f"round_{k}", {}, (run / f"round_{k}" / "04_reward_pairs").exists()
     prompts = {p.prompt_id: p for p in read_table(run / "prompts", "prompts", Prompt)}
     responses = {r.response_id: r for r in read_table(here / "01_sampling", "responses", Response)}
-    labels = {v.claim_id: v.label for v in read_table(here / "03_feedback", "verdicts", Verdict)}
+    labels = {v.claim_id: v.label for v in ([] if by_reward else read_table(here / "03_feedback", "verdicts", Verdict))}
     facts = {r.response_id: facts_of(prompts[r.prompt_id], r.text) for r in responses.values()}
-    for c in read_table(here / "02_claims", "claims", Claim):
+    for c in [] if by_reward else read_table(here / "02_claims", "claims", Claim):
         if c.claim_id in labels:
             claims.setdefault(c.response_id, []).append((c.text, facts[c.response_id].get(c.text), labels[c.claim_id]))
     return prompts, responses, claims
@@ -254,8 +254,7 @@ def show_feedback(run, k, n=4):
     prompts, responses, claims = read_feedback(run, k)
     counts = Counter((truth, label) for judged in claims.values() for _, truth, label in judged)
     right, wrong = (sum(counts[key] for key in keys) for keys in (((True, "yes"), (False, "no")), ((True, "no"), (False, "yes"))))
-    n_known = right + wrong
-    known = f"The labeler was right about <b class=num>{100 * right / n_known:.1f}%</b> of {n_known:,} claims. " if n_known else ""
+    known = f"The labeler was right about <b class=num>{100 * right / n_known:.1f}%</b> of {n_known:,} claims. " if (n_known := right + wrong) else ""
     cases = []
     for response in [r for r in responses.values() if r.sample_index == 0][:n]:
         prompt = prompts[response.prompt_id]
@@ -268,12 +267,11 @@ def show_feedback(run, k, n=4):
 
 def show_pairs(run, k, n=3):
     "The first pair of each of the first prompts of round k side by side, and whether chosen is longer, or really better."
-    folder, (prompts, _, claims) = run / f"round_{k}" / "04_pairs", read_feedback(run, k)
+    folder, (prompts, _, claims) = max((run / f"round_{k}").glob("04_*"), default=run / f"round_{k}" / "04_pairs"), read_feedback(run, k)
     pairs = read_table(folder, "pairs", Pair)
     false = lambda p, text: sum(truth is False for fact, truth in facts_of(prompts[p.prompt_id], text).items() if fact != text)
     counted = [(false(p, p.chosen), false(p, p.rejected)) for p in pairs if facts_of(prompts[p.prompt_id], p.chosen)]
-    share = 100 * sum(a < b for a, b in counted) / max(1, len(counted))
-    better = f" Chosen really has fewer false claims in <b class=num>{share:.1f}%</b>." if counted else ""
+    better = f" Chosen really has fewer false claims in <b class=num>{100 * sum(a < b for a, b in counted) / len(counted):.1f}%</b>." if counted else ""
     words = [sum(len(text.split()) for text in texts) / max(1, len(pairs)) for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])]
     cases = []
     for p in list({p.prompt_id: p for p in reversed(pairs)}.values())[: -n - 1 : -1]:
@@ -365,7 +363,9 @@ def run_body(run):
     rounds, state = range(1, recipe["rounds"] + 1), "finished" if (run / "manifest.json").exists() else "not finished"
     body = f"<p class=eyebrow>RLAIF-V run “{html.escape(recipe['name'])}”, {state}: {html.escape(recipe['description'])}</p>"
     body += part("", show_headline, run) + part("Scores", show_scores, run) + part("Before and after", show_before_after, run)
-    body += "".join(part(f"Feedback in round {k}", show_feedback, run, k) + part(f"Pairs of round {k}", show_pairs, run, k) for k in rounds)
+    by_claims = [k for k in rounds if not (run / f"round_{k}" / "04_reward_pairs").exists()]
+    body += "".join(part(f"Feedback in round {k}", show_feedback, run, k) * (k in by_claims)
+                    + part(f"Pairs of round {k}", show_pairs, run, k) for k in rounds)
     body += part("Training", show_training, run, rounds) + part("Best of N", show_guided, run)
     return body + part("Steps", show_steps, run) + part("Recipe and versions", show_setting, run)
 
