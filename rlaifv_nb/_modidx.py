@@ -705,6 +705,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'rlaifv_nb.plan.counts_of': ('plan.html#counts_of', 'rlaifv_nb/plan.py'),
                                 'rlaifv_nb.plan.detected_card': ('plan.html#detected_card', 'rlaifv_nb/plan.py'),
                                 'rlaifv_nb.plan.disk_of': ('plan.html#disk_of', 'rlaifv_nb/plan.py'),
+                                'rlaifv_nb.plan.instruction_tokens': ('plan.html#instruction_tokens', 'rlaifv_nb/plan.py'),
                                 'rlaifv_nb.plan.open_planned': ('plan.html#open_planned', 'rlaifv_nb/plan.py'),
                                 'rlaifv_nb.plan.parameter_defaults': ('plan.html#parameter_defaults', 'rlaifv_nb/plan.py'),
                                 'rlaifv_nb.plan.picture_shapes': ('plan.html#picture_shapes', 'rlaifv_nb/plan.py'),

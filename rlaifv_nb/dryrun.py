@@ -9,6 +9,7 @@ __all__ = ['aten', 'is_tensor', 'on_meta', 'as_indices', 'emptied', 'Meter', 'pl
            'claims_work', 'pair_row', 'has_deep_features', 'training_work', 'reference_work']
 
 # %% ../nbs/09_dryrun.ipynb #edad6e64
+import inspect
 import weakref
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ from .attention import unsupported_layers, use_branch_attention
 from .caches import picture_tensors
 from .models import DTYPES, OpenModel, checked, lora_targets, prompt_positions, unquantised_modules
 from .packing import collate_rows, pack_by_budget, pack_row, row_logps, token_logps
-from .prefix import RoomLayer, grow, pick_tokens, read_prompts, score_branches
+from .prefix import RoomLayer, generate_texts, grow, pick_tokens, read_prompts, score_branches
 
 aten = torch.ops.aten
 
@@ -275,8 +276,9 @@ def guided_work(vlm, prompts, n, max_new_tokens, temperature=0.7):
 
 
 def claims_work(llm, n_rows, prompt_tokens, max_new_tokens):
-    "What `generate_texts` does for as many prompts of one length."
-    prompts = [{"input_ids": torch.ones(1, prompt_tokens, dtype=torch.long)} for _ in range(n_rows)]
+    "What `generate_texts` does for as many prompts of one length, or as many as it takes at a time."
+    most = inspect.signature(generate_texts).parameters["max_tokens"].default // prompt_tokens
+    prompts = [{"input_ids": torch.ones(1, prompt_tokens, dtype=torch.long)} for _ in range(min(n_rows, max(1, most)))]
     with torch.no_grad():
         sampling_work(llm, read_prompts(llm, prompts), 1, max_new_tokens, temperature=0)
 

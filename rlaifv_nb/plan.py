@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GIB', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'UTILISATION', 'BANDWIDTH_USE', 'SMALL_FILES', 'MODEL_KEYS', 'LOWERED',
            'Card', 'Lengths', 'StagePlan', 'config_folder', 'read_model', 'tiles_of', 'picture_shapes',
-           'assumed_prompt', 'real_prompts', 'prompts_of', 'parameter_defaults', 'open_planned', 'work_of', 'counts_of',
-           'seconds_of', 'disk_of', 'stage_parameters', 'plan_stage', 'advise', 'plan_recipe', 'plan_table',
-           'detected_card', 'card_of', 'speeds_of', 'print_plan']
+           'assumed_prompt', 'real_prompts', 'prompts_of', 'parameter_defaults', 'open_planned', 'instruction_tokens',
+           'work_of', 'counts_of', 'seconds_of', 'disk_of', 'stage_parameters', 'plan_stage', 'advise', 'plan_recipe',
+           'plan_table', 'detected_card', 'card_of', 'speeds_of', 'print_plan']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
 import ast
@@ -38,12 +38,12 @@ CONTEXT_GIB, FRAGMENTS, UTILISATION, BANDWIDTH_USE = 0.6, 0.05, 0.35, 0.5  # our
 @dataclass(frozen=True)
 class Lengths:
     """What decides sizes and is not in a recipe. `question`: tokens of a question with its chat template; `answer`: mean tokens of an answer; `claims` of
-    an answer; `claim`: tokens of a claim's question; `instruction`: tokens of the splitter's prompt without the answer; `picture`: width, height."""
+    an answer; `claim`: tokens of a claim's question; `characters` a token, for the splitter's prompt files; `picture`: width, height."""
     question: int = 60
     answer: int = 130
     claims: int = 10
     claim: int = 30
-    instruction: int = 220
+    characters: int = 4
     picture: tuple = (640, 480)
 
 
@@ -200,15 +200,21 @@ def open_planned(notebook, p, config, processor, device):
     return put_adapter(vlm, p["lora_rank"]) if notebook in ("01_sampling", "05_dpo", "06_evaluation", "07_guided_decoding") else vlm
 
 
+def instruction_tokens(prompt_file, lengths):
+    "About how many tokens a prompt file of the splitter has."
+    return len(Path(resolve_path(prompt_file)).read_text(encoding="utf-8")) // lengths.characters
+
+
 def work_of(notebook, p, vlm, prompt, lengths, device):
     "(Bytes of work, the longest batch in words) of a stage with parameters `p`."
     from rlaifv_nb import dryrun as dry
 
     peak, n = (lambda run: dry.dry_peak(vlm, run, device)), p["batch_size"]
     if notebook == "02_claims":
-        facts = peak(lambda: dry.claims_work(vlm, n, lengths.instruction + p["answer"], p["max_new_tokens"]))
-        asked = peak(lambda: dry.claims_work(vlm, n * lengths.claims, lengths.claim * 3, p["max_new_tokens"]))
-        return max(facts, asked), f"{n} answers of {p['answer']} tokens, then {n * lengths.claims} facts"
+        rows = [(n, instruction_tokens(p["facts_prompt"], lengths) + p["answer"]),
+                (n * lengths.claims, instruction_tokens(p["question_prompt"], lengths) + lengths.claim)]
+        work = max(peak(lambda: dry.claims_work(vlm, *row, p["max_new_tokens"])) for row in rows)
+        return work, f"{n} answers of {p['answer']} tokens, then {n * lengths.claims} facts"
     size, prompts = prompt["input_ids"].shape[1], [prompt] * n
     if notebook == "01_sampling":
         work = peak(lambda: dry.sampling_work(vlm, dry.read_prompts(vlm, prompts), p["n_samples"], p["max_new_tokens"], p["temperature"], p["top_p"]))
@@ -237,7 +243,8 @@ def counts_of(notebook, p, recipe, prompt_tokens, lengths, shares):
         rows = n * p["n_samples"]
         calls = -(-rows // p["batch_size"])
         listed = lengths.claims * lengths.claim // 2
-        return rows * (lengths.instruction + answer + lengths.claims * 3 * lengths.claim), rows * listed * 2, calls * 2 * min(p["max_new_tokens"], listed)
+        shared = calls * sum(instruction_tokens(p[key], lengths) for key in ("facts_prompt", "question_prompt"))
+        return rows * (answer + lengths.claims * lengths.claim) + shared, rows * listed * 2, calls * 2 * min(p["max_new_tokens"], listed)
     if notebook == "03_feedback":
         asked = n * p["n_samples"] * lengths.claims
         return (read + asked * lengths.claim) if shares else asked * (prompt_tokens + lengths.claim), 0, 0
@@ -292,7 +299,7 @@ def plan_stage(notebook, p, recipe, card, lengths, configs="", speed=0.0):
     source = recipe.prompts["source"] if recipe.prompts["source"] != "iconworld" else ""
     if notebook == "02_claims":
         vlm.processor = type("Padding", (), {"pad_token_id": 0})()
-        prompt, mean, about = None, 0, f"{lengths.instruction} tokens of instruction and {lengths.claims} claims an answer, assumed"
+        prompt, mean, about = None, 0, f"{lengths.characters} characters a token of instruction and {lengths.claims} claims an answer, assumed"
     else:
         prompt, mean, about = prompts_of(vlm, problem, source, lengths)
     weights, (work, batch) = weight_bytes(vlm.model), work_of(notebook, p, vlm, prompt, lengths, device)
