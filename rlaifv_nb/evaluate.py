@@ -258,7 +258,7 @@ def run_evaluate(out, bench, model="", adapter="", data="", **settings):
     check_request(r)
     if bench == "iconworld":
         adapters = f"adapted={resolve_path(adapter)}" if adapter else ""
-        run_evaluation(out, model, adapters, r.quantisation, r.limit or 1000, max_new_tokens=r.max_new_tokens, seed=r.seed)
+        run_evaluation(out, model, adapters, quantisation=r.quantisation, n_scenes=r.limit or 1000, max_new_tokens=r.max_new_tokens, seed=r.seed)
         return read_manifest(out)
     questions = [] if r.reviews else open_questions(bench, data, r.limit)
     stage = plan_stage(out, r, questions)

@@ -338,6 +338,7 @@ def check_library(notebooks, library):
             file = library / f"{module}.py"
             text = file.read_text(encoding="utf-8") if file.exists() else ""
             text = re.sub(r"^(\s*from )\.(?=\w)", rf"\1{library.name}.", text, flags=re.MULTILINE)
+            text = re.sub(r"^(\s*from )\.(?= import)", rf"\1{library.name}", text, flags=re.MULTILINE)
             if [part.strip() for part in re.split(r"^# %% .*\n", text, flags=re.MULTILINE)[2:]] != cells:
                 stale.append(path.name)
     if stale:

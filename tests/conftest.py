@@ -23,7 +23,7 @@ def pytest_configure(config):
 def show(request):
     "A function that notes what a test has shown of a model, or why it cannot be; called when the assertions about it are behind."
     def note(model, *properties, but=""):
-        request.config.stash[SHOWN].setdefault(model, {}).update({p: but or "yes" for p in properties})
+        request.config.stash[SHOWN].setdefault((request.module.__name__, model), {}).update({p: but or "yes" for p in properties})
 
     return note
 
@@ -36,7 +36,7 @@ def check_table(request, part, module, models):
     ran = [item for item in request.session.items if getattr(item, "originalname", "") in cases and item.module.__name__ == module["__name__"]]
     if len(ran) < len(cases) * len(models):
         pytest.skip("needs all tests of this file")
-    shown = {model: dict(sorted(request.config.stash[SHOWN].get(model, {}).items())) for model in models}
+    shown = {model: dict(sorted(request.config.stash[SHOWN].get((module["__name__"], model), {}).items())) for model in models}
     stored = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
     if request.config.getoption("--write-table"):
         assert request.session.testsfailed == 0 and len({tuple(row) for row in shown.values()}) == 1, "a table is written when everything has passed"
