@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SUFFIXES', 'TABLE_SUFFIXES', 'HUB', 'INPUT_OPTIONS', 'MAX_ASPECT', 'files_below', 'input_kind', 'source_sha',
-           'InputRow', 'read_json_rows', 'PictureFolder', 'picture_of', 'read_questions', 'read_folder', 'read_dataset',
+           'InputRow', 'numbered_rows', 'PictureFolder', 'picture_of', 'read_questions', 'read_folder', 'read_dataset',
            'read_input', 'write_bytes', 'row_problem', 'place_picture', 'make_prompts', 'source_name', 'import_prompts']
 
 # %% ../nbs/09_inputs.ipynb #5804db1f
@@ -72,7 +72,7 @@ class InputRow:
     detail: str = ""
 
 
-def read_json_rows(path):
+def numbered_rows(path):
     """Yields (number, row) of a JSONL file, or of a file that is one JSON array, as the official code also writes; numbers start at 1.
 
     Raises ValueError naming file and line of what is no JSON object."""
@@ -134,7 +134,7 @@ def picture_of(value, folder):
 def read_questions(path, question="", images=""):
     "Yields the rows of a JSONL or JSON file, own or official (`image`, `image_path` or `metainfos.image_path`); `question` is for rows without one."
     folder = PictureFolder(images or Path(path).parent)
-    for number, row in read_json_rows(path):
+    for number, row in numbered_rows(path):
         named = row.get("image") or row.get("image_path") or (row.get("metainfos") or {}).get("image_path")
         image, problem = picture_of(named, folder)
         yield InputRow(f"line {number}", row.get("question") or question, image, row.get("split", ""), problem)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .feedback import label_of
-from .inputs import PictureFolder, read_json_rows
+from .inputs import PictureFolder, numbered_rows
 from .pairs import pair_id_of
 from .records import (YES_NO_SUFFIX, Claim, Pair, Prompt, Response, SetAside, StageFolder, Verdict, claim_id_of, prompt_id_of, read_table,
                                response_id_of, sha256_of, table_sha, write_rows, write_table, write_text)
@@ -236,7 +236,7 @@ def response_ids(folder):
     "question_id (as text) -> response id, for a folder of responses: its table `question_ids` if it was imported, and our own ids."
     own = {r.response_id: r.response_id for r in read_table(folder, "responses", Response)}
     path = Path(folder) / "question_ids.jsonl"
-    return own | ({str(r["question_id"]): r["response_id"] for _, r in read_json_rows(path)} if path.exists() else {})
+    return own | ({str(r["question_id"]): r["response_id"] for _, r in numbered_rows(path)} if path.exists() else {})
 
 
 def from_official(path, out, prompts, responses="", claims="", images="", abstain_mass=0.1):
@@ -245,7 +245,7 @@ def from_official(path, out, prompts, responses="", claims="", images="", abstai
     `prompts`, `responses` and `claims` are folders of our tables: answers and pairs need prompts, divided rows too (they hold responses as well; with
     `responses`, only claims are taken), autocheck needs responses and claims. `images` is where the file's pictures are found (default: beside it).
     Raises ValueError for a file that is none of these, or without a table that it needs."""
-    rows = list(read_json_rows(path))
+    rows = list(numbered_rows(path))
     kind = official_kind(rows[0][1] if rows else {})
     for number, row in rows:
         if official_kind(row) != kind:

@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,7 @@ from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.iconworld import is_true, read_claims, scene_of
 from rlaifv_nb.intervals import compare_models
 from rlaifv_nb.models import open_llm, open_vlm
-from rlaifv_nb.pairs import balance_lengths, candidate_pairs, score_responses
+from rlaifv_nb.pairs import balance_lengths, candidate_pairs, sample_pairs, score_responses
 from rlaifv_nb.recipes import check_recipe, load_recipe, plan_run
 from rlaifv_nb.records import (Claim, Pair, Prompt, Response, SetAside, StageFolder, Verdict, package_folder, read_table, write_json, write_table,
                                write_text)
@@ -63,17 +62,6 @@ def cpu_seconds(runs, n_prompts, n_samples):
     return took
 
 
-def extreme_pairs(responses, claims, verdicts, k):
-    """At most k pairs a prompt with the largest difference of rejected claims, no answer in two of them, and the spare pairs."""
-    scores, _ = score_responses(responses, claims, verdicts)
-    drawn, spare, used = [], [], Counter()
-    for pair in sorted(candidate_pairs(responses, scores)[0], key=lambda p: (p.rejected_score - p.chosen_score, p.pair_id)):
-        free = not used[pair.chosen_id] and not used[pair.rejected_id] and used[pair.prompt_id] < k
-        used.update((pair.chosen_id, pair.rejected_id, pair.prompt_id) if free else ())
-        (drawn if free else spare).append(pair)
-    return drawn, spare
-
-
 def extremes(runs):
     """Make the run `claims-extremes` beside the finished variant `claims`: the same answers and verdicts, other pairs."""
     source, run, notebooks = (runs / "claims").resolve(), (runs / "claims-extremes").resolve(), package_folder("nbs")
@@ -84,7 +72,7 @@ def extremes(runs):
         read_table(run / "round_2" / stage, table, record) for stage, table, record in
         (("01_sampling", "responses", Response), ("02_claims", "claims", Claim), ("03_feedback", "verdicts", Verdict)))
     stage = StageFolder(out, "extreme_pairs", {"max_pairs_per_prompt": 2, "length_tolerance": 0.02})
-    drawn, spare = extreme_pairs(responses, claims, verdicts, 2)
+    drawn, spare = sample_pairs(candidate_pairs(responses, score_responses(responses, claims, verdicts)[0])[0], 2, 0, 2, "extremes")
     kept, dropped, _ = balance_lengths(drawn, spare, 0.02)
     write_table(out, "pairs", sorted(kept, key=lambda p: p.pair_id))
     stage.finish(len(responses), len(kept), ["pairs"], [SetAside(p.pair_id, "length balance") for p in dropped])

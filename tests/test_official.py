@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlaifv_nb.inputs import import_prompts, read_json_rows
+from rlaifv_nb.inputs import import_prompts, numbered_rows
 from rlaifv_nb.official import from_official, official_kind, read_tables, to_official
 from rlaifv_nb.records import (Claim, Pair, Prompt, Response, SetAside, Verdict, read_manifest, read_table, resolve_path, write_rows, write_table)
 
@@ -25,7 +25,7 @@ def official(tmp_path_factory):
 
 
 def rows_of(path):
-    return [row for _, row in read_json_rows(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
 @pytest.mark.parametrize("table, file, needs", [

@@ -100,6 +100,25 @@ def test_draw_depends_on_seed_and_round():
     assert len(draws) > 15
     with pytest.raises(ValueError, match="at least one"):
         P.sample_pairs(rows, 0, 0, 1)
+    with pytest.raises(ValueError, match="choose one of random, extremes"):
+        P.sample_pairs(rows, 1, 0, 1, "best")
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from("pq"), st.integers(-5, 0)), min_size=2, max_size=12), st.integers(1, 4), st.randoms())
+def test_extremes_differ_most_and_use_no_response_twice(scored, k, rng):
+    responses = [Response(response_id_of(p, i), p, i, 0, f"text {i}", "stop") for i, (p, _) in enumerate(scored)]
+    rows, _ = P.candidate_pairs(responses, {r.response_id: float(score) for r, (_, score) in zip(responses, scored)})
+    gap = lambda p: p.chosen_score - p.rejected_score
+    sampled, spare = P.sample_pairs(rows, k, 0, 1, "extremes")
+    assert sorted(p.pair_id for p in sampled + spare) == sorted(p.pair_id for p in rows)
+    for prompt_id in {p.prompt_id for p in rows}:
+        own, rest = ([p for p in part if p.prompt_id == prompt_id] for part in (sampled, spare))
+        used = [i for p in own for i in (p.chosen_id, p.rejected_id)]
+        assert 1 <= len(own) <= k and len(used) == len(set(used))
+        assert gap(own[0]) == max(map(gap, own + rest))
+        assert len(own) == k or all({p.chosen_id, p.rejected_id} & set(used) for p in rest), "stopped before it had to"
+    assert P.sample_pairs(rng.sample(rows, len(rows)), k, 5, 3, "extremes")[0] == sampled, "neither order, seed nor round matter"
 
 
 # length
