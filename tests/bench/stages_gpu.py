@@ -25,7 +25,7 @@ from rlaifv_nb.dpo import new_adapter  # noqa: E402
 from rlaifv_nb.models import DTYPES, OpenModel, keep_4bit_weights_unpacked, sharing_of, unquantised_modules  # noqa: E402
 from rlaifv_nb.packing import n_tokens_of  # noqa: E402
 from rlaifv_nb.plan import CARDS, MODEL_KEYS, Lengths, assumed_prompt, config_folder, instruction_tokens, plan_stage, read_model, stage_parameters  # noqa: E402
-from rlaifv_nb.prefix import branch_logps, next_token_sums, read_prompts, sample_branches  # noqa: E402
+from rlaifv_nb.prefix import next_token_sums, read_prompts, sample_branches  # noqa: E402
 from rlaifv_nb.recipes import check_recipe, load_recipe  # noqa: E402
 from rlaifv_nb.records import package_folder  # noqa: E402
 
@@ -137,7 +137,7 @@ def main():
     "One table: a line for every stage of every recipe."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="toy size on a CPU: whether the script works, not how much anything takes")
-    parser.add_argument("--recipes", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--recipes", nargs="+", choices=RUNS, help="default: all; with --smoke the two of 24 GB")
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     a = parser.parse_args()
     if not a.smoke and not torch.cuda.is_available():
@@ -146,7 +146,7 @@ def main():
     cells = [("recipe", "stage", "weights, GiB", "planned", "work, GiB", "planned", "tokens/s", "")]
     with tempfile.TemporaryDirectory() as configs:
         write_configs(configs)
-        for name in a.recipes:
+        for name in a.recipes or (["llava15-7b-24gb", "qwen25-vl-7b"] if a.smoke else RUNS):
             recipe = check_recipe(load_recipe(name), package_folder("nbs"))
             recipe = toy_recipe(recipe, configs) if a.smoke else recipe
             for notebook, p in stage_parameters(recipe, package_folder("nbs")).items():
@@ -154,6 +154,7 @@ def main():
                 r = found.setdefault(name, {})[notebook] = measure_stage(notebook, p, recipe, CARDS[RUNS[name]], lengths, configs, device, RUNS[name])
                 number = lambda key, r=r: f"{r[key]:.3g}" if key in r else ""
                 cells.append((name, notebook, *map(number, ("weights", "planned_weights", "work", "planned_work", "tokens_per_second")), r.get("note", "")))
+                print(*cells[-1], sep="  ", flush=True)
                 gc.collect()
                 if device == "cuda":
                     torch.cuda.empty_cache()
