@@ -390,8 +390,9 @@ def print_plan(recipe, notebooks, card=None, lengths=Lengths(), configs="", spee
     where = f"{card.name}, {card.gib:.1f} GiB, {CONTEXT_GIB} GiB and {FRAGMENTS:.0%} of the work in reserve" if card else "the CPU, memory without the program itself"
     print(f"{recipe.name}: {recipe.rounds} rounds of {recipe.prompts['n_per_round']} prompts, on {where}")
     print(plan_table(plans, card))
-    speed = "measured, as given" if speeds else f"{UTILISATION:.0%} of peak, {BANDWIDTH_USE:.0%} of bandwidth, assumed" if card else "unknown: give --tokens-per-second or --speeds"
-    print(f"hours: {sum(s.seconds for s in plans) / 3600:.1f} in all; speed: {speed}")
+    speed = "measured, as given" if speeds else f"{UTILISATION:.0%} of peak, {BANDWIDTH_USE:.0%} of bandwidth, assumed"
+    known = speeds or card
+    print(f"hours: {sum(s.seconds for s in plans) / 3600:.1f} in all; speed: {speed}" if known else "hours: not known, give --tokens-per-second or --speeds")
     print("\n".join(f"  {line}" for line in lines))
     if wrong := [f"{s.notebook} needs {s.gib(card):.1f} of {card.gib:.1f} GiB: {s.advice}" for s in plans if s.advice]:
         raise RecipeError(f"{recipe.name} does not fit {card.name}: " + "; ".join(wrong))
