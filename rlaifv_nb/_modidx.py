@@ -771,6 +771,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rlaifv_nb.recipes.known': ('recipes.html#known', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.load_recipe': ('recipes.html#load_recipe', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.localise': ('recipes.html#localise', 'rlaifv_nb/recipes.py'),
+                                   'rlaifv_nb.recipes.localise_parameters': ('recipes.html#localise_parameters', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.make_recipe': ('recipes.html#make_recipe', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.merge': ('recipes.html#merge', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.notebook_parameters': ('recipes.html#notebook_parameters', 'rlaifv_nb/recipes.py'),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'RECIPE_KEYS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge',
-           'packaged_recipes', 'find_recipe', 'localise', 'read_recipe', 'make_recipe', 'load_recipe', 'Step',
-           'stages_of', 'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text',
-           'open_notebook', 'notebook_parameters', 'check_recipe', 'exported_cells', 'code_sha', 'check_library']
+           'PATH_PARAMETERS', 'RECIPE_KEYS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known',
+           'typed', 'merge', 'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'read_recipe',
+           'make_recipe', 'load_recipe', 'Step', 'stages_of', 'chain_parameters', 'plan_run', 'restart_option',
+           'first_remade', 'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe',
+           'exported_cells', 'code_sha', 'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
@@ -32,6 +33,7 @@ INPUT_KEYS = dict.fromkeys(INPUT_OPTIONS["dataset"], str)  # how a source of you
 STAGES = tuple(dict.fromkeys([stage for stages in FEEDBACK.values() for stage in stages] + [*FINAL_STAGES]))
 KIND_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping of names to values", list: "a list"}
 MAX_ROUNDS = 5
+PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt", "retry_prompt"), "05_dpo": ("cache",)}  # may be files or folders
 
 
 class RecipeError(ValueError):
@@ -129,7 +131,20 @@ def localise(raw, folder):
         raise RecipeError(f"prompts.source: {e}") from e
     if not Path(paths.get("images", folder)).is_dir():
         raise RecipeError(f"prompts.images: there is no folder {paths['images']}")
-    return done | ({"prompts": prompts | paths} if paths else {})
+    return localise_parameters(done | ({"prompts": prompts | paths} if paths else {}), folder)
+
+
+def localise_parameters(raw, folder):
+    "Makes files and folders among `parameters` absolute. Raises RecipeError for a file that does not exist."
+    given, done = raw["parameters"] if isinstance(raw.get("parameters"), dict) else {}, {}
+    for notebook, names in PATH_PARAMETERS.items():
+        own = given[notebook] if isinstance(given.get(notebook), dict) else {}
+        paths = {k: str((folder / Path(own[k]).expanduser()).resolve()) for k in names if str(own.get(k, "")).startswith((".", "/", "~"))}
+        for key, path in paths.items():
+            if key.endswith("_prompt") and not Path(path).is_file():
+                raise RecipeError(f"parameters.{notebook}.{key}: there is no file {path}")
+        done |= {notebook: own | paths} if paths else {}
+    return raw | ({"parameters": given | done} if done else {})
 
 
 def read_recipe(path, seen=()):
@@ -182,7 +197,7 @@ def make_recipe(raw, where):
 
 def load_recipe(name, overrides=None):
     "A recipe by packaged name or path, with `overrides` merged in; what a variant changes comes last. Raises RecipeError."
-    path, overrides = find_recipe(name), overrides or {}
+    path, overrides = find_recipe(name), localise_parameters(overrides or {}, Path())
     raw = merge(read_recipe(path), overrides)
     variants, where = raw.pop("variants"), path.name + (" with the command line" if overrides else "")
     each = {v: make_recipe(merge(raw, over) | {"name": f"{raw.get('name')}/{v}"}, f"{where}, variants.{v}") for v, over in variants.items()}
@@ -267,6 +282,7 @@ def recipe_text(recipe, run):
     "A recipe as YAML, complete, with paths relative to the run folder: the same run again with `rlaifv run recipe.yaml`."
     values = {key: getattr(recipe, key) for key in RECIPE_KEYS}
     values |= {key: stored(values[key], run) for key in ("policy", "splitter", "labeler")}
+    values["parameters"] = {notebook: {k: stored(v, run) for k, v in own.items()} for notebook, own in recipe.parameters.items()}
     values["prompts"] = recipe.prompts | {key: stored(recipe.prompts[key], run) for key in ("source", "images") if key in recipe.prompts}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=150)
 

@@ -152,7 +152,7 @@ def test_paths_in_a_recipe_start_at_its_file_and_stay_valid_in_the_run_folder(tm
 
 def test_command_line_goes_over_the_recipe_and_variants_go_over_the_command_line():
     recipe = load_recipe("ablations", {"rounds": 3, "seed": 5})
-    assert recipe.rounds == 3 and {name: r.rounds for name, r in recipe.variants.items()} == {"full": 3, "whole": 3, "confounded": 3, "offline": 1}
+    assert recipe.rounds == 3 and {name: r.rounds for name, r in recipe.variants.items()} == {"full": 3, "whole": 3, "confounded": 3, "offline": 1, "extremes": 3}
     assert {r.seed for r in recipe.variants.values()} == {5} and recipe.variants["full"].name == "ablations/full"
 
 
@@ -400,6 +400,21 @@ def test_a_notebook_without_manifest_is_a_failure(tmp_path, notebooks, toy):
     path.write_text(path.read_text().replace("manifest.json", "other.json"))
     with pytest.raises(StepError, match="ended without a manifest.json"):
         chain.run_step(step, tmp_path / "run", notebooks)
+
+
+def test_prompt_files_of_a_recipe_stand_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "facts.txt").write_text("{question} {response}")
+    recipe = {"extends": "tiny", "name": "own", "parameters": {"02_claims": {"facts_prompt": "./facts.txt", "retry_prompt": "packaged:prompts/question_retry.txt"}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    found = load_recipe(tmp_path / "own.yaml")
+    assert found.parameters["02_claims"] == {"facts_prompt": str(tmp_path / "facts.txt"), "retry_prompt": "packaged:prompts/question_retry.txt"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text(recipes.recipe_text(found, tmp_path / "run"))
+    assert str(tmp_path) not in (tmp_path / "run/recipe.yaml").read_text() and load_recipe(tmp_path / "run/recipe.yaml") == found
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("tiny", {"parameters": {"02_claims": {"facts_prompt": "./facts.txt"}}}).parameters["02_claims"]["facts_prompt"] == str(tmp_path / "facts.txt")
+    with pytest.raises(RecipeError, match="parameters.02_claims.question_prompt: there is no file .*nothing.txt"):
+        load_recipe("tiny", {"parameters": {"02_claims": {"question_prompt": "./nothing.txt"}}})
 
 
 # notebooks and library
