@@ -1,4 +1,5 @@
 """The project agrees with itself: metadata, notebooks, README, recipes and what a pip install gets."""
+import ast
 import re
 import shutil
 import subprocess
@@ -201,3 +202,12 @@ def test_distributions_hold_notebooks_recipes_and_weights(tracked, tmp_path):
         assert {n for n in tracked if n.startswith("rlaifv_nb/")} <= packed
         tops = {n.split("/")[0] for n in packed}
         assert tops == {"rlaifv_nb", f"rlaifv_nb-{rlaifv_nb.__version__}.dist-info"}, "tests or scripts must not be packed"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_imports_stand_in_cells_of_their_own(path):
+    "To build the documentation, nbdev runs every cell that imports; anything else in it would run without the cells before."
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and not cell.source.startswith("#|") and "parameters" not in cell.metadata.get("tags", []):
+            is_import = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body]
+            assert all(is_import) or not any(is_import), cell.source
