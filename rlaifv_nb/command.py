@@ -274,7 +274,7 @@ def command_recipes(args):
     "Lists the packaged recipes."
     for name in packaged_recipes():
         recipe = load_recipe(name)
-        print(f"{name:<12} {recipe.description}" + (f" (variants: {', '.join(recipe.variants)})" if recipe.variants else ""))
+        print(f"{name:<16} {recipe.description}" + (f" (variants: {', '.join(recipe.variants)})" if recipe.variants else ""))
 
 
 def main(argv=None):
