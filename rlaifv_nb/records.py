@@ -6,16 +6,18 @@
 __all__ = ['YES_NO_SUFFIX', 'Prompt', 'Response', 'Claim', 'Verdict', 'Candidate', 'Pair', 'RefLogp', 'Score', 'Choice',
            'sha256_of', 'prompt_id_of', 'response_id_of', 'claim_id_of', 'seed_of', 'write_text', 'write_json',
            'write_rows', 'read_rows', 'shard_paths', 'read_table', 'write_table', 'table_sha', 'package_folder',
-           'resolve_path', 'SetAside', 'StageFolder', 'read_manifest', 'changed_keys', 'peak_memory_gib',
-           'library_versions']
+           'resolve_path', 'is_out_of_memory', 'free_memory', 'HalvingWork', 'SetAside', 'StageFolder', 'read_manifest',
+           'changed_keys', 'peak_memory_gib', 'library_versions']
 
 # %% ../nbs/00_records.ipynb #e25a3d76
 import errno
+import gc
 import hashlib
 import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -237,6 +239,60 @@ def resolve_path(name):
         raise FileNotFoundError(f"{name} is not in this package; there are: {', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}")
     return str(path)
 
+# %% ../nbs/00_records.ipynb #921c6a8d
+def is_out_of_memory(error):
+    "Whether an exception says that memory ran out, on a graphics card or in the machine."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    texts = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def free_memory():
+    "Gives back what an abandoned batch held, on the graphics card too if torch is in use."
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class HalvingWork:
+    """`work(batch) -> (rows, set_aside)` over batches of at most `batch_size` items, which becomes half as much whenever
+    memory runs out. No row may depend on its batch, so the rows stay the same.
+
+    Raises MemoryError naming the item that does not fit even alone."""
+
+    def __init__(self, work, batch_size):
+        self.work = work
+        self.batch_size = batch_size
+
+    def __call__(self, items):
+        rows, set_aside, done = [], [], 0
+        while done < max(len(items), 1):
+            batch = items[done : done + self.batch_size]
+            found = self.attempt(batch)
+            if found is None:
+                self.batch_size = len(batch) // 2
+                free_memory()
+                print(f"out of memory with {len(batch)} at a time: going on with {self.batch_size}")
+                continue
+            rows += found[0]
+            set_aside += found[1]
+            done += max(len(batch), 1)
+        return rows, set_aside
+
+    def attempt(self, batch):
+        "The result for a batch, or None when memory ran out (the error and what it held are gone by then)."
+        try:
+            return self.work(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) < 2:
+                raise MemoryError(f"not enough memory for a single item: {str(batch)[:200]} ({error})") from error
+            return None
+
+
 # %% ../nbs/00_records.ipynb #78159bd9
 @dataclass(frozen=True)
 class SetAside:
@@ -272,18 +328,24 @@ class StageFolder:
         "Whether the manifest has been written."
         return (self.path / "manifest.json").exists()
 
-    def map(self, table, items, work, shard_size):
-        """Applies `work(chunk) -> (rows, set_aside)` to chunks of `shard_size` items and writes a shard for each.
+    def map(self, table, items, work, shard_size, batch_size=0):
+        """Applies `work(batch) -> (rows, set_aside)` to batches of at most `batch_size` items (0: a whole shard) and
+        writes a shard for every `shard_size` items.
 
-        Shards that are already there are kept, and their chunk is not worked on again."""
+        Shards that are already there are kept, and their items are not worked on again. A batch that does not fit into
+        memory is halved (`HalvingWork`). Returns the batch size that fitted. Raises ValueError for a batch larger than a shard."""
+        if batch_size > shard_size:
+            raise ValueError(f"{self.stage}: batch_size={batch_size} is more than a shard holds: choose at most {shard_size}")
         items = list(items)
+        in_batches = HalvingWork(work, batch_size or shard_size)
         starts = range(0, max(len(items), 1), shard_size)
         for i in tqdm(starts, desc=f"{self.stage}: {table}", unit="shard"):
             shard = self.path / f"{table}-{i // shard_size:05d}.jsonl"
             if not shard.exists():
-                rows, set_aside = work(items[i : i + shard_size])
+                rows, set_aside = in_batches(items[i : i + shard_size])
                 write_rows(self.path / f"set_aside-{table}-{i // shard_size:05d}.jsonl", set_aside)
                 write_rows(shard, rows)
+        return in_batches.batch_size
 
     def set_aside(self, table):
         "The rows set aside while `table` was made."
