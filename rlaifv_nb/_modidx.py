@@ -781,7 +781,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlaifv_nb.prefix.SampleQueue.hand_out': ('prefix.html#samplequeue.hand_out', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.SampleQueue.has_more': ('prefix.html#samplequeue.has_more', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.SampleQueue.pull': ('prefix.html#samplequeue.pull', 'rlaifv_nb/prefix.py'),
-                                  'rlaifv_nb.prefix.SampleQueue.rows_for': ('prefix.html#samplequeue.rows_for', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.SampleQueue.run': ('prefix.html#samplequeue.run', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.SampleQueue.sample': ('prefix.html#samplequeue.sample', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.SampleQueue.smaller': ('prefix.html#samplequeue.smaller', 'rlaifv_nb/prefix.py'),
@@ -990,8 +989,12 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rlaifv_nb/reward_pairs.py'),
                                         'rlaifv_nb.reward_pairs.usable_candidates': ( 'reward_pairs.html#usable_candidates',
                                                                                       'rlaifv_nb/reward_pairs.py')},
-            'rlaifv_nb.sampling': { 'rlaifv_nb.sampling.plan_responses': ('sampling.html#plan_responses', 'rlaifv_nb/sampling.py'),
+            'rlaifv_nb.sampling': { 'rlaifv_nb.sampling.Question': ('sampling.html#question', 'rlaifv_nb/sampling.py'),
+                                    'rlaifv_nb.sampling.can_merge': ('sampling.html#can_merge', 'rlaifv_nb/sampling.py'),
+                                    'rlaifv_nb.sampling.merged_adapter': ('sampling.html#merged_adapter', 'rlaifv_nb/sampling.py'),
+                                    'rlaifv_nb.sampling.plan_responses': ('sampling.html#plan_responses', 'rlaifv_nb/sampling.py'),
                                     'rlaifv_nb.sampling.run_sampling': ('sampling.html#run_sampling', 'rlaifv_nb/sampling.py'),
                                     'rlaifv_nb.sampling.sample_responses': ('sampling.html#sample_responses', 'rlaifv_nb/sampling.py'),
                                     'rlaifv_nb.sampling.temperature_of': ('sampling.html#temperature_of', 'rlaifv_nb/sampling.py'),
-                                    'rlaifv_nb.sampling.vlm_generator': ('sampling.html#vlm_generator', 'rlaifv_nb/sampling.py')}}}
+                                    'rlaifv_nb.sampling.vlm_generator': ('sampling.html#vlm_generator', 'rlaifv_nb/sampling.py'),
+                                    'rlaifv_nb.sampling.write_shards': ('sampling.html#write_shards', 'rlaifv_nb/sampling.py')}}}
