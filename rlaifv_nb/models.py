@@ -539,9 +539,10 @@ def padding_colour(processor) -> tuple[int, int, int]:
 
 
 def padding_problem(opened: OpenModel, pad_pictures: bool = True) -> str:
-    "Why pictures should not be padded for this processor; empty for one that makes the same of every shape. It is tried on two shapes."
-    square, strip = (prompt_inputs(opened, Image.new("RGB", size, "white"), "What?") for size in ((512, 512), (1024, 256)))
-    if any(square[key].shape != strip[key].shape for key in ("input_ids", "pixel_values")):
+    "Why pictures should not be padded for this processor; empty for one that makes one picture of one size of every shape, which is tried."
+    shapes = {tuple(prompt_inputs(opened, Image.new("RGB", size, "white"), "What?")["pixel_values"].shape)
+              for size in ((512, 512), (1024, 256))}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 4 or next(iter(shapes))[0] != 1:
         return ("its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many tokens as the picture needs; "
                 "padding would add bars that cost tokens and show nothing")
     return ""
