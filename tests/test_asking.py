@@ -221,7 +221,7 @@ def full_size(name):
     }[name]()
 
 
-# Image tokens of a picture of 4,000 x 3,000 at the published sizes. Qwen alone lets them grow with the picture: 15,552 without a limit.
+# Image tokens of a picture of 4,000 x 3,000 at the published sizes. Qwen alone lets them grow with the picture: 15,301 without a limit.
 LIMIT = 1280 * 28 * 28
 TOKENS = {"llava": 576, "llava_next": 576 + 48 * 36 + 36, "qwen25_vl": 41 * 30, "qwen3_vl": 36 * 27, "internvl": 13 * 256, "idefics3": 13 * 81,
           "smolvlm": 13 * 81, "gemma3": 256}
@@ -235,6 +235,9 @@ def test_a_large_photograph_has_a_bounded_number_of_tokens(name):
     ask_with(vlm, max_pixels=limit)
     ids = prompt_inputs(vlm, Image.new("RGB", (4000, 3000), "orange"), QUESTION)["input_ids"]
     assert (ids == vlm.core.config.image_token_id).sum() == TOKENS[name]
+    if name == "qwen25_vl":
+        patches = vlm.processor.image_processor.get_number_of_image_patches(3000, 4000, {"size": {"shortest_edge": 3136, "longest_edge": 12845056}})
+        assert patches / 4 == 15301, "what its own default would take"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -1,5 +1,7 @@
 """Opening a model: on which device and in which dtype, at which revision, with which packages; and one clear message where it cannot be."""
 import json
+from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from rlaifv_nb import models
 from rlaifv_nb.answers import beam_answer
 from rlaifv_nb.models import (DEVICES, adapter_lineage, attention_for, card_name, cuda_problem, device_for, dtype_for, lora_targets, model_folder,
                               open_llm, open_processor, open_vlm, pinned, processor_problem, save_adapter)
-from rlaifv_nb.pictures import torchvision_for, torchvision_problem
+from rlaifv_nb.pictures import VIDEO_PACKAGES, torchvision_for, torchvision_problem
 from rlaifv_nb.recipes import DEVICES as RECIPE_DEVICES
 
 POLICY = "packaged:iconworld-vlm"
@@ -25,7 +27,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability > (0, 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(models, "DRIVER_FILE", (tmp_path or models.Path("/nowhere")) / "version")
+        monkeypatch.setattr(models, "DRIVER_FILE", (tmp_path or Path("/nowhere")) / "version")
         if driver:
             models.DRIVER_FILE.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Tue Apr  1 2025\nGCC version:  12.2.0\n")
 
@@ -155,3 +157,13 @@ def test_torchvision_belongs_to_one_version_of_torch(monkeypatch):
     monkeypatch.setattr("rlaifv_nb.pictures.importlib.import_module", fails)
     assert "torchvision 0.28.0 does not work with PyTorch 2.13.0+cpu (operator torchvision::nms does not exist): pip uninstall" in torchvision_problem()
 
+
+def test_the_pinned_torchvision_belongs_to_the_pinned_torch():
+    root = Path(__file__).resolve().parent.parent
+    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("#"))
+    assert pins["torchvision"] == torchvision_for(pins["torch"]) and "num2words" in pins
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    extra = config["DEFAULT"]["processors_requirements"].split()
+    assert [row.partition(">=")[0] for row in extra] == list(VIDEO_PACKAGES)
+    assert not set(VIDEO_PACKAGES) & {row.partition(">=")[0] for row in config["DEFAULT"]["dev_requirements"].split()}
