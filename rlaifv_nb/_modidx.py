@@ -195,6 +195,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rlaifv_nb.dpo.RowMaker.batches': ('dpo.html#rowmaker.batches', 'rlaifv_nb/dpo.py'),
                                'rlaifv_nb.dpo.RowMaker.inputs': ('dpo.html#rowmaker.inputs', 'rlaifv_nb/dpo.py'),
                                'rlaifv_nb.dpo.RowMaker.row': ('dpo.html#rowmaker.row', 'rlaifv_nb/dpo.py'),
+                               'rlaifv_nb.dpo.drift_of': ('dpo.html#drift_of', 'rlaifv_nb/dpo.py'),
                                'rlaifv_nb.dpo.last_whole_checkpoint': ('dpo.html#last_whole_checkpoint', 'rlaifv_nb/dpo.py'),
                                'rlaifv_nb.dpo.new_adapter': ('dpo.html#new_adapter', 'rlaifv_nb/dpo.py'),
                                'rlaifv_nb.dpo.preference_loss': ('dpo.html#preference_loss', 'rlaifv_nb/dpo.py'),
