@@ -153,7 +153,7 @@ def labeler_warnings(
     return warnings
 
 # %% ../nbs/03_feedback.ipynb #d7882a68
-LEAST_TOKENS = 256
+LEAST_TOKENS = 64
 
 
 class PortionedAsker:
