@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .attention import sharing_problem
-from .pictures import pad_to_square, within_pixels
+from .pictures import VIDEO_PACKAGES, pad_to_square, torchvision_for, within_pixels
 from .records import resolve_path, sha256_of, write_text
 
 # %% ../nbs/00_models.ipynb #2a8181d5
@@ -260,11 +260,18 @@ def open_processor(folder):
 
 @lru_cache
 def processor_problem(folder) -> str:
-    "Why the processor in a model's folder cannot be opened here, with the pip command that helps; empty when it opens."
+    """Why the processor in a model's folder cannot be opened here, with the pip command that helps; empty when it opens. Processors that
+    know videos (Qwen, InternVL, SmolVLM2) need torchvision for them, SmolVLM2 num2words too, though only pictures are shown here."""
     try:
         open_processor(folder)
-    except (ImportError, RuntimeError) as e:
-        return " ".join(str(e).split())
+    except ImportError as e:
+        missing = [package for package in VIDEO_PACKAGES if package in str(e).lower() and not find_spec(package)]
+        if not missing:
+            return f"its processor cannot be opened: {' '.join(str(e).split())}"
+        return (f"its processor needs {' and '.join(missing)} for videos, even if only pictures are shown to it: pip install "
+                f"torchvision=={torchvision_for(torch.__version__)} num2words (torchvision from where PyTorch {torch.__version__} came from)")
+    except (OSError, ValueError) as e:
+        return f"its processor cannot be opened: {' '.join(str(e).split())}"
     return ""
 
 # %% ../nbs/00_models.ipynb #525cc823
