@@ -77,10 +77,11 @@ def picture_tensors(inputs):
 
 @torch.no_grad()
 def picture_features(vlm, inputs):
-    "Features (m, hidden) of a prompt's picture, one for each image token."
+    """Features (m, hidden) of a prompt's picture, one for each image token, computed where the model is and returned on the CPU:
+    batches are made there, from features just computed and features read from disk alike."""
     pixels = {k: v.to(vlm.device) for k, v in picture_tensors(inputs).items()}
     features = vlm.core.model.get_image_features(**pixels, return_dict=True).pooler_output
-    return torch.cat([f.flatten(0, -2) for f in features])
+    return torch.cat([f.flatten(0, -2) for f in features]).cpu()
 
 
 def with_features(vlm, inputs, cache):

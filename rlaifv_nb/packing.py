@@ -130,7 +130,7 @@ def hidden_states(core, inputs, **kwargs):
         return core.model(**inputs, **kwargs).last_hidden_state
     embeds = core.get_input_embeddings()(inputs["input_ids"])
     places = (inputs["input_ids"] == core.config.image_token_id)[..., None]
-    embeds = embeds.masked_scatter(places, inputs["image_features"].to(embeds.dtype))
+    embeds = embeds.masked_scatter(places, inputs["image_features"].to(embeds))
     rest = {k: inputs[k] for k in ("attention_mask", "position_ids", "token_type_ids", "branches") if k in inputs}
     return core.model(inputs_embeds=embeds, **rest, **kwargs).last_hidden_state
 
