@@ -67,7 +67,7 @@ def run_side(at: Path, options: dict, scenes: int) -> None:
     run_claims(prompts, EXAMPLE / "01_sampling", at / "02", open_llm(SPLITTER, **options))
     run_feedback(prompts, EXAMPLE / "01_sampling", EXAMPLE / "02_claims", at / "03", vlm)
     run_dpo(prompts, EXAMPLE / "04_pairs", at / "05", POLICY, learning_rate=2e-4, epochs=0.5, batch_size=16,
-            evaluations=1, **options)
+            evaluations=1, min_steps=1, **options)
     run_evaluation(at / "06", POLICY, f"aligned={ADAPTER}", n_scenes=scenes, **options)
     run_guided_decoding(prompts, at / "07", POLICY, ADAPTER, responses=EXAMPLE / "01_sampling", **options)
 
