@@ -17,8 +17,8 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'dpo_memory', 'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load',
            'guided_candidates', 'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes',
            'written', 'free_bytes', 'disk_problem', 'StagePlan', 'open_stage', 'floor_of', 'merges', 'plan_stage',
-           'spent_by', 'about_stage', 'hours', 'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of',
-           'plan_table', 'disk_lines', 'print_plan', 'hours_line', 'missing_bytes', 'run_disk_problem']
+           'spent_by', 'about_stage', 'shown_time', 'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of',
+           'fit_of', 'plan_table', 'disk_lines', 'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
 import ast
@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import dryrun as dry
 from .caches import picture_features
 from .inputs import HUB, input_kind, read_input
-from .machine import MODEL_FILES, SMALL_FILES
-from .models import ask_with, prompt_inputs
+from .machine import SMALL_FILES
+from .models import MODEL_FILES, ask_with, pinned, prompt_inputs
 from .prefix import grow, read, read_prompts
 from .recipes import INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, open_notebook, plan_run
 from .records import Prompt, read_table, resolve_path
@@ -148,7 +148,8 @@ def lengths_of(picture: str = "") -> Lengths:
 # %% ../nbs/09_plan.ipynb #48711def
 def config_folder(name: str, configs: str | Path = "") -> Path:
     "The folder with a model's `config.json`. Raises RecipeError saying where it was looked for."
-    places = [Path(configs) / name] if configs else []
+    hub, revision = pinned(name)
+    places = [Path(configs) / hub] if configs else []
     for place in (*places, Path(resolve_path(name))):
         if (place / "config.json").is_file():
             return place
@@ -157,10 +158,10 @@ def config_folder(name: str, configs: str | Path = "") -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
+            return Path(snapshot_download(hub, revision=revision or None, allow_patterns=SMALL_FILES))
         except Exception as e:  # the Hub's client has many: offline, unknown, gated, no network
             problem = f"{type(e).__name__} at the Hub"
-    raise RecipeError(f"plan needs config.json of {name} ({problem}): put it at FOLDER/{name}/config.json "
+    raise RecipeError(f"plan needs config.json of {name} ({problem}): put it at FOLDER/{hub}/config.json "
                       "and say --configs FOLDER, name a local folder in the recipe, or go online")
 
 # %% ../nbs/09_plan.ipynb #4c1a0b29
@@ -841,11 +842,12 @@ def cached_bytes(name: str) -> int:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    hub, revision = pinned(name)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True))
+        found = snapshot_download(hub, revision=revision or None, allow_patterns=MODEL_FILES, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         return 0
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in Path(found).glob("*.safetensors"))
 
 
 def download_bytes(name: str, weights: int) -> int:
@@ -998,27 +1000,28 @@ def about_stage(s: Planned, load: Load, card: Card | None) -> str:
     if s.prompts:
         lengths = s.prompts.about
     else:
-        lengths = f"assumed: {s.lengths.claims} claims an answer and {s.lengths.characters} characters a token"
+        lengths = f"{s.lengths.claims} claims an answer, {s.lengths.characters} characters a token, assumed"
     if card is None:
         return lengths
     spent = spent_by(s, load, card)
-    parts = [f"{hours(spent.reading)} h reading" + (" and training" if load.trained else "")]
+    parts = [f"{shown_time(spent.reading)} reading" + (" and training" if load.trained else "")]
     if load.steps:
         step = spent.sampling / load.steps
-        slowest = "launching them" if step == floor_of(s) else "bytes or arithmetic"
+        slowest = "launching" if step == floor_of(s) else "bytes or arithmetic"
         each = f"{1000 * step:.0f} ms ({slowest})"
-        parts.append(f"{hours(spent.sampling)} h in {load.steps:,.0f} steps of {each}")
+        parts.append(f"{shown_time(spent.sampling)} in {load.steps:,.0f} steps of {each}")
     if load.pictures:
-        parts.append(f"{hours(spent.preparing)} h preparing pictures on the CPU")
+        parts.append(f"{shown_time(spent.preparing)} preparing pictures on the CPU")
     return f"{lengths}; a round takes {', '.join(parts)}"
 
 
-def hours(seconds: float) -> str:
-    "Hours with the digits that an estimate deserves."
+def shown_time(seconds: float) -> str:
+    "A time with the digits that an estimate deserves."
     if seconds != seconds:
         return "?"
-    value = seconds / 3600
-    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 0.1 else f"{value:.3f}"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{seconds / 3600:.0f} h"
 
 # %% ../nbs/09_plan.ipynb #4b3a6e85
 LOWERED = {
@@ -1101,11 +1104,11 @@ def fit_of(plan: StagePlan, card: Card | None) -> str:
 # %% ../nbs/09_plan.ipynb #98cf1405
 def plan_table(plans: list[StagePlan], card: Card | None = None) -> str:
     "The plan as a table in text: a line a stage."
-    rows = [["stage", "model", "weights", "work", "GiB", "", "Mtokens", "hours", "GB disk", "longest batch"]]
+    rows = [["stage", "model", "weights", "work", "GiB", "", "Mtokens", "time", "GB disk", "longest batch"]]
     for s in plans:
         model = Path(s.model.removeprefix("packaged:")).name
         sizes = [f"{s.weights / GIB:.2f}", f"{s.work / GIB:.2f}", f"{s.gib(card):.2f}", fit_of(s, card)]
-        costs = [f"{s.tokens / 1e6:.1f}", hours(s.seconds), f"{(s.kept + s.meanwhile) / 1e9:.1f}"]
+        costs = [f"{s.tokens / 1e6:.1f}", shown_time(s.seconds), f"{(s.kept + s.meanwhile) / 1e9:.1f}"]
         rows.append([s.notebook, model, *sizes, *costs, s.batch])
     widths = [max(map(len, column)) for column in zip(*rows)]
     words = (0, 1, 5, 9)
@@ -1132,15 +1135,15 @@ def print_plan(recipe, notebooks: Path, card: Card | None = None, lengths: Lengt
                run: str | Path = "", elsewhere: bool = False) -> list[StagePlan]:
     """Prints the plan of a checked recipe.
 
-    `speeds`: measured tokens a second by stage; `to_download`: bytes by model that the Hub says are missing; `run`:
-    the run folder; `elsewhere`: for a card that is named, so a machine without any is not where it will run.
+    `speeds`: measured tokens a second by stage; `to_download`: bytes by model that the Hub says are missing;
+    `run`: the run folder; `elsewhere`: for a card that is named, so that a machine without any is not meant.
     Raises RecipeError naming what to change when a stage does not fit the card, or what the disk lacks."""
     plans, lines = plan_recipe(recipe, notebooks, card, lengths, configs, speeds)
     reserve = f"{CONTEXT_GIB} GiB and {FRAGMENTS:.0%} of the work in reserve"
     where = f"{card.name}, {card.gib:.1f} GiB, {reserve}" if card else "the CPU, memory without the program"
     print(f"{recipe.name}: {recipe.rounds} rounds of {recipe.prompts['n_per_round']} prompts, on {where}")
     print(plan_table(plans, card))
-    print(hours_line(plans, card, bool(speeds)))
+    print(time_line(plans, card, bool(speeds)))
     print("\n".join(disk_lines(plans, to_download or {})))
     print("\n".join(f"  {line}" for line in lines))
     no_room = [s for s in plans if s.advice]
@@ -1154,17 +1157,17 @@ def print_plan(recipe, notebooks: Path, card: Card | None = None, lengths: Lengt
     return plans
 
 
-def hours_line(plans: list[StagePlan], card: Card | None, measured: bool) -> str:
-    "All hours, and what they assume."
+def time_line(plans: list[StagePlan], card: Card | None, measured: bool) -> str:
+    "The time of all stages, and what it assumes."
     total, best, worst = (sum(getattr(s, key) for s in plans) for key in ("seconds", "best", "worst"))
     if measured:
-        return f"hours: {hours(total)} in all, by the speeds given"
+        return f"time: {shown_time(total)}, by the speeds given"
     if card is None:
-        return "hours: not known, give --tokens-per-second or --speeds"
+        return "time: not known, give --tokens-per-second or --speeds"
     launching = f"{1000 * LAYER_SECONDS:.2f} ms a layer and {1e6 * LAUNCH_SECONDS:.0f} \u00b5s an operation"
     peak = f"{LIKELY.utilisation:.0%} of the card's peak ({SLOW.utilisation:.0%} to {FAST.utilisation:.0%})"
-    assumed = f"{peak}, {LIKELY.bandwidth:.0%} of its bandwidth, and for each step {launching}"
-    return f"hours: about {hours(total)} in all, {hours(best)} to {hours(worst)}; assumed, not measured: {assumed}"
+    assumed = f"{peak}, {LIKELY.bandwidth:.0%} of its bandwidth, {launching} for each step"
+    return f"time: about {shown_time(total)}, {shown_time(best)} to {shown_time(worst)}; assumed: {assumed}"
 
 
 def missing_bytes(plans: list[StagePlan], to_download: dict) -> dict:

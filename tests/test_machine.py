@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from huggingface_hub import constants
 
 from rlaifv_nb import machine
 from rlaifv_nb.command import main
-from rlaifv_nb.machine import WantedModel, check_machine, device_problem, find_model, look_at_machine, torchvision_command, wanted_models
+from rlaifv_nb.machine import check_machine, device_problem, find_model, look_at_machine, wanted_models
+from rlaifv_nb.models import MODEL_FILES, processor_problem
+from rlaifv_nb.pictures import torchvision_for
 from rlaifv_nb.recipes import RecipeError, load_recipe, plan_run
 from rlaifv_nb.records import package_folder
 
@@ -46,7 +49,7 @@ class HubRequest(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body)), "X-Repo-Commit": SHA} | headers).items():
+        for name, value in ({"Content_Length": str(len(body)), "X_Repo_Commit": SHA} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "GET":
@@ -60,7 +63,10 @@ class HubRequest(BaseHTTPRequestHandler):
         if name not in hub.models:
             return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Invalid username or password.")
         files = {f.name: f for f in sorted(Path(hub.models[name]).iterdir()) if f.is_file()}
-        size = lambda f: hub.sizes.get(f.name, f.stat().st_size)
+
+        def size(f):
+            return hub.sizes.get(f.name, f.stat().st_size)
+
         if path.startswith("api/") and rest[0] == "revision":
             return self.json({"id": name, "sha": SHA, "siblings": [{"rfilename": f} for f in files], "private": False, "gated": name in hub.gated})
         if name in hub.gated:
@@ -88,6 +94,7 @@ def hub(tmp_path, monkeypatch):
     def open_hub(models=None, **options):
         hubs.append(Hub(models or {}, **options))
         monkeypatch.setattr(constants, "ENDPOINT", hubs[-1].url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hubs[-1].url + "/{repo_id}/resolve/{revision}/{filename}")
         return hubs[-1]
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -152,7 +159,7 @@ def test_without_the_hub_a_full_cache_will_do_and_half_of_one_will_not(hub, monk
     from huggingface_hub import snapshot_download
 
     opened = hub({"some-one/seer": VLM, "some-one/other": VLM})
-    snapshot_download("some-one/seer", allow_patterns=machine.MODEL_FILES)
+    snapshot_download("some-one/seer", allow_patterns=list(MODEL_FILES))
     find_model("some-one/other")  # the small files alone
     opened.shutdown()
     opened.server_close()
@@ -167,7 +174,7 @@ def test_a_gated_model_that_is_in_the_cache_will_do(hub):
     from huggingface_hub import snapshot_download
 
     hub({"big-labs/llama": SPLITTER})
-    snapshot_download("big-labs/llama", allow_patterns=machine.MODEL_FILES)
+    snapshot_download("big-labs/llama", allow_patterns=list(MODEL_FILES))
     hub({"big-labs/llama": SPLITTER}, gated=["big-labs/llama"])
     assert problems_of(recipe_of(splitter="big-labs/llama")) == ()
 
@@ -190,70 +197,67 @@ def test_no_space_for_the_download(hub):
 
 # processors
 
-@pytest.mark.parametrize("version, command", [
-    ("2.13.0", 'pip install "torchvision==0.28.*" "torch==2.13.0"'),
-    ("2.13.0+cpu", 'pip install "torchvision==0.28.*" "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu'),
-    ("2.9.1+cu126", 'pip install "torchvision==0.24.*" "torch==2.9.1" --index-url https://download.pytorch.org/whl/cu126'),
-    ("3.0.0", 'pip install "torchvision" "torch==3.0.0"'),
-])
-def test_the_torchvision_that_belongs_to_a_torch(version, command):
-    assert torchvision_command(version) == command
+@pytest.fixture
+def no_processor(monkeypatch):
+    """A function after which no processor opens, for want of a package."""
+    def put(message):
+        def missing(*args, **kwargs):
+            raise ImportError(message)
+
+        processor_problem.cache_clear()
+        monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+
+    yield put
+    processor_problem.cache_clear()
 
 
-def test_that_rule_is_what_the_pinned_versions_say():
-    pins = dict(line.split("==") for line in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines() if "==" in line)
-    if "torchvision" not in pins:
-        pytest.skip("torchvision is not pinned here")
-    assert f'torchvision=={pins["torchvision"].rpartition(".")[0]}.*' in torchvision_command(pins["torch"])
-
-
-@pytest.mark.parametrize("message, says", [
-    (transformers.utils.import_utils.TORCHVISION_IMPORT_ERROR.format("Qwen2VLVideoProcessor"), 'pip install "torchvision==0.'),
-    ("Package `num2words` is required to run SmolVLM processor. Install it with `pip install num2words`.", "pip install num2words"),
-    ("This processor requires\nthe beans library", "This processor requires the beans library"),
-])
-def test_a_processor_that_needs_a_package(monkeypatch, message, says):
-    def missing(*args, **kwargs):
-        raise ImportError(message)
-
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+def test_a_processor_that_needs_a_package(no_processor):
+    no_processor("This processor requires\nthe beans library")
     (problem,) = problems_of(load_recipe("tiny"))
-    assert problem.startswith("the processor of packaged:iconworld-vlm needs a package that is not installed: ") and says in problem and "\n" not in problem
+    assert problem == "packaged:iconworld-vlm: its processor cannot be opened: This processor requires the beans library"
 
 
-def test_the_real_processor_of_qwen_says_it_itself(tmp_path):
-    from published_models import published
+@pytest.mark.parametrize("message, package", [
+    (transformers.utils.import_utils.TORCHVISION_IMPORT_ERROR.format("Qwen2VLVideoProcessor"), "torchvision"),
+    ("Package `num2words` is required to run SmolVLM processor. Install it with `pip install num2words`.", "num2words"),
+])
+def test_the_package_that_real_processors_need_is_named_with_its_version(no_processor, message, package):
+    if find_spec(package):
+        pytest.skip(f"{package} is installed, so nothing is missing")
+    no_processor(message)
+    (problem,) = problems_of(load_recipe("tiny"))
+    assert f"its processor needs {package} for videos" in problem and f"pip install torchvision=={torchvision_for(torch.__version__)}" in problem
+    assert "\n" not in problem
 
-    if transformers.utils.is_torchvision_available():
+
+def test_qwens_own_processor_says_so(tmp_path):
+    from published_models import save_published
+
+    if find_spec("torchvision"):
         pytest.skip("torchvision is installed, so nothing is missing")
-    model, processor = published("qwen25_vl")
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    with transformers_without_registered_processors():
+    save_published("qwen25_vl", tmp_path)
+    (tmp_path / "processor_config.json").unlink()
+    published = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+                 "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
+    stand_ins = transformers.models.auto.processing_auto.PROCESSOR_MAPPING._extra_content
+    kept = dict(stand_ins)
+    stand_ins.clear()
+    try:
         (problem,) = problems_of(recipe_of(policy=str(tmp_path)))
-    assert "needs a package that is not installed: " + torchvision_command(torch.__version__) in problem
+    finally:
+        stand_ins.update(kept)
+    assert problem.startswith(f"{tmp_path}: its processor needs torchvision for videos")
 
 
-def transformers_without_registered_processors():
-    """Takes away for a moment what tests have registered in place of processors that need torchvision."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def without():
-        extra = transformers.models.auto.processing_auto.PROCESSOR_MAPPING._extra_content
-        kept = dict(extra)
-        extra.clear()
-        try:
-            yield
-        finally:
-            extra.update(kept)
-
-    return without()
+def test_a_torchvision_that_does_not_fit_is_found_before_transformers_is_asked(monkeypatch):
+    monkeypatch.setattr("rlaifv_nb.pictures.torchvision_problem", lambda: "torchvision 0.2 does not work with PyTorch 2.13")
+    assert problems_of(recipe_of(policy="some-one/typo")) == ("torchvision 0.2 does not work with PyTorch 2.13",)
 
 
 @pytest.mark.parametrize("file, text, says", [
-    ("config.json", "{", "configuration and processor of"), ("config.json", '{"model_type": "no_such"}', "configuration and processor of"),
-    ("chat_template.jinja", None, "has no chat template"),
+    ("config.json", "{", "its small files cannot be opened"), ("config.json", '{"model_type": "no_such"}', "its small files cannot be opened"),
+    ("chat_template.jinja", None, "it has no chat template"),
 ])
 def test_a_folder_that_cannot_be_opened(tmp_path, file, text, says):
     shutil.copytree(VLM, tmp_path / "model")
@@ -378,14 +382,11 @@ def test_run_and_plan_say_it_before_anything_starts(hub, tmp_path, monkeypatch, 
     assert "big-labs/llama is gated" in capsys.readouterr().err
 
 
-def test_plan_shows_what_would_stop_a_run_and_plans_all_the_same(tmp_path, monkeypatch, capsys):
-    def missing(*args, **kwargs):
-        raise ImportError("Install it with `pip install num2words`.")
-
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+def test_plan_shows_what_would_stop_a_run_and_plans_all_the_same(no_processor, capsys):
+    no_processor("no beans")
     assert main(["plan", "tiny"]) == 0
     out = capsys.readouterr().out
-    assert "01_sampling" in out and "before `rlaifv run` can start: the processor of packaged:iconworld-vlm needs a package" in out
+    assert "01_sampling" in out and "before `rlaifv run` can start: packaged:iconworld-vlm: its processor cannot be opened: no beans" in out
 
 
 def test_a_plan_for_another_card_does_not_ask_for_one_here(card, capsys):
