@@ -27,7 +27,7 @@ def home(tmp_path_factory):
     names = ["broken.jpg", *(f"photo{i}.jpg" for i in range(14))]
     write_rows(home / "questions.jsonl", [{"image": f"pictures/{name}", "question": "Describe the image in detail."} for name in names])
     recipe = {"extends": "tiny", "name": "mine", "rounds": 1, "evaluate": [], "prompts": {"source": "./questions.jsonl", "n_per_round": 14, "n_dev": 3},
-              "parameters": {"01_sampling": {"n_samples": 4, "max_new_tokens": 80}, "05_dpo": {"epochs": 1, "batch_size": 8}}}
+              "parameters": {"01_sampling": {"n_samples": 4, "max_new_tokens": 80}, "05_dpo": {"epochs": 1, "batch_size": 8, "min_steps": 1}}}
     (home / "my.yaml").write_text(yaml.safe_dump(recipe))
     with contextlib.chdir(home):
         assert main(["run", "my.yaml"]) == 0
