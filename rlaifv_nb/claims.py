@@ -352,8 +352,10 @@ def is_noun_phrase(words: list) -> bool:
         return False  # "The man wears a hat": an article in the middle follows a preposition, or else a verb
     if not _AND & set(low):
         return True
-    parts = [part.split() for part in re.split(r"\b(?:and|or|but)\b", " ".join(low))]
-    return all(part and len(part) <= 2 + (part[0] in DETERMINERS) for part in parts)
+    first, *others = (part.split() for part in re.split(r"\b(?:and|or|but)\b", " ".join(low)))
+    if len(first) > 1 + (bool(first) and first[0] in DETERMINERS):
+        return False  # "The boy laughs and his dog"
+    return all(part and len(part) <= 2 + (part[0] in DETERMINERS) for part in others)
 
 
 def is_one_clause(words: list) -> bool:
@@ -375,7 +377,9 @@ def is_one_clause(words: list) -> bool:
 
 # %% ../nbs/02_claims.ipynb #d1a00014
 _OWNS = {"has": "does", "have": "do", "had": "did"}
-_UP = {"up", "down", "off", "over", "out", ""}
+_UP = {"up", "down", "off", "over", "out", ""}  # "has rolled up sleeves" owns them, "has rolled up the sleeves" did it
+_PARTICIPLES = set("lost left let taken fallen risen put built written eaten broken grown made won caught begun worn set come seen found given shown "
+                   "drawn thrown held brought cut shed hit".split())
 
 
 def is_perfect(words: list):
@@ -384,9 +388,13 @@ def is_perfect(words: list):
     second = bare(words[1]) if len(words) > 1 else ""
     if first in ("been", "already", "just", "become", "gone"):
         return True
-    if first in ("not", "to", "never") or first.endswith("ed") and second in _UP:
+    if first in ("not", "to", "never"):
         return None
-    return first.endswith("ed") and second in DETERMINERS | PREPOSITIONS
+    if not first.endswith("ed") and first not in _PARTICIPLES:
+        return False
+    if second in DETERMINERS | _NUMBERS | PREPOSITIONS - _UP:
+        return True
+    return None if second in _UP or first in _PARTICIPLES else False
 
 
 def move_verb(words: list):
@@ -506,7 +514,7 @@ def split_responses(responses, question_of, ask, templates, check=True):
         cut = reason == "length"
         if cut:
             text, _, rest = text.rpartition("\n")
-            remarks.append(Remark(r.response_id, "", clean(rest), CUT, "no end within the token limit"))
+            remarks.append(Remark(r.response_id, "", "", CUT, f"no end within the token limit: {rest[-60:]!r}"))
         items = parse_facts(text)
         if not items and (cut or not says_no_facts(text)):
             detail = f"no whole item within the token limit: {rest[-60:]!r}" if cut else f"the splitter wrote {text[:60]!r}"
