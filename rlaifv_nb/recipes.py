@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'EXPORT', 'DIRECTIVE', 'RecipeError',
-           'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed', 'packaged_recipes', 'find_recipe',
-           'localise', 'localise_parameters', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of',
-           'options_of', 'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text',
-           'open_notebook', 'notebook_parameters', 'check_recipe', 'exported_cells', 'code_sha', 'check_library']
+           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'WORKING_PARAMETERS', 'EXPORT',
+           'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
+           'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'read_recipe', 'make_recipe',
+           'load_recipe', 'Step', 'stages_of', 'options_of', 'chain_parameters', 'plan_run', 'restart_option',
+           'first_remade', 'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe',
+           'exported_cells', 'code_sha', 'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
@@ -65,6 +66,16 @@ class Recipe:
 
 DEFAULTS = {"feedback": ["claims"], "device": "auto", "policy_options": {}, "labeler_options": {}}
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
+
+# %% ../nbs/09_recipes.ipynb #a9c00002
+WORKING_PARAMETERS = {
+    "01_sampling": ("batch_size",),
+    "02_claims": ("batch_size",),
+    "03_feedback": ("batch_size", "max_tokens"),
+    "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers"),
+    "06_evaluation": ("batch_size",),
+    "07_guided_decoding": ("batch_size",),
+}
 
 # %% ../nbs/09_recipes.ipynb #f3806c6b
 class RecipeLoader(yaml.SafeLoader):
