@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['GIB', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'UTILISATION', 'BANDWIDTH_USE', 'SMALL_FILES', 'MODEL_KEYS', 'LOWERED',
            'Card', 'Lengths', 'StagePlan', 'config_folder', 'read_model', 'tiles_of', 'picture_shapes',
-           'assumed_prompt', 'real_prompts', 'prompts_of', 'parameter_defaults', 'open_planned', 'instruction_tokens',
-           'work_of', 'counts_of', 'seconds_of', 'disk_of', 'stage_parameters', 'plan_stage', 'advise', 'plan_recipe',
-           'plan_table', 'detected_card', 'card_of', 'speeds_of', 'print_plan']
+           'assumed_prompt', 'real_prompts', 'prompts_of', 'open_planned', 'instruction_tokens', 'work_of', 'counts_of',
+           'seconds_of', 'disk_of', 'stage_parameters', 'plan_stage', 'advise', 'plan_recipe', 'plan_table',
+           'detected_card', 'card_of', 'speeds_of', 'print_plan']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
-import ast
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .recipes import RecipeError, open_notebook, plan_run
+from .recipes import RecipeError, parameter_defaults, plan_run, prompts_per_round
 from .records import resolve_path
 
 # %% ../nbs/09_plan.ipynb #c109cd79
@@ -177,12 +176,6 @@ def prompts_of(vlm, problem, source, lengths):
     return prompts[sizes.index(max(sizes))], sum(sizes) / len(sizes), f"up to {max(sizes)} tokens a prompt, from the processor and {len(prompts)} prompts"
 
 # %% ../nbs/09_plan.ipynb #d69e5b7b
-def parameter_defaults(path):
-    "Parameter -> default of a notebook's parameters cell."
-    cells = [c.source for c in open_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
-    return {line.target.id: ast.literal_eval(line.value) for source in cells for line in ast.parse(source).body}
-
-
 MODEL_KEYS = {"01_sampling": "policy", "02_claims": "splitter", "03_feedback": "labeler", "05_dpo": "policy", "06_evaluation": "policy",
               "07_guided_decoding": "policy"}
 LOWERED = {"01_sampling": ["batch_size"], "02_claims": ["batch_size"], "03_feedback": ["batch_size", "max_tokens"], "05_dpo": ["max_tokens", "batch_size"],
@@ -235,7 +228,7 @@ def work_of(notebook, p, vlm, prompt, lengths, device):
 # %% ../nbs/09_plan.ipynb #280c97d2
 def counts_of(notebook, p, recipe, prompt_tokens, lengths, shares):
     "Tokens that are read or scored, and sampled, by a stage in one round, and the steps of sampling."
-    n, answer = recipe.prompts["n_per_round"], min(lengths.answer, p.get("answer", lengths.answer))
+    n, answer = prompts_per_round(recipe), min(lengths.answer, p.get("answer", lengths.answer))
     read = prompt_tokens * n
     if notebook == "01_sampling":
         return read * (1 if shares else p["n_samples"]), n * p["n_samples"] * answer, -(-n // p["batch_size"]) * p["max_new_tokens"]
@@ -275,7 +268,7 @@ def disk_of(notebook, p, recipe, vlm, prompt):
         return 0
     adapter = sum(w.nbytes for w in vlm.model.parameters() if w.requires_grad)
     features = int((prompt["input_ids"] == vlm.core.config.image_token_id).sum()) * vlm.core.config.get_text_config().hidden_size * vlm.core.dtype.itemsize
-    return int(min(p["cache_gb"] * 1e9, features * recipe.prompts["n_per_round"]) + 2 * 3 * adapter + recipe.rounds * adapter)
+    return int(min(p["cache_gb"] * 1e9, features * prompts_per_round(recipe)) + 2 * 3 * adapter + recipe.rounds * adapter)
 
 # %% ../nbs/09_plan.ipynb #8f4a6342
 def stage_parameters(recipe, notebooks):
@@ -388,7 +381,7 @@ def print_plan(recipe, notebooks, card=None, lengths=Lengths(), configs="", spee
     "Prints the plan of a checked recipe. Raises RecipeError naming what to change when a stage does not fit."
     plans, lines = plan_recipe(recipe, notebooks, card, lengths, configs, speeds)
     where = f"{card.name}, {card.gib:.1f} GiB, {CONTEXT_GIB} GiB and {FRAGMENTS:.0%} of the work in reserve" if card else "the CPU, memory without the program itself"
-    print(f"{recipe.name}: {recipe.rounds} rounds of {recipe.prompts['n_per_round']} prompts, on {where}")
+    print(f"{recipe.name}: {recipe.rounds} rounds of {prompts_per_round(recipe)} prompts, on {where}")
     print(plan_table(plans, card))
     speed = "measured, as given" if speeds else f"{UTILISATION:.0%} of peak, {BANDWIDTH_USE:.0%} of bandwidth, assumed"
     known = speeds or card
