@@ -17,7 +17,7 @@ import yaml
 
 import rlaifv_nb
 from .chain import StepError, describe_rows, run_chain
-from .recipes import RecipeError, RecipeLoader, check_recipe, load_recipe, merge, packaged_recipes
+from .recipes import RecipeError, RecipeLoader, check_recipe, load_recipe, merge, packaged_recipes, plan_run
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
 
@@ -219,13 +219,25 @@ def command_run(args):
 
 
 def command_plan(args):
-    "Prints what a recipe will take. Raises RecipeError naming the key to change when a stage does not fit."
+    """Prints what a recipe will take, and what would keep `rlaifv run` from starting on this machine (its card only where no other one is named).
+
+    Raises RecipeError naming the key to change when a stage does not fit."""
+    from rlaifv_nb.machine import look_at_machine
     from rlaifv_nb.plan import card_of, print_plan, speeds_of
 
     notebooks = package_folder("nbs")
     recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
     for one in recipe.variants.values() or [recipe]:
-        print_plan(one, notebooks, card_of(args.gpu), configs=args.configs, speeds=speeds_of(args.speeds, args.tokens_per_second))
+        card, speeds = card_of(args.gpu), speeds_of(args.speeds, args.tokens_per_second)
+        found = look_at_machine(plan_run(one), "cpu" if args.gpu else getattr(one, "device", "auto"), args.configs)
+        try:
+            print_plan(one, notebooks, card, configs=args.configs, speeds=speeds)
+        except RecipeError as e:
+            raise RecipeError("; ".join([str(e), *found.problems])) from e
+        for note in found.notes:
+            print(f"  note: {note}")
+        for problem in found.problems:
+            print(f"  before `rlaifv run` can start: {problem}")
 
 
 def command_report(args):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'PATH_PARAMETERS', 'RECIPE_KEYS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known',
-           'typed', 'merge', 'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'inherit',
-           'count_source', 'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of',
-           'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
-           'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
-           'reach_problem', 'check_amounts', 'exported_cells', 'code_sha', 'check_library']
+           'PATH_PARAMETERS', 'RECIPE_KEYS', 'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe',
+           'RecipeLoader', 'known', 'typed', 'merge', 'packaged_recipes', 'find_recipe', 'localise',
+           'localise_parameters', 'inherit', 'count_source', 'with_all_rows', 'read_recipe', 'make_recipe',
+           'load_recipe', 'Step', 'stages_of', 'chain_parameters', 'plan_run', 'restart_option', 'first_remade',
+           'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe', 'parameter_defaults',
+           'prompts_per_round', 'Reach', 'reach_of', 'reach_problem', 'check_amounts', 'exported_cells', 'code_sha',
+           'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
@@ -61,6 +62,16 @@ class Recipe:
 
 
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
+
+# %% ../nbs/09_recipes.ipynb #a9c00002
+WORKING_PARAMETERS = {
+    "01_sampling": ("batch_size",),
+    "02_claims": ("batch_size",),
+    "03_feedback": ("batch_size", "max_tokens"),
+    "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers"),
+    "06_evaluation": ("batch_size",),
+    "07_guided_decoding": ("batch_size",),
+}
 
 # %% ../nbs/09_recipes.ipynb #f3806c6b
 class RecipeLoader(yaml.SafeLoader):

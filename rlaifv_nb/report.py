@@ -402,8 +402,9 @@ def show_training(run, rounds):
             o = read_outcome(folder)
             rows.append([f"round {k}{'' if o.learned else ', learned nothing'}", f"{o.train_pairs:,} + {o.dev_pairs:,}", f"{o.steps:,}", f"{o.best_step:,}",
                          loss_text(o), f"{o.margin:.2f}", f"{100 * o.accuracy:.0f}%"])
-    head = ["", "pairs: training + held out", "steps", "best step", "held-out loss, before and best", "its margin, nats", "its accuracy"]
-    return html_table(head, rows) * bool(rows) + draw_chart(panels, caption) + source(run, *(p for k in tables for p in shard_paths(run / f"round_{k}" / "05_dpo", "training")))
+    head = ["", "pairs", "steps", "best step", "loss", "margin", "accuracy"]
+    table = html_table(head, rows) + "<p>Pairs to train on and held out; loss before training and at the best step, margin (nats) and accuracy there, of held-out pairs.</p>"
+    return table * bool(rows) + draw_chart(panels, caption) + source(run, *(p for k in tables for p in shard_paths(run / f"round_{k}" / "05_dpo", "training")))
 
 
 def show_guided(run):
