@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'PATH_PARAMETERS', 'RECIPE_KEYS', 'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe',
-           'RecipeLoader', 'known', 'typed', 'merge', 'packaged_recipes', 'find_recipe', 'localise',
-           'localise_parameters', 'inherit', 'count_source', 'with_all_rows', 'read_recipe', 'make_recipe',
-           'load_recipe', 'Step', 'stages_of', 'chain_parameters', 'plan_run', 'restart_option', 'first_remade',
-           'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe', 'parameter_defaults',
-           'prompts_per_round', 'Reach', 'reach_of', 'reach_problem', 'check_amounts', 'exported_cells', 'code_sha',
-           'check_library']
+           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'WORKING_PARAMETERS', 'EXPORT',
+           'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
+           'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'inherit', 'count_source',
+           'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
+           'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
+           'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
+           'reach_problem', 'check_amounts', 'exported_cells', 'code_sha', 'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
@@ -36,6 +36,8 @@ INPUT_KEYS = dict.fromkeys(INPUT_OPTIONS["dataset"], str)  # how a source of you
 STAGES = tuple(dict.fromkeys([stage for stages in FEEDBACK.values() for stage in stages] + [*FINAL_STAGES]))
 KIND_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping of names to values", list: "a list"}
 MAX_ROUNDS = 5
+OPTION_KEYS = {"system_prompt": str, "pad_pictures": bool, "max_pixels": int}  # how a model is asked, as 00_models explains
+DEVICES = ("auto", "cuda", "cpu")
 PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt", "retry_prompt"), "05_dpo": ("cache",)}  # may be files or folders
 
 
@@ -57,10 +59,14 @@ class Recipe:
     prompts: dict
     parameters: dict
     feedback: list
+    device: str
+    policy_options: dict
+    labeler_options: dict
     where: str = field(default="", compare=False)
     variants: dict = field(default_factory=dict, compare=False)
 
 
+DEFAULTS = {"feedback": ["claims"], "device": "auto", "policy_options": {}, "labeler_options": {}}
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
 
 # %% ../nbs/09_recipes.ipynb #a9c00002
@@ -111,6 +117,14 @@ def merge(base, over):
     "`base` with the values of `over`, mappings merged key by key."
     both = {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
     return {**base, **both}
+
+
+def changed(base, over):
+    "The recipe `base` with the changes `over`. How a model is asked belongs to that model, so options of one that changes are not handed on."
+    whole = merge(base, over)
+    labelers = [(raw.get("labeler"), raw.get("policy") if raw.get("labeler") in ("base", "policy") else "") for raw in (base, whole)]
+    other = {"policy_options": whole.get("policy") != base.get("policy"), "labeler_options": labelers[0] != labelers[1]}
+    return merge({k: v for k, v in base.items() if not other.get(k)}, over)
 
 # %% ../nbs/09_recipes.ipynb #ef927121
 def packaged_recipes():
@@ -167,7 +181,7 @@ def inherit(base, own):
     source = prompts.get("source") if isinstance(prompts, dict) else None
     if source and source != base.get("prompts", {}).get("source"):
         base = base | {"prompts": {}, "description": f"prompts of its own, with the settings of {base.get('name', 'another recipe')}"}
-    return merge(base, own)
+    return changed(base, own)
 
 
 def count_source(source):
@@ -209,7 +223,7 @@ def read_recipe(path, seen=()):
 
 def make_recipe(raw, where):
     "The recipe in a dict, its own keys checked: names, types, ranges. Raises RecipeError that starts with `where`."
-    raw = {"feedback": ["claims"], **raw}
+    raw = DEFAULTS | raw
     for key in raw:
         known(key, RECIPE_KEYS, where)
     for key, kind in RECIPE_KEYS.items():
@@ -223,6 +237,12 @@ def make_recipe(raw, where):
         typed(prompts[known(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
     takes_all = prompts.get("n_per_round") == 0 and count_source(prompts["source"]) is not None
     most = math.inf if takes_all else prompts.get("n_per_round", 1)
+    for options in ("policy_options", "labeler_options"):
+        for key, value in raw[options].items():
+            typed(value, OPTION_KEYS[known(key, OPTION_KEYS, f"{where}, {options}")], f"{where}: {options}.{key}")
+        if raw[options].get("max_pixels", 0) < 0:
+            raise RecipeError(f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not {raw[options]['max_pixels']}")
+    known(raw["device"], DEVICES, f"{where}, device")
     for failed, message in (
         (not re.fullmatch(r"[\w.-]+(/[\w-]+)?", raw["name"]), "name: only letters, digits, `_`, `-` and `.`"),
         (not 1 <= raw["rounds"] <= MAX_ROUNDS, f"rounds: from 1 to {MAX_ROUNDS}, not {raw['rounds']}"),
@@ -246,9 +266,9 @@ def make_recipe(raw, where):
 def load_recipe(name, overrides=None):
     "A recipe by packaged name or path, with `overrides` merged in; what a variant changes comes last. Raises RecipeError."
     path, overrides = find_recipe(name), localise_parameters(overrides or {}, Path())
-    raw = merge(read_recipe(path), overrides)
+    raw = changed(read_recipe(path), overrides)
     variants, where = raw.pop("variants"), path.name + (" with the command line" if overrides else "")
-    each = {v: make_recipe(merge(raw, over) | {"name": f"{raw.get('name')}/{v}"}, f"{where}, variants.{v}") for v, over in variants.items()}
+    each = {v: make_recipe(changed(raw, over) | {"name": f"{raw.get('name')}/{v}"}, f"{where}, variants.{v}") for v, over in variants.items()}
     return replace(make_recipe(raw, where), variants=each)
 
 # %% ../nbs/09_recipes.ipynb #c3e200b2
@@ -266,23 +286,34 @@ def stages_of(recipe, k):
     return FEEDBACK[recipe.feedback[min(k, len(recipe.feedback)) - 1]]
 
 
+def options_of(recipe: Recipe, model: str) -> dict:
+    "How the `policy` or the `labeler` is asked, where it is not the default. A labeler that is the policy is asked like it, unless its own options differ."
+    inherited = recipe.policy_options if model == "labeler" and recipe.labeler in ("base", "policy") else {}
+    options = inherited | {"policy": recipe.policy_options, "labeler": recipe.labeler_options}[model]
+    return {name: value for name, value in options.items() if value}
+
+
 def chain_parameters(recipe, notebook, k):
-    "The parameters that the chain itself sets: models, seeds, and where the tables of round k (0: after the last) and the adapters are."
+    """The parameters that the chain itself sets: models, how they are asked and on which device (where it is not the notebooks' default),
+    seeds, and where the tables of round k (0: after the last) and the adapters are."""
     here, prompts, n = PurePosixPath(f"round_{k}"), PurePosixPath("prompts"), recipe.prompts["n_per_round"]
     adapters = {f"round_{i}": PurePosixPath(f"round_{i}/05_dpo/adapter") for i in range(1, recipe.rounds + 1)}
     policy = {"policy": recipe.policy, "adapter": adapters.get(f"round_{k - 1}", "")}
     labeler = {"base": (recipe.policy, ""), "policy": (recipe.policy, policy["adapter"])}.get(recipe.labeler, (recipe.labeler, ""))
     responses, claims, verdicts = ({table: here / stage} for table, stage in zip(("responses", "claims", "verdicts"), ROUND_STAGES))
     seeds = {"seed": recipe.seed, "round_number": k}
+    device = {} if recipe.device == "auto" else {"device": recipe.device}
+    asked = options_of(recipe, "policy") | device
     return {
-        "01_sampling": {"prompts": prompts, "first_prompt": (k - 1) * n, "n_prompts": n, **policy, **seeds},
-        "02_claims": {"prompts": prompts, **responses, "splitter": recipe.splitter},
-        "03_feedback": {"prompts": prompts, **responses, **claims, "labeler": labeler[0], "labeler_adapter": labeler[1]},
+        "01_sampling": {"prompts": prompts, "first_prompt": (k - 1) * n, "n_prompts": n, **policy, **seeds, **asked},
+        "02_claims": {"prompts": prompts, **responses, "splitter": recipe.splitter, **device},
+        "03_feedback": {"prompts": prompts, **responses, **claims, "labeler": labeler[0], "labeler_adapter": labeler[1],
+                        **options_of(recipe, "labeler"), **device},
         "04_pairs": {"prompts": prompts, **responses, **claims, **verdicts, **seeds},
         "04_reward_pairs": {"prompts": prompts, "candidates": here / "07_guided_decoding"},
-        "05_dpo": {"prompts": prompts, "pairs": here / stages_of(recipe, k)[-2], **policy, **seeds},
-        "06_evaluation": {"policy": recipe.policy, "adapters": adapters, "seed": recipe.seed},
-        "07_guided_decoding": {"policy": recipe.policy, "seed": recipe.seed} | (
+        "05_dpo": {"prompts": prompts, "pairs": here / stages_of(recipe, k)[-2], **policy, **seeds, **asked},
+        "06_evaluation": {"policy": recipe.policy, "adapters": adapters, "seed": recipe.seed, **asked},
+        "07_guided_decoding": {"policy": recipe.policy, "seed": recipe.seed, **asked} | (
             {"prompts": prompts, **responses, **policy} if k else {"adapter": adapters[f"round_{recipe.rounds}"]}),
     }[notebook]
 
@@ -329,6 +360,7 @@ def stored(value, run):
 def recipe_text(recipe, run):
     "A recipe as YAML, complete, with paths relative to the run folder: the same run again with `rlaifv run recipe.yaml`."
     values = {key: getattr(recipe, key) for key in RECIPE_KEYS}
+    values = {key: value for key, value in values.items() if key == "feedback" or value != DEFAULTS.get(key)}
     values |= {key: stored(values[key], run) for key in ("policy", "splitter", "labeler")}
     values["parameters"] = {notebook: {k: stored(v, run) for k, v in own.items()} for notebook, own in recipe.parameters.items()}
     values["prompts"] = recipe.prompts | {key: stored(recipe.prompts[key], run) for key in ("source", "images") if key in recipe.prompts}
@@ -370,6 +402,9 @@ def check_recipe(recipe, notebooks):
         for name in own:
             known(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
         for name, value in recipe.parameters.get(notebook, {}).items():
+            if name in kinds and name in (*OPTION_KEYS, "device"):
+                hint = "the key `device`" if name == "device" else "`policy_options` and `labeler_options`"
+                raise RecipeError(f"{where}: {name!r} is set by the chain itself, from {hint} outside of `parameters`")
             if name in own:
                 raise RecipeError(f"{where}: {name!r} is set by the chain itself, from the keys outside of `parameters`")
             checked.setdefault(notebook, {})[name] = typed(value, kinds[known(name, free, where)], f"{where}.{name}")
