@@ -482,8 +482,8 @@ def check_amounts(recipe, notebooks):
     source, n = recipe.prompts["source"], recipe.prompts["n_per_round"]
     rows = count_source(source)
     if rows is not None and recipe.rounds * n > rows:
-        fits = f"at most {rows // recipe.rounds} fit" + (", or leave it out to take all" if recipe.rounds == 1 else f" {recipe.rounds} rounds")
-        raise RecipeError(f"{recipe.where}: prompts.n_per_round: {recipe.rounds * n} rows are needed (rounds x n_per_round), {source} has {rows}: {fits}")
+        fits = f"say {rows} or less, or leave it out to take all" if recipe.rounds == 1 else f"say {rows // recipe.rounds} or less for each of {recipe.rounds} rounds"
+        raise RecipeError(f"{recipe.where}: prompts.n_per_round: {recipe.rounds * n} prompts are needed (rounds x n_per_round), {source} has {rows}: {fits}")
     if rows is not None and not recipe.prompts.get("n_dev", 0) < rows:
         raise RecipeError(f"{recipe.where}: prompts.n_dev: {recipe.prompts['n_dev']} rows cannot be kept from training, {source} has {rows}: at most {rows - 1}")
     for k in range(1, recipe.rounds + 1):

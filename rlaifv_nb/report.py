@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'COLOURS', 'MEASURES', 'VERDICT_CLASSES', 'page', 'source', 'html_table', 'picture', 'prompt_picture',
-           'draw_panel', 'draw_chart', 'stage_warnings', 'stage_folders', 'show_warnings', 'Outcome', 'read_outcome',
-           'read_dicts', 'loss_text', 'show_outcome', 'read_scores', 'plain', 'change_of', 'scores_table',
-           'show_headline', 'show_scores', 'facts_of', 'claim_list', 'case', 'show_before_after', 'read_feedback',
-           'lost_answers', 'verdict_table', 'show_feedback', 'show_pairs', 'show_training', 'show_guided',
-           'show_seconds', 'show_steps', 'show_setting', 'part', 'run_state', 'run_body', 'comparison_body',
-           'write_report']
+           'draw_panel', 'draw_chart', 'stage_warnings', 'failed_checks', 'stage_folders', 'show_warnings', 'Outcome',
+           'read_outcome', 'outcomes', 'read_dicts', 'loss_text', 'show_outcome', 'read_scores', 'plain', 'change_of',
+           'scores_table', 'show_headline', 'show_scores', 'facts_of', 'claim_list', 'case', 'show_before_after',
+           'read_feedback', 'lost_answers', 'verdict_table', 'show_feedback', 'show_pairs', 'show_training',
+           'show_guided', 'show_seconds', 'show_steps', 'show_setting', 'part', 'run_state', 'run_body',
+           'comparison_body', 'write_report']
 
 # %% ../nbs/09_report.ipynb #1cfe01fe
 import base64
@@ -116,6 +116,13 @@ def stage_warnings(folder):
     return json.loads(path.read_text(encoding="utf-8")).get("warnings", []) if path.exists() else []
 
 
+def failed_checks(folder):
+    "What the chain noted about a cell that looks at a stage's results and failed, as a sentence of its own."
+    path = Path(folder) / "step.json"
+    failed = json.loads(path.read_text(encoding="utf-8")).get("failed_check", "") if path.exists() else ""
+    return [f"a cell that looks at the results failed: {failed}"] if failed else []
+
+
 def stage_folders(run):
     "The folders of a run's steps in the order of the plan: prompts, the rounds, what comes after them."
     found = [path.parent for name in ("step", "manifest") for path in run.glob(f"**/{name}.json") if path.parent != run]
@@ -127,7 +134,7 @@ def show_warnings(run):
     items = []
     for folder in stage_folders(run):
         name = html.escape(folder.relative_to(run).as_posix())
-        items += [f'<li><a href="{name}/manifest.json">{name}</a> {html.escape(warning)}</li>' for warning in stage_warnings(folder)]
+        items += [f'<li><a href="{name}/manifest.json">{name}</a> {html.escape(warning)}</li>' for warning in stage_warnings(folder) + failed_checks(folder)]
     return f"<section class=warnings><h2 id=\"warnings\">Warnings</h2><ul>{''.join(items)}</ul></section>\n" if items else ""
 
 # %% ../nbs/09_report.ipynb #f2d0a003
@@ -150,12 +157,26 @@ class Outcome:
 
 
 def read_outcome(folder):
-    "The `Outcome` of a finished 05_dpo. Raises FileNotFoundError when it is not finished or holds no curves."
-    manifest, curve = read_manifest(folder), read_dicts(folder, "training")
+    "The `Outcome` of a finished 05_dpo. Raises FileNotFoundError when it is not finished, or holds no curve or no best step."
+    curve = read_dicts(folder, "training")
+    manifest = read_manifest(folder)
+    if "best_step" not in manifest:
+        raise FileNotFoundError(f"no best_step in {folder / 'manifest.json'}")
     dev = [row for row in curve if row["split"] == "dev" and row["step"] == manifest["best_step"]]
     best = dev[-1] if dev else {"margin": 0.0, "accuracy": 0.0}
     return Outcome(manifest["train_pairs"], manifest["dev_pairs"], manifest.get("steps", max(row["step"] for row in curve)), manifest["best_step"],
                    manifest.get("dev_loss_before"), manifest["best_dev_loss"], best["margin"], best["accuracy"])
+
+
+def outcomes(run, rounds):
+    "Round -> its `Outcome`, for the rounds whose training is finished."
+    found = {}
+    for k in rounds:
+        try:
+            found[k] = read_outcome(run / f"round_{k}" / "05_dpo")
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def read_dicts(folder, table):
@@ -173,19 +194,19 @@ def loss_text(outcome):
 
 def show_outcome(run, rounds):
     "The result of a run that evaluates nothing: what its last adapter learned, and that nothing more is known."
-    done = [k for k in rounds if (run / f"round_{k}" / "05_dpo" / "manifest.json").exists()]
+    done = outcomes(run, rounds)
     unknown = "Nothing was evaluated: whether this helped on these pictures is not known."
     if not done:
-        return f"<h1>No adapter has been trained yet.</h1><p>{unknown}</p>"
-    folder = run / f"round_{done[-1]}" / "05_dpo"
-    outcome = read_outcome(folder)
+        return f"<h1>No adapter has been trained yet.</h1><p class=missing>Not there yet: a finished 05_dpo.</p>"
+    last, outcome = list(done.items())[-1]
+    folder = run / f"round_{last}" / "05_dpo"
     title = "An adapter was trained; nothing was evaluated." if outcome.learned else "The adapter learned nothing."
     figures = [(f"{outcome.train_pairs:,} + {outcome.dev_pairs:,}", "pairs to train on, and held out"), (f"{outcome.steps:,}", "steps"),
                (loss_text(outcome), "loss on held-out pairs, before and at its best"), (f"{outcome.margin:.2f}", "margin on held-out pairs, nats"),
                (f"{100 * outcome.accuracy:.0f}%", "held-out pairs with a positive margin")]
     tiles = "".join(f"<div><strong>{value}</strong>{label}</div>" for value, label in figures)
     why = "" if outcome.learned else " Its loss on held-out pairs never fell below the one it began with."
-    return (f"<h1>{title}</h1><p>{unknown}{why} Round {done[-1]}:</p><div class=tiles>{tiles}</div>"
+    return (f"<h1>{title}</h1><p>{unknown}{why} Round {last}:</p><div class=tiles>{tiles}</div>"
             + source(run, folder / "manifest.json", *shard_paths(folder, "training")))
 
 # %% ../nbs/09_report.ipynb #cf215a43
@@ -395,13 +416,8 @@ def show_training(run, rounds):
                                                         for k, style, part in parts]} for key in ("loss", "margin", "accuracy")]
     caption = ("DPO training: lines are training pairs, dots held-out pairs. Margin: implicit reward of chosen minus rejected; "
                "accuracy: share of pairs with a positive margin.")
-    rows = []
-    for k in tables:
-        folder = run / f"round_{k}" / "05_dpo"
-        if (folder / "manifest.json").exists():
-            o = read_outcome(folder)
-            rows.append([f"round {k}{'' if o.learned else ', learned nothing'}", f"{o.train_pairs:,} + {o.dev_pairs:,}", f"{o.steps:,}", f"{o.best_step:,}",
-                         loss_text(o), f"{o.margin:.2f}", f"{100 * o.accuracy:.0f}%"])
+    rows = [[f"round {k}{'' if o.learned else ', learned nothing'}", f"{o.train_pairs:,} + {o.dev_pairs:,}", f"{o.steps:,}", f"{o.best_step:,}",
+             loss_text(o), f"{o.margin:.2f}", f"{100 * o.accuracy:.0f}%"] for k, o in outcomes(run, rounds).items()]
     head = ["", "pairs", "steps", "best step", "loss", "margin", "accuracy"]
     table = html_table(head, rows) + "<p>Pairs to train on and held out; loss before training and at the best step, margin (nats) and accuracy there, of held-out pairs.</p>"
     return table * bool(rows) + draw_chart(panels, caption) + source(run, *(p for k in tables for p in shard_paths(run / f"round_{k}" / "05_dpo", "training")))
@@ -473,9 +489,8 @@ def run_state(run, rounds):
     "`finished`, `not finished`, or that a finished run has learned nothing."
     if not (run / "manifest.json").exists():
         return "not finished"
-    done = [run / f"round_{k}" / "05_dpo" for k in rounds if shard_paths(run / f"round_{k}" / "05_dpo", "training")]
-    idle = [folder.parent.name.replace("_", " ") for folder in done if (folder / "manifest.json").exists() and not read_outcome(folder).learned]
-    return f"finished, but nothing was learned in {', '.join(idle)}" if idle else "finished"
+    idle = [str(k) for k, outcome in outcomes(run, rounds).items() if not outcome.learned]
+    return f"finished, but nothing was learned in round {' and '.join(idle)}" if idle else "finished"
 
 
 def run_body(run):
