@@ -888,6 +888,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rlaifv_nb.recipes.packaged_recipes': ('recipes.html#packaged_recipes', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.parameter_defaults': ('recipes.html#parameter_defaults', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.plan_run': ('recipes.html#plan_run', 'rlaifv_nb/recipes.py'),
+                                   'rlaifv_nb.recipes.plumbing_warning': ('recipes.html#plumbing_warning', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.prompts_per_round': ('recipes.html#prompts_per_round', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.reach_of': ('recipes.html#reach_of', 'rlaifv_nb/recipes.py'),
                                    'rlaifv_nb.recipes.reach_problem': ('recipes.html#reach_problem', 'rlaifv_nb/recipes.py'),

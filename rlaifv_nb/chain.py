@@ -31,7 +31,7 @@ import rlaifv_nb
 from .inputs import input_kind, input_warnings, make_prompts, read_input, source_name, source_sha, take_table
 from .machine import check_machine
 from .recipes import (EXPORT, INPUT_KEYS, WORKING_PARAMETERS, RecipeError, check_amounts, check_library, check_recipe, code_sha, first_remade,
-                               open_notebook, plan_run, recipe_text, restart_option, stored)
+                               open_notebook, plan_run, plumbing_warning, recipe_text, restart_option, stored)
 from .records import (StageFolder, changed_keys, library_versions, read_manifest, sha256_of, shard_paths, write_json, write_table,
                                write_text)
 from .report import show_seconds, stage_warnings
@@ -433,6 +433,8 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
         if pending:
             check_amounts(recipe, notebooks)
             check_machine(recipe, pending)
+            if warning := plumbing_warning(recipe.policy, recipe.prompts["source"]):
+                print(f"  warning: {warning}")
         for step in steps[first:]:
             shutil.rmtree(run / step.out, ignore_errors=True)
         write_text(run / "recipe.yaml", recipe_text(recipe, run))

@@ -340,7 +340,7 @@ def input_warnings(name, n_rows, set_aside, shown=3):
     "A sentence that names the first rows of a source that were set aside; none when there are none."
     rows = [f"{s.row_id} ({s.reason}{': ' if s.detail else ''}{s.detail})" for s in set_aside[:shown]]
     more = f"; and {len(set_aside) - shown} more, see set_aside-prompts" if len(set_aside) > shown else ""
-    return [f"{len(set_aside)} of {n_rows} rows of {name} are set aside: {'; '.join(rows)}{more}"] if set_aside else []
+    return [f"{len(set_aside)} of {n_rows} rows of {name} are set aside: {'; '.join(rows)}{more}."] if set_aside else []
 
 
 def source_name(source):

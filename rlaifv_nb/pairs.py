@@ -244,7 +244,7 @@ def set_aside_text(n_answers, unscored):
         return ""
     first = max(reasons, key=lambda reason: (reasons[reason], reason))
     share = len(unscored) / n_answers
-    return f"{len(unscored)} of {n_answers} answers ({share:.0%}) have no score: {counted(reasons)}; most likely, {LIKELY[first]}"
+    return f"{len(unscored)} of {n_answers} answers ({share:.0%}) have no score: {counted(reasons)}. Likely reason: {LIKELY[first]}."
 
 # %% ../nbs/04_pairs.ipynb #d1f0a005
 def pair_warnings(n_answers, unscored, compared, drawn, kept, length_tolerance):
@@ -258,41 +258,41 @@ def pair_warnings(n_answers, unscored, compared, drawn, kept, length_tolerance):
     if 2 * n_with < prompts["in"]:
         without = {reason: n for reason, n in prompts.items() if reason not in ("in", "candidates")}
         why = f" (of the others: {counted(without)})" if any(without.values()) else ""
-        found.append(f"only {n_with} of {prompts['in']} prompts have a pair{why}: the adapter will see little else than these")
+        found.append(f"Only {n_with} of {prompts['in']} prompts have a pair{why}: the adapter will see nothing but these.")
     n_dropped = len(drawn) - len(kept)
     if n_dropped > MANY * len(drawn):
-        found.append(f"the length balance dropped {n_dropped} of {len(drawn)} pairs: the answers that are preferred are of another length than "
-                     f"the others; more answers to a prompt (01_sampling.n_samples) leave more to exchange")
+        found.append(f"The length balance dropped {n_dropped} of {len(drawn)} pairs: the answers that are preferred are of another length than "
+                     f"the others; more answers to a prompt (01_sampling.n_samples) leave more to exchange.")
     gap = length_gap(kept)
     if abs(gap) > length_tolerance:
         longer = "longer" if gap > 0 else "shorter"
-        found.append(f"chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
-                     "04_pairs.length_balance is off")
+        found.append(f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
+                     "04_pairs.length_balance is off.")
     return found
 
 # %% ../nbs/04_pairs.ipynb #d1f0a006
 def why_no_pair(n_answers, unscored, compared, n_useless, dropped, min_difference, length_tolerance):
     "Why no pair is left, in counts, and which key of the recipe would change that."
     comparisons, prompts = compared["comparisons"], compared["prompts"]
-    facts = [f"no pair is left of {n_answers} answers to {prompts['in']} prompts", set_aside_text(n_answers, unscored)]
+    facts = [f"no pair is left of {n_answers} answers to {prompts['in']} prompts.", set_aside_text(n_answers, unscored)]
     if not comparisons["in"]:
         few = counted({reason: n for reason, n in prompts.items() if reason != "in"})
-        facts.append(f"No prompt has two usable answers to compare ({few}): ask for more with 01_sampling.n_samples")
+        facts.append(f"No prompt has two usable answers to compare ({few}): ask for more with 01_sampling.n_samples.")
     elif comparisons["equal scores"] == comparisons["in"]:
         facts.append(f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the labeler rejects as many claims "
-                     "in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or another labeler")
+                     "in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or another labeler.")
     elif not comparisons["candidates"]:
         facts.append(f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} are of equal scores and "
                      f"{comparisons['difference too small']} differ by less than min_difference={min_difference:g}, at most by "
-                     f"{compared['largest_difference']:g}: lower 04_pairs.min_difference to that")
+                     f"{compared['largest_difference']:g}: lower 04_pairs.min_difference to that.")
     elif not dropped:
-        facts.append(f"All {n_useless} pairs of different scores are of equal texts: raise 01_sampling.temperature")
+        facts.append(f"All {n_useless} pairs of different scores are of equal texts: raise 01_sampling.temperature.")
     else:
         gap = length_gap(dropped)
         facts.append(f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are {abs(gap):.0%} "
                      f"{'longer' if gap > 0 else 'shorter'} than rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), "
-                     "or say 04_pairs.length_balance: false")
-    return ". ".join(filter(None, facts))
+                     "or say 04_pairs.length_balance: false.")
+    return " ".join(filter(None, facts))
 
 # %% ../nbs/04_pairs.ipynb #b690096a
 def check_ids(rows, key, parent=None, parents=()):
@@ -332,7 +332,7 @@ def run_pairs(prompts, responses, claims, verdicts, out, max_pairs_per_prompt=2,
     write_table(folder.path, "set_aside-pairs", set_aside)
     if not kept:
         why = why_no_pair(len(answers), unscored, compared, len(useless), dropped, min_difference, length_tolerance)
-        raise ValueError(f"{why}. Every row is named in set_aside-pairs in {folder.path}")
+        raise ValueError(f"{why} Every row is named in set_aside-pairs in {folder.path}")
     kept.sort(key=lambda p: p.pair_id)
     write_table(folder.path, "pairs", kept)
     reasons = lambda rows: dict(sorted(Counter(r.reason for r in rows).items()))

@@ -10,7 +10,7 @@ __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEY
            'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
            'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
            'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
-           'reach_problem', 'check_amounts', 'exported_cells', 'code_sha', 'check_library']
+           'reach_problem', 'check_amounts', 'plumbing_warning', 'exported_cells', 'code_sha', 'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
@@ -460,6 +460,8 @@ def reach_of(recipe, k, notebooks):
 
 def reach_problem(reach):
     "What is wrong with what a round can give at most, and which numbers would do; empty when it is enough."
+    if reach.epochs <= 0 or reach.batch_size < 1:
+        return f"05_dpo.epochs and batch_size must be positive, not {reach.epochs:g} and {reach.batch_size}"
     if reach.steps >= reach.min_steps:
         return ""
     before = reach.min_steps - 1  # steps that are one too few: more than these are needed
@@ -490,6 +492,14 @@ def check_amounts(recipe, notebooks):
         reach = reach_of(recipe, k, notebooks)
         if reach and (problem := reach_problem(reach)):
             raise RecipeError(f"{recipe.where}: {problem}")
+
+# %% ../nbs/09_recipes.ipynb #e4c0a006
+def plumbing_warning(policy, source):
+    "A sentence about the packaged model on pictures of another world than its own; empty for any other model, and for drawn pictures."
+    if source == "iconworld" or not policy.startswith("packaged:"):
+        return ""
+    return (f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor do the verdicts "
+            "and the adapter that come of them. Name another policy and splitter.")
 
 # %% ../nbs/09_recipes.ipynb #ffc9eee4
 EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.MULTILINE)

@@ -129,9 +129,12 @@ def stage_folders(run):
     return sorted(set(found), key=lambda folder: (folder.name != "prompts", not folder.parent.name.startswith("round_"), folder))
 
 
-def show_warnings(run):
-    "What the stages warn about, with links to their manifests; empty where none does."
-    items = []
+def show_warnings(run, recipe):
+    "What the recipe (a dict) and the stages warn about, with links to where that is said; empty where nothing does."
+    from rlaifv_nb.recipes import plumbing_warning
+
+    note = plumbing_warning(recipe.get("policy", ""), recipe.get("prompts", {}).get("source", "iconworld"))
+    items = [f'<li><a href="recipe.yaml">recipe</a> {html.escape(note)}</li>'] if note else []
     for folder in stage_folders(run):
         name = html.escape(folder.relative_to(run).as_posix())
         items += [f'<li><a href="{name}/manifest.json">{name}</a> {html.escape(warning)}</li>' for warning in stage_warnings(folder) + failed_checks(folder)]
@@ -501,7 +504,7 @@ def run_body(run):
     measured = "06_evaluation" in evaluate or bool(shard_paths(run / "06_evaluation", "scores"))
     body = f"<p class=eyebrow>RLAIF-V run “{html.escape(recipe['name'])}”, {run_state(run, rounds)}: {html.escape(recipe['description'])}</p>"
     body += part("", show_headline, run) if measured else part("", show_outcome, run, rounds)
-    body += show_warnings(run)
+    body += show_warnings(run, recipe)
     if measured:
         body += part("Scores", show_scores, run) + part("Before and after", show_before_after, run)
     by_claims = [k for k in rounds if not (run / f"round_{k}" / "04_reward_pairs").exists()]

@@ -127,9 +127,9 @@ def test_warnings_name_what_will_not_teach():
     compared, pairs = P.compare_scores(responses, scores), [pair(i, 10, 10) for i in range(4)]
     aside = [SetAside(f"x-{i}", "truncated") for i in range(3)]
     few, = P.pair_warnings(8, [], compared, pairs, pairs, 0.02)
-    assert few.startswith("only 1 of 4 prompts have a pair (of the others: 3 equal scores)")
+    assert few.startswith("Only 1 of 4 prompts have a pair (of the others: 3 equal scores)")
     many, _ = P.pair_warnings(8, aside, compared, pairs, pairs, 0.02)
-    assert "3 of 8 answers (38%) have no score: 3 truncated; most likely, they reach the token limit: raise 01_sampling.max_new_tokens" in many
+    assert "3 of 8 answers (38%) have no score: 3 truncated. Likely reason: they reach the token limit: raise 01_sampling.max_new_tokens" in many
     all_with = compared | {"prompts": compared["prompts"] | {"in": 1}}
     assert P.pair_warnings(20, aside, all_with, pairs, pairs, 0.02) == []
     dropped, = P.pair_warnings(8, [], all_with, pairs, pairs[:3], 0.02)
