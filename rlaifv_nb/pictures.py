@@ -8,6 +8,7 @@ __all__ = ['VIDEO_PACKAGES', 'as_rgb', 'decode_image', 'load_image', 'load_pictu
 
 # %% ../nbs/00_pictures.ipynb #506e1b7e
 import importlib
+import warnings
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
@@ -36,8 +37,10 @@ def as_rgb(image):
 def decode_image(data, name):
     "The picture in a file's bytes as `as_rgb` gives it. Raises ValueError naming it when it is empty, truncated, too large, or no picture."
     try:
-        with Image.open(BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(BytesIO(data)) as image:
             return as_rgb(image)
+    except Image.DecompressionBombError as e:
+        raise ValueError(f"cannot read the picture {name}: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from e
     except UnidentifiedImageError as e:
         raise ValueError(f"cannot read the picture {name}: {'no known format' if data else 'it is empty'}") from e
     except Exception as e:  # for broken bytes, Pillow's decoders raise whatever befell them: OSError, SyntaxError, ValueError, RuntimeError, ...
