@@ -177,9 +177,8 @@ def localise_parameters(raw, folder):
 def inherit(base, own):
     """`own` merged into the recipe `base` that it extends. What that says about its prompts, and how it describes itself, is not true of a
     recipe with another source: numbers, questions, columns and description are its own or none."""
-    prompts = own.get("prompts")
-    source = prompts.get("source") if isinstance(prompts, dict) else None
-    if source and source != base.get("prompts", {}).get("source"):
+    sources = [raw["prompts"].get("source") if isinstance(raw.get("prompts"), dict) else None for raw in (base, own)]
+    if sources[1] and sources[1] != sources[0]:
         base = base | {"prompts": {}, "description": f"prompts of its own, with the settings of {base.get('name', 'another recipe')}"}
     return changed(base, own)
 
