@@ -12,9 +12,13 @@ from PIL import Image
 
 from rlaifv_nb import chain, report
 from rlaifv_nb.command import main
+from rlaifv_nb.formats import from_rlaifv_dataset, import_rows, to_rlaifv_dataset
+from rlaifv_nb.inputs import take_table
+from rlaifv_nb.official import from_official, to_official
+from rlaifv_nb.pairs import run_pairs
 from rlaifv_nb.recipes import (Reach, RecipeError, check_amounts, check_recipe, load_recipe, packaged_recipes, plumbing_warning,
                                prompts_per_round, reach_of, reach_problem)
-from rlaifv_nb.records import (Claim, Pair, Prompt, Response, SetAside, StageFolder, Verdict, package_folder, write_json, write_rows,
+from rlaifv_nb.records import (Claim, Pair, Prompt, Response, SetAside, StageFolder, Verdict, package_folder, read_table, write_json, write_rows,
                                write_table, write_text)
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -153,6 +157,62 @@ def test_the_readmes_recipes_fit_twelve_photographs(home):
         assert (prompts_per_round(found), reach.prompts, reach.pairs) == (12, 10, 80)
         assert f"at most {reach.steps} of them" in readme_recipe(name) or name == "plumbing.yaml"
         assert bool(plumbing_warning(found.policy, found.prompts["source"])) == (name == "plumbing.yaml")
+
+
+# ids from elsewhere
+
+@pytest.fixture
+def tables(tmp_path):
+    """Tables about three pictures whose prompts have ids of other people: numbers, spaces, slashes, umlauts, quotes."""
+    ids = ["7", "photo 1/größe-00", 'a-00-01 "<b>&#?']
+    prompts = []
+    for k, name in enumerate(ids):
+        (tmp_path / "prompts").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (60 * k, 9, 90)).save(tmp_path / f"prompts/{k}.png")
+        prompts.append(Prompt(name, f"{k}.png", "", "What is it?", "theirs", "dev" if k == 2 else "train"))
+    responses = [Response(f"{name}-{i:02d}", name, i, i, f"Answer {i} about it." + " More." * i, "stop") for name in ids for i in range(3)]
+    claims = [Claim(f"{r.response_id}-{k:02d}", r.response_id, f"Claim {k}.", f"Is it {k}?") for r in responses for k in range(2)]
+    verdicts = [Verdict(c.claim_id, 0.9, 0.1, "yes") if int(c.response_id[-1]) < k + 1 else Verdict(c.claim_id, 0.1, 0.9, "no")
+                for c in claims for k in [int(c.claim_id[-1])]]
+    for name, rows in (("prompts", prompts), ("responses", responses), ("claims", claims), ("verdicts", verdicts)):
+        write_table(tmp_path / name, name, rows)
+    pairs = run_pairs(*(tmp_path / name for name in ("prompts", "responses", "claims", "verdicts")), tmp_path / "pairs", length_balance=False)
+    assert {p.prompt_id for p in pairs} == set(ids)
+    return tmp_path, dict(prompts=prompts, responses=responses, claims=claims, verdicts=verdicts, pairs=pairs)
+
+
+def test_any_prompt_id_goes_to_the_official_files_and_back(tables):
+    home, rows = tables
+    to_official({name: home / name for name in rows}, home / "official")
+    assert len(list((home / "official/images").iterdir())) == 3, "a table without hashes: each picture has a file of its own all the same"
+    at = {"prompts": home / "prompts", "responses": home / "back/responses", "claims": home / "back/claims"}
+    from_official(home / "official/answers.jsonl", at["responses"], at["prompts"])
+    from_official(home / "official/divided.gq.jsonl", at["claims"], at["prompts"], responses=at["responses"])
+    from_official(home / "official/autocheck.jsonl", home / "back/verdicts", **at)
+    from_official(home / "official/pairs.jsonl", home / "back/pairs", at["prompts"])
+    for name, record in (("responses", Response), ("claims", Claim), ("verdicts", Verdict), ("pairs", Pair)):
+        assert read_table(home / "back" / name, name, record) == rows[name], name
+
+
+def test_any_prompt_id_goes_to_a_dataset_and_back(tables):
+    home, rows = tables
+    dataset, aside = to_rlaifv_dataset(rows["pairs"], rows["prompts"], home / "prompts")
+    prompts, pairs, more = from_rlaifv_dataset(dataset, home / "back")
+    assert aside == more == [] and pairs == rows["pairs"], "with ids, splits and scores"
+    assert {(p.prompt_id, p.split) for p in prompts} == {(p.prompt_id, p.split) for p in rows["prompts"]}
+    moved = dataset.to_list()
+    moved[0]["question"] = "Another question?"
+    _, others, _ = import_rows(moved[:1], home / "moved")
+    assert others[0].prompt_id not in {p.prompt_id for p in rows["prompts"]}, "what is said about another prompt is not taken over"
+
+
+def test_any_prompt_id_is_a_source_and_repeats_are_set_aside(tables):
+    home, rows = tables
+    write_table(home / "prompts", "prompts", [*rows["prompts"], rows["prompts"][0]])
+    found, aside, n = take_table(home / "prompts", home / "run/prompts")
+    assert [p.prompt_id for p in found] == [p.prompt_id for p in rows["prompts"]] and n == 4
+    assert aside == [SetAside("row 4", "same prompt as another row", "7")]
+    assert all((home / "run/prompts" / p.image_path).resolve() == home / f"prompts/{k}.png" for k, p in enumerate(found))
 
 
 # the report
