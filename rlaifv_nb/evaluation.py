@@ -8,7 +8,6 @@ __all__ = ['PROTOCOL', 'MEASURES', 'Case', 'count_claims', 'ratio_interval', 'co
            'evaluate_model', 'run_evaluation', 'write_scores', 'read_cases', 'score_table']
 
 # %% ../nbs/06_evaluation.ipynb #e88ab112
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .feedback import NumberCheck, not_a_number, plain_path_note
+from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
 from .iconworld import (DESCRIBE, TYPES, balanced_claims, draw_picture, is_true, make_scene,
                                  question_text, read_claims)
 from .records import Score, SetAside, StageFolder, free_memory, read_rows, shard_paths, write_table
@@ -98,7 +97,7 @@ def describe_scenes(vlm, scenes: list, max_new_tokens: int = 128) -> list[str]:
 
 def said_yes(p_yes: float, p_no: float) -> bool | None:
     "Whether the answer is yes; None when a probability is not a number, which is neither yes nor no."
-    return p_yes > p_no if math.isfinite(p_yes) and math.isfinite(p_no) else None
+    return p_yes > p_no if is_number((p_yes, p_no)) else None
 
 
 def answer_scenes(vlm, scenes: list, seed: int = 0) -> list[tuple]:

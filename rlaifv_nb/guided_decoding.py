@@ -8,12 +8,12 @@ __all__ = ['RANKINGS', 'reward_of', 'best_of', 'policies_of', 'score_answers', '
            'read_candidates', 'run_guided_decoding', 'fill_candidates', 'guidance_curve']
 
 # %% ../nbs/07_guided_decoding.ipynb #72508557
-import math
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from .feedback import NumberCheck, not_a_number, plain_path_note
+from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
 from .records import (Candidate, Choice, Prompt, Response, SetAside, StageFolder, free_memory,
                                read_table, response_id_of, seed_of, shard_paths, table_sha, write_table)
 
@@ -87,11 +87,15 @@ def candidates_of(
             kept.append((k, answer, answer_ids(vlm, prompts[k].question, answer[1])))
         except ValueError as e:
             set_aside.append(SetAside(answer[0], "cannot be scored", str(e)))
+    of_prompt = [k for k, _, _ in kept]
     branches = [ids for _, _, ids in kept]
-    scores = score_answers(vlm, prefixes, [k for k, _, _ in kept], branches) if kept else []
+    scores = score_answers(vlm, prefixes, of_prompt, branches) if kept else []
+    if any(is_number(score[1:]) for score in scores):  # one NaN spreads over its row: score these alone
+        scores = [score if is_number(score[1:]) else score_answers(vlm, prefixes, [k], [ids])[0]
+                  for score, k, ids in zip(scores, of_prompt, branches)]
     rows = []
     for (k, (response_id, text, reason), _), (n_tokens, aligned, base) in zip(kept, scores):
-        if math.isfinite(aligned) and math.isfinite(base):
+        if is_number((aligned, base)):
             prompt_id = prompts[k].prompt_id
             rows.append(Candidate(source, response_id, prompt_id, text, reason, n_tokens, aligned, base))
         else:
@@ -311,6 +315,10 @@ def fill_candidates(
     set_aside = [s for table in tables for s in stage.set_aside(table)]
     numbers = NumberCheck(vlm.name)
     numbers.count(len(candidates), set_aside, patience=1)
+    if not candidates:
+        reasons = dict(Counter(s.reason for s in set_aside))
+        raise ValueError(f"{vlm.name}: there is not one candidate to choose from ({reasons}). A model that answers "
+                         f"nothing at all was given a chat template that is not its own, or gives no numbers")
     for warning in numbers.warnings():
         print(f"WARNING: {warning}")
     write_table(stage.path, "choices", make_choices(candidates, beta))
