@@ -38,7 +38,7 @@ KIND_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "tr
 MAX_ROUNDS = 5
 OPTION_KEYS = {"system_prompt": str, "pad_pictures": bool, "max_pixels": int}  # how a model is asked, as 00_models explains
 DEVICES = ("auto", "cuda", "cpu")
-PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt", "retry_prompt"), "05_dpo": ("cache",)}  # may be files or folders
+PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt"), "05_dpo": ("cache",)}  # may be files or folders
 
 
 class RecipeError(ValueError):

@@ -547,10 +547,10 @@ def test_a_notebook_without_manifest_is_a_failure(tmp_path, notebooks, toy):
 
 def test_prompt_files_of_a_recipe_stand_beside_it(tmp_path, monkeypatch):
     (tmp_path / "facts.txt").write_text("{question} {response}")
-    recipe = {"extends": "tiny", "name": "own", "parameters": {"02_claims": {"facts_prompt": "./facts.txt", "retry_prompt": "packaged:prompts/question_retry.txt"}}}
+    recipe = {"extends": "tiny", "name": "own", "parameters": {"02_claims": {"facts_prompt": "./facts.txt", "question_prompt": "packaged:prompts/question.txt"}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
     found = load_recipe(tmp_path / "own.yaml")
-    assert found.parameters["02_claims"] == {"facts_prompt": str(tmp_path / "facts.txt"), "retry_prompt": "packaged:prompts/question_retry.txt"}
+    assert found.parameters["02_claims"] == {"facts_prompt": str(tmp_path / "facts.txt"), "question_prompt": "packaged:prompts/question.txt"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text(recipes.recipe_text(found, tmp_path / "run"))
     assert str(tmp_path) not in (tmp_path / "run/recipe.yaml").read_text() and load_recipe(tmp_path / "run/recipe.yaml") == found
