@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'WORKING_PARAMETERS', 'EXPORT',
-           'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
+           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS', 'WORKING_PARAMETERS',
+           'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
            'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'inherit', 'count_source',
            'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
            'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
@@ -68,6 +68,16 @@ class Recipe:
 
 DEFAULTS = {"feedback": ["claims"], "device": "auto", "policy_options": {}, "labeler_options": {}}
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
+
+# %% ../nbs/09_recipes.ipynb #988ae919
+MODEL_KEYS = {  # the parameter of a stage that names the model it opens
+    "01_sampling": "policy",
+    "02_claims": "splitter",
+    "03_feedback": "labeler",
+    "05_dpo": "policy",
+    "06_evaluation": "policy",
+    "07_guided_decoding": "policy",
+}
 
 # %% ../nbs/09_recipes.ipynb #a9c00002
 WORKING_PARAMETERS = {
