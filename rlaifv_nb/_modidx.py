@@ -347,6 +347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlaifv_nb.dryrun.varlen_stand_in': ('dryrun.html#varlen_stand_in', 'rlaifv_nb/dryrun.py'),
                                   'rlaifv_nb.dryrun.weight_bytes': ('dryrun.html#weight_bytes', 'rlaifv_nb/dryrun.py')},
             'rlaifv_nb.evaluate': { 'rlaifv_nb.evaluate.Request': ('evaluate.html#request', 'rlaifv_nb/evaluate.py'),
+                                    'rlaifv_nb.evaluate.Request.asked': ('evaluate.html#request.asked', 'rlaifv_nb/evaluate.py'),
                                     'rlaifv_nb.evaluate.Request.beams': ('evaluate.html#request.beams', 'rlaifv_nb/evaluate.py'),
                                     'rlaifv_nb.evaluate.Request.finder': ('evaluate.html#request.finder', 'rlaifv_nb/evaluate.py'),
                                     'rlaifv_nb.evaluate.Request.label': ('evaluate.html#request.label', 'rlaifv_nb/evaluate.py'),

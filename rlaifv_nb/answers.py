@@ -335,7 +335,7 @@ def run_answers(questions, images, out, vlm, max_new_tokens=1024, num_beams=1, b
     decoding = "greedy" if num_beams == 1 else f"beam search, {num_beams} beams"
     added = {kind: suffix for kind, (suffix, _) in KINDS.items() if suffix}
     parameters = dict(max_new_tokens=max_new_tokens, decoding=decoding, batch_size=batch_size, sharing=vlm.sharing if share else "off",
-                      protocol=ANSWERS, added=added)
+                      protocol=ANSWERS, added=added, **vlm.asked)
     stage = StageFolder(out, "answers", parameters, {"questions": questions_sha(questions), "policy": vlm.sha, "adapter": adapter_sha})
     if not stage.is_done:
         groups = {}

@@ -37,6 +37,9 @@ EVALUATE_OPTIONS = (
     ("--limit", int, "N", "only the first N pictures, or scenes"),
     ("--num-beams", int, "N", "beams of the model's answers; default: 1, or as published in official mode"),
     ("--max-new-tokens", int, "N", "longest description"), ("--batch-size", int, "N", "pictures at a time"),
+    ("--system-prompt", str, "TEXT", "how the model is asked; without these three, as its adapter was trained"),
+    ("--pad-pictures", bool, "", "pad pictures to a square (LLaVA-1.5)"),
+    ("--max-pixels", int, "N", "scale larger pictures down"),
     ("--quantisation", str, "HOW", "none or nf4"), ("--name", str, "NAME", "how the model is called in tables"),
     ("--seed", int, "N", "of the intervals' draws"),
 )
@@ -48,7 +51,8 @@ def add_evaluation_commands(commands):
     evaluate.add_argument("model", nargs="?", default="", help="a Hub id, a folder or packaged:NAME")
     evaluate.add_argument("--bench", required=True, metavar="NAME", help="iconworld, amber, objhal, mmhal, refomb, ... (an unknown one lists all)")
     for name, kind, shown, text in EVALUATE_OPTIONS:
-        evaluate.add_argument(name, type=kind, metavar=shown, help=text, default=argparse.SUPPRESS)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": shown}
+        evaluate.add_argument(name, help=text, default=argparse.SUPPRESS, **how)
     evaluate.add_argument("--out", metavar="FOLDER", default="", help="default: evaluations/<model>-<bench>-<mode>")
     evaluate.add_argument("--compare", metavar="FOLDER", default="", help="a finished evaluation of another model on the same items")
     evaluate.set_defaults(function=command_evaluate)

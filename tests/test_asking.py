@@ -3,6 +3,7 @@
 The official rules stand here in words and few lines: `llava_v1` of its conversation.py, `tokenizer_image_token`, `expand2square` and `process_images`
 of its mm_utils.py, with CLIP's preprocessing; no code is taken over."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,14 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_models import CHATML, LLAVA_TEMPLATE, SMOL_TEMPLATE, build_tiny, open_tiny, processor_of
 
+from rlaifv_nb.answers import Question, run_answers
 from rlaifv_nb.caches import picture_features
+from rlaifv_nb.command import make_parser
+from rlaifv_nb.evaluate import Request, check_request
 from rlaifv_nb.models import (ask_with, answer_ids, chat_messages, lora_targets, open_vlm, padding_colour, prompt_inputs, prompt_text,
                               save_adapter, sibling_ids)
 from rlaifv_nb.pictures import load_image, pad_to_square, within_pixels
+from rlaifv_nb.records import read_manifest
 
 LLAVA_V1 = ("A chat between a curious human and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the human's questions.")
@@ -261,3 +266,23 @@ def test_a_limit_of_pixels_holds_in_every_architecture(name):
 def test_a_limit_below_what_the_processor_can_do_is_refused():
     with pytest.raises(ValueError, match="max_pixels=784 cannot be obeyed: its processor makes no picture smaller than 3136 pixels"):
         ask_with(open_tiny("qwen25_vl"), max_pixels=784)
+
+
+def test_an_evaluation_asks_as_the_adapter_was_trained_unless_it_is_told(tmp_path):
+    (tmp_path / "lineage.json").write_text(json.dumps({"base_sha": "", "quantisation": "none", "asked": {"pad_pictures": True}}))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    adapted = Request("amber-generative", "org/model", str(tmp_path), "data")
+    assert adapted.asked == {"pad_pictures": True} and Request("amber-generative", "org/model").asked == {}
+    assert replace(adapted, system_prompt="Be brief.").asked == {"system_prompt": "Be brief."}
+    with pytest.raises(ValueError, match="say how a model is asked: name the model"):
+        check_request(Request("amber-generative", answers="answers.jsonl", data="data", pad_pictures=True))
+    args = make_parser().parse_args(["evaluate", "org/model", "--bench", "amber", "--pad-pictures", "--system-prompt", "Be brief."])
+    assert (args.pad_pictures, args.system_prompt) == (True, "Be brief.") and not hasattr(args, "max_pixels")
+
+
+def test_answers_to_a_benchmark_say_how_they_were_asked(tmp_path):
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "red.png")
+    questions = [Question("q", "red.png", "What is it?")]
+    for name, options in (("plain", {}), ("padded", {"pad_pictures": True})):
+        run_answers(questions, tmp_path, tmp_path / name, llava(**options), max_new_tokens=4)
+        assert {k: v for k, v in read_manifest(tmp_path / name)["parameters"].items() if k == "pad_pictures"} == options
