@@ -203,7 +203,7 @@ def show_outcome(run, rounds):
         return f"<h1>No adapter has been trained yet.</h1><p class=missing>Not there yet: a finished 05_dpo.</p>"
     last, outcome = list(done.items())[-1]
     folder = run / f"round_{last}" / "05_dpo"
-    title = "An adapter was trained; nothing was evaluated." if outcome.learned else "The adapter learned nothing."
+    title = "An adapter was trained, and not evaluated." if outcome.learned else "The adapter learned nothing."
     figures = [(f"{outcome.train_pairs:,} + {outcome.dev_pairs:,}", "pairs to train on, and held out"), (f"{outcome.steps:,}", "steps"),
                (loss_text(outcome), "loss on held-out pairs, before and at its best"), (f"{outcome.margin:.2f}", "margin on held-out pairs, nats"),
                (f"{100 * outcome.accuracy:.0f}%", "held-out pairs with a positive margin")]
