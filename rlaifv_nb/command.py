@@ -17,7 +17,7 @@ import yaml
 
 import rlaifv_nb
 from .chain import StepError, describe_rows, run_chain
-from .recipes import RecipeError, RecipeLoader, check_recipe, load_recipe, merge, packaged_recipes, plan_run
+from .recipes import RecipeError, RecipeLoader, check_amounts, check_recipe, load_recipe, merge, packaged_recipes, plan_run
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
 
@@ -233,6 +233,7 @@ def command_plan(args):
     notebooks = package_folder("nbs")
     recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
     for one in recipe.variants.values() or [recipe]:
+        check_amounts(one, notebooks)
         card, lengths, speeds = card_of(args.gpu), lengths_of(args.picture), speeds_of(args.speeds, args.tokens_per_second)
         found = look_at_machine(plan_run(one), "cpu" if args.gpu else getattr(one, "device", "auto"), args.configs)
         try:

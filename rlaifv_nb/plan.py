@@ -10,18 +10,17 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen', 'upright_size',
            'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of', 'within',
            'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens', 'flops_of',
-           'preparing_seconds', 'most_pixels', 'prompts_of', 'parameter_defaults', 'stage_parameters', 'Planned',
-           'Launches', 'step_launches', 'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent',
-           'seconds_of', 'steps_of', 'mean_answer', 'sampling_memory', 'batch_words', 'sampling_load',
-           'instruction_tokens', 'claims_memory', 'claims_load', 'feedback_memory', 'questions_load', 'feedback_load',
-           'dpo_memory', 'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load',
-           'guided_candidates', 'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes',
-           'written', 'free_bytes', 'disk_problem', 'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by',
-           'about_stage', 'shown_time', 'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of',
-           'plan_table', 'disk_lines', 'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
+           'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches', 'step_launches',
+           'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'steps_of',
+           'mean_answer', 'sampling_memory', 'batch_words', 'sampling_load', 'instruction_tokens', 'claims_memory',
+           'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes',
+           'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
+           'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
+           'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
+           'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines',
+           'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
-import ast
 import json
 import math
 import re
@@ -42,7 +41,7 @@ from .inputs import HUB, input_kind, read_input
 from .machine import SMALL_FILES
 from .models import ask_with, pinned, prompt_inputs
 from .prefix import grow, read, read_prompts
-from .recipes import INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, open_notebook, plan_run
+from .recipes import INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run, prompts_per_round
 from .records import Prompt, read_table, resolve_path
 
 # %% ../nbs/09_plan.ipynb #c109cd79
@@ -262,7 +261,7 @@ def pictures_of(recipe, lengths: Lengths) -> Pictures:
 
     Raises RecipeError for a source without any."""
     source = recipe.prompts["source"]
-    n = recipe.rounds * recipe.prompts["n_per_round"]
+    n = recipe.rounds * prompts_per_round(recipe)
     if source == "iconworld":
         from rlaifv_nb.iconworld import PICTURE_SIZE
 
@@ -448,13 +447,6 @@ def prompts_of(vlm, problem: str, pictures: Pictures, lengths: Lengths, asked: d
 
 # %% ../nbs/09_plan.ipynb #d69e5b7b
 WITH_ADAPTER = ("01_sampling", "05_dpo", "06_evaluation", "07_guided_decoding")
-
-
-def parameter_defaults(path: Path) -> dict:
-    "Parameter -> default of a notebook's parameters cell."
-    cells = [c.source for c in open_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
-    lines = [line for source in cells for line in ast.parse(source).body]
-    return {line.target.id: ast.literal_eval(line.value) for line in lines}
 
 
 def stage_parameters(recipe, notebooks: Path) -> dict:
@@ -677,7 +669,7 @@ def batch_words(s: Planned, each: int) -> str:
 
 def sampling_load(s: Planned) -> Load:
     "A round of it."
-    p, prompts, n = s.p, s.prompts, s.recipe.prompts["n_per_round"]
+    p, prompts, n = s.p, s.prompts, prompts_per_round(s.recipe)
     each, answer = p["n_samples"], mean_answer(s)
     readings = 1 if s.shares else each
     rows = p["batch_size"] * each
@@ -705,7 +697,7 @@ def claims_memory(s: Planned) -> tuple[int, str]:
 def claims_load(s: Planned) -> Load:
     "A round of it."
     p, lengths, decoder = s.p, s.lengths, decoder_of(s.vlm)
-    answers = s.recipe.prompts["n_per_round"] * p["n_samples"]
+    answers = prompts_per_round(s.recipe) * p["n_samples"]
     batches = -(-answers // p["batch_size"])
     listed = lengths.claims * lengths.claim // 2
     read = answers * (mean_answer(s) + lengths.claims * lengths.claim)
@@ -740,7 +732,7 @@ def questions_load(s: Planned, n: int, asked: int) -> Load:
 
 def feedback_load(s: Planned) -> Load:
     "A round of it."
-    return questions_load(s, s.recipe.prompts["n_per_round"], s.lengths.claims * s.p["n_samples"])
+    return questions_load(s, prompts_per_round(s.recipe), s.lengths.claims * s.p["n_samples"])
 
 # %% ../nbs/09_plan.ipynb #6da0c2b3
 DEV_SHARE = 0.1  # of the prompts, where the recipe has no n_dev
@@ -762,14 +754,14 @@ def features_bytes(s: Planned) -> float:
 
 def cached_share(s: Planned) -> float:
     "The share of a round's pictures whose features the cache can hold."
-    wanted = features_bytes(s) * s.recipe.prompts["n_per_round"]
+    wanted = features_bytes(s) * prompts_per_round(s.recipe)
     return min(1.0, s.p["cache_gb"] * 1e9 / wanted) if wanted else 1.0
 
 
 def dpo_load(s: Planned) -> Load:
     "A round of it."
     p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
-    n = s.recipe.prompts["n_per_round"]
+    n = prompts_per_round(s.recipe)
     pairs = n * p["n_pairs"]
     dev = s.recipe.prompts["n_dev"] / n if "n_dev" in s.recipe.prompts else DEV_SHARE
     row = prompts.tokens * (1 if s.shares else 2) + 2 * mean_answer(s)
@@ -825,7 +817,7 @@ def guided_load(s: Planned) -> Load:
     "All of it, or a round of it where it judges responses."
     p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
     given = bool(p["responses"])
-    n = s.recipe.prompts["n_per_round"] if given else 2 * p["n_scenes"]
+    n = prompts_per_round(s.recipe) if given else 2 * p["n_scenes"]
     each, answer, batch = guided_candidates(s), mean_answer(s), p["batch_size"]
     scored, rows = 2 * n * each * answer, batch * each
     flops = 2 * n * prompts.flops + 2 * decoder.weights * scored
@@ -876,7 +868,7 @@ def adapter_bytes(vlm) -> int:
 
 def written(s: Planned) -> tuple[int, int]:
     "Bytes that a stage leaves behind in all of its rounds, and those that it needs on top while it runs."
-    n, p, lengths = s.recipe.prompts["n_per_round"], s.p, s.lengths
+    n, p, lengths = prompts_per_round(s.recipe), s.p, s.lengths
     if s.notebook == "05_dpo":
         adapter = adapter_bytes(s.vlm)
         features = min(p["cache_gb"] * 1e9, features_bytes(s) * n)
@@ -1155,7 +1147,7 @@ def print_plan(recipe, notebooks: Path, card: Card | None = None, lengths: Lengt
     plans, lines = plan_recipe(recipe, notebooks, card, lengths, configs, speeds)
     reserve = f"{CONTEXT_GIB} GiB and {FRAGMENTS:.0%} of the work in reserve"
     where = f"{card.name}, {card.gib:.1f} GiB, {reserve}" if card else "the CPU, memory without the program"
-    print(f"{recipe.name}: {recipe.rounds} rounds of {recipe.prompts['n_per_round']} prompts, on {where}")
+    print(f"{recipe.name}: {recipe.rounds} rounds of {prompts_per_round(recipe)} prompts, on {where}")
     print(plan_table(plans, card))
     print(time_line(plans, card, bool(speeds)))
     print("\n".join(disk_lines(plans, to_download or {})))
