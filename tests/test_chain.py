@@ -25,8 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ROUND_STAGES + FINAL_STAGES
 WRITE = """
 import json, pathlib
-folder = pathlib.Path(out)
-(folder / "manifest.json").write_text(json.dumps({"rows_in": 1, "rows_out": 1, "set_aside": {}}))"""
+
+def run_stage(out):
+    (pathlib.Path(out) / "manifest.json").write_text(json.dumps({"rows_in": 1, "rows_out": 1, "set_aside": {}}))
+
+run_stage(out)"""
 
 
 def rows_of(stage, prompt_id, scale):
@@ -40,13 +43,13 @@ def rows_of(stage, prompt_id, scale):
     }[stage]
 
 
-def write_notebook(folder, stage, code="pass", exported="x = 1", default="1.0"):
-    """A stand-in for a stage notebook: the parameters that the chain sets, one of its own, an exported cell, some code."""
+def write_notebook(folder, stage, code="pass", exported="x = 1", default="1.0", look="pass"):
+    """A stand-in for a stage notebook: the parameters that the chain sets, one of its own, an exported cell, some code, the run, and a look."""
     kinds = {int: "int = 0", str: "str = ''", PurePosixPath: "str = ''", dict: "str = ''"}
     given = {"out": "", **chain_parameters(load_recipe("tiny"), stage, 2)}
     lines = [f"{name}: {kinds[type(value)]}" for name, value in given.items()] + [f"scale: float = {default}  # its own", "name: str = 'a'"]
     cell = nbformat.v4.new_code_cell
-    cells = [cell("\n".join(lines), metadata={"tags": ["parameters"]}), cell(f"#| export\n{exported}"), cell(code), cell(WRITE)]
+    cells = [cell("\n".join(lines), metadata={"tags": ["parameters"]}), cell(f"#| export\n{exported}"), cell(code), cell(WRITE), cell(look)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{stage}.ipynb")
 
 
@@ -71,7 +74,7 @@ def executed(monkeypatch):
     """Stages without kernels: the folders that were made, in order; a stage's row depends on its parameters."""
     made, failing = [], []
 
-    def execute(step, run, notebooks):
+    def execute(step, run, notebooks, progress):
         if step.out in failing:
             raise StepError(f"{step.out} failed: ValueError: no luck")
         folder, scale = run / step.out, step.parameters.get("scale", 0.0)
@@ -81,6 +84,7 @@ def executed(monkeypatch):
             (folder / "adapter" / "weights").write_text(str(scale))
         write_json(folder / "manifest.json", {"rows_in": 1, "rows_out": 1, "set_aside": {}})
         made.append(step.out)
+        return ""
 
     monkeypatch.setattr(chain, "execute_notebook", execute)
     made_and_failing = type("Made", (), {"made": made, "failing": failing, "clear": made.clear})
@@ -241,6 +245,29 @@ def test_files_of_a_run_name_no_absolute_path(tmp_path, notebooks, toy, executed
             assert str(tmp_path) not in path.read_text(), path
 
 
+@pytest.mark.parametrize("stage, name, compared", [("01_sampling", "batch_size", False), ("05_dpo", "max_tokens", False), ("05_dpo", "batch_size", True)])
+def test_how_a_stage_works_may_change_between_attempts(tmp_path, notebooks, toy, executed, stage, name, compared):
+    path = notebooks / f"{stage}.ipynb"
+    path.write_text(path.read_text().replace("scale: float = 1.0  # its own", f"scale: float = 1.0  # its own\\n{name}: int = 16"))
+    run, out = tmp_path / "run", f"round_2/{stage}"
+    first, smaller = (replace(toy, parameters=toy.parameters | {stage: {name: n}}) for n in (16, 4))
+    executed.failing.append(out)
+    with pytest.raises(StepError, match="no luck"):
+        run_chain(first, run, notebooks)
+    executed.failing.clear(), executed.clear()
+    if compared:
+        with pytest.raises(StepError, match=f"round_1/{stage} was made with other settings .{name}: 16 -> 4"):
+            run_chain(smaller, run, notebooks)
+        return
+    run_chain(smaller, run, notebooks)
+    assert executed.made[0] == out and f"round_1/{stage}" not in executed.made, "it goes on where it was"
+    record = json.loads((run / out / "step.json").read_text())
+    assert (record["parameters"][name], record["attempts"]) == (4, 2)
+    executed.clear()
+    run_chain(first, run, notebooks)
+    assert executed.made == [], "what is finished is kept, whatever the batch"
+
+
 def test_a_failed_run_goes_on_with_the_failed_step(tmp_path, notebooks, toy, executed):
     executed.failing.append("round_2/02_claims")
     with pytest.raises(StepError, match="no luck"):
@@ -250,6 +277,29 @@ def test_a_failed_run_goes_on_with_the_failed_step(tmp_path, notebooks, toy, exe
     run_chain(toy, tmp_path / "run", notebooks)
     assert executed.made == [f"round_2/{s}" for s in ROUND_STAGES[1:]]
     assert json.loads((tmp_path / "run" / "round_2" / "02_claims" / "step.json").read_text())["attempts"] == 2
+
+
+def test_the_machine_is_looked_at_before_anything_is_made_or_deleted(tmp_path, notebooks, toy, executed):
+    run, bad = tmp_path / "run", replace(toy, labeler="no such model")
+    with pytest.raises(RecipeError, match="tiny cannot start: no such model is neither a folder nor the name of a model on the Hub"):
+        run_chain(bad, run, notebooks)
+    assert executed.made == [] and not (run / "recipe.yaml").exists()
+    run_chain(toy, run, notebooks)
+    executed.clear()
+    with pytest.raises(RecipeError, match="cannot start"):
+        run_chain(bad, run, notebooks, remake="03_feedback", remake_round=1)
+    assert executed.made == [] and (run / "round_1" / "03_feedback" / "manifest.json").exists()
+
+
+def test_a_finished_run_needs_no_models(tmp_path, notebooks, toy, executed, monkeypatch):
+    run_chain(toy, tmp_path / "run", notebooks)
+    monkeypatch.setattr(chain, "check_machine", lambda recipe, steps: pytest.fail("nothing is to be done"))
+    run_chain(toy, tmp_path / "run", notebooks)
+    shutil.rmtree(tmp_path / "run" / "round_2" / "04_pairs")
+    looked = []
+    monkeypatch.setattr(chain, "check_machine", lambda recipe, steps: looked.extend(s.out for s in steps))
+    run_chain(toy, tmp_path / "run", notebooks)
+    assert looked == ["round_2/04_pairs"]
 
 
 def test_a_notebook_that_stopped_after_its_manifest_runs_again(tmp_path, notebooks, toy, executed):
@@ -358,10 +408,10 @@ def test_prompts_of_ones_own(tmp_path, notebooks, toy, executed):
     taken = read_table(tmp_path / "run" / "prompts", "prompts", Prompt)
     assert [p.prompt_id for p in taken] == [p.prompt_id for p in rows[:4]]
     assert (tmp_path / "run" / "prompts" / taken[0].image_path).resolve() == source / "a.png"
-    with pytest.raises(RecipeError, match="6 prompts are needed .* has 5"):
+    with pytest.raises(RecipeError, match="6 prompts are needed .* has 5: say 1 or less for each of 3 rounds"):
         run_chain(replace(own, rounds=3), tmp_path / "run3", notebooks)
     write_table(source, "prompts", [rows[0]] * 4)
-    with pytest.raises(RecipeError, match="the same question about the same picture twice"):
+    with pytest.raises(RecipeError, match="4 prompts are needed .* has 1 and 3 unusable rows .3 same prompt as another row; the first: row 2"):
         run_chain(own, tmp_path / "twice", notebooks)
 
 
@@ -393,6 +443,99 @@ def test_failures_are_told_in_one_line(tmp_path, notebooks, toy, code, says):
     assert (tmp_path / "run" / step.out / f"{step.notebook}.ipynb").exists()
 
 
+@pytest.mark.parametrize("look, says", [
+    ("assert 1 == 2", "AssertionError: `assert 1 == 2`"), ("max([])", "ValueError: max"), ("import os; os._exit(1)", "its kernel died"),
+])
+def test_a_check_behind_the_run_cannot_undo_the_stage(tmp_path, notebooks, toy, capsys, look, says):
+    step = plan_run(toy)[4]
+    write_notebook(notebooks, step.notebook, look=look)
+    chain.run_step(step, tmp_path / "run", notebooks)
+    assert is_done(step, tmp_path / "run", notebooks)
+    told = [line for line in capsys.readouterr().out.splitlines() if "is done and kept" in line]
+    cell_id = nbformat.read(notebooks / f"{step.notebook}.ipynb", as_version=4).cells[-1].id
+    assert len(told) == 1 and f"failed: cell {cell_id}: {says}" in told[0]
+    record = json.loads((tmp_path / "run" / step.out / "step.json").read_text())
+    assert record["finished"] and record["failed_check"].startswith(f"cell {cell_id}: {says}")
+
+
+def test_a_run_cell_that_refuses_is_a_failure_though_a_manifest_is_there(tmp_path, notebooks, toy):
+    step, run = plan_run(toy)[4], tmp_path / "run"
+    chain.run_step(step, run, notebooks)
+    write_notebook(notebooks, step.notebook)
+    path = notebooks / f"{step.notebook}.ipynb"
+    for refusal in ("raise ValueError('was started with other settings')", "import os; os._exit(1)"):
+        path.write_text(path.read_text().replace("    (pathlib", f"    {refusal}\\n    (pathlib"))
+        with pytest.raises(StepError, match="other settings|kernel died"):
+            chain.run_step(step, run, notebooks)
+        assert not is_done(step, run, notebooks)
+        write_notebook(notebooks, step.notebook)
+
+
+def test_the_chain_leaves_examples_out(tmp_path, notebooks, toy):
+    step = plan_run(toy)[4]
+    path = notebooks / f"{step.notebook}.ipynb"
+    nb, code, text = nbformat.read(path, as_version=4), nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    tagged = {"tags": ["example"]}
+    nb.cells = [text("# A stage"), *nb.cells[:2], text("## Shown"), code("raise ValueError", metadata=tagged), text("### More of it"),
+                code("raise ValueError", metadata=tagged), text("## Half of it is shown"), text("Shown first:"), code("raise ValueError", metadata=tagged),
+                text("Then done:"), *nb.cells[2:], text("One more:"), code("raise ValueError", metadata=tagged), text("Not for a run", metadata=tagged),
+                text("## Words alone"), text("Next: another")]
+    nbformat.write(nb, path)
+    chain.run_step(step, tmp_path / "run", notebooks)
+    shown = nbformat.read(tmp_path / "run" / step.out / path.name, as_version=4)
+    lines = [cell.source for cell in shown.cells if cell.cell_type == "markdown"]
+    assert lines.pop(1).startswith(f"*This is the program of `{path.name}` as the chain runs it: 4 cells that demonstrate or check")
+    assert lines == ["# A stage", "## Half of it is shown", "Then done:", "## Words alone", "Next: another"]
+    assert not any("ValueError" in cell.source for cell in shown.cells)
+
+
+@pytest.mark.parametrize("environment, n_devices, expected", [
+    ({}, 0, {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+    ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "backend:native"}, 1, {}),
+    ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, 2, {"CUDA_VISIBLE_DEVICES": "0"}),
+    ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "x", "CUDA_VISIBLE_DEVICES": "2, 3"}, 2, {"CUDA_VISIBLE_DEVICES": "2"}),
+    ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "x", "CUDA_VISIBLE_DEVICES": "GPU-5a,GPU-6b"}, 2, {"CUDA_VISIBLE_DEVICES": "GPU-5a"}),
+    ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "x", "CUDA_VISIBLE_DEVICES": "1"}, 1, {}),
+    ({"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ALLOC_CONF": "x", "CUDA_VISIBLE_DEVICES": ""}, 0, {}),
+])
+def test_kernels_see_one_card_and_what_the_person_has_set(environment, n_devices, expected):
+    assert chain.kernel_environment(environment, n_devices) == expected
+
+
+def test_a_kernel_finds_that_environment_and_the_chain_keeps_its_own(tmp_path, notebooks, toy, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("CUDA_VISIBLE_DEVICES", *chain.ALLOCATOR_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    step, before = plan_run(toy)[4], dict(os.environ)
+    write_notebook(notebooks, step.notebook, code="import os\nassert os.environ['CUDA_VISIBLE_DEVICES'] == '0'\n"
+                   "assert os.environ['PYTORCH_CUDA_ALLOC_CONF'] == 'expandable_segments:True'")
+    chain.run_step(step, tmp_path / "run", notebooks)
+    assert dict(os.environ) == before
+
+
+def test_a_terminal_shows_how_far_a_stage_is(tmp_path, notebooks, toy, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    step = plan_run(toy)[4]
+    work = ("import time\nfrom rlaifv_nb.records import StageFolder\nstage = StageFolder(out + '/part', 'sampling', {})\n"
+            "stage.map('responses', range(4), lambda batch: (time.sleep(1) or [], []), 1)")
+    write_notebook(notebooks, step.notebook, code=work)
+    chain.run_step(step, tmp_path / "run", notebooks)
+    lines = capsys.readouterr().out.replace("\x1b[K", "").split("\r")
+    assert any(line.endswith("sampling: responses 2/4") for line in lines), lines
+    assert lines[-1].endswith("  1 rows\n") and lines[-1].startswith(step.out)
+
+
+def test_while_a_model_is_trained_the_last_checkpoint_is_shown(tmp_path):
+    progress = chain.Progress(tmp_path)
+    progress.write("Loading weights: 100%|██████████| 291/291 [00:01<00:00, 250.00it/s]")
+    assert progress.text() == "Loading weights 291/291"
+    for n in (90, 100):
+        (tmp_path / f"checkpoints/checkpoint-{n}").mkdir(parents=True)
+    assert progress.text() == "checkpoint after step 100"
+
+
 def test_a_notebook_without_manifest_is_a_failure(tmp_path, notebooks, toy):
     step = plan_run(toy)[4]
     write_notebook(notebooks, step.notebook, code="pass")
@@ -404,10 +547,10 @@ def test_a_notebook_without_manifest_is_a_failure(tmp_path, notebooks, toy):
 
 def test_prompt_files_of_a_recipe_stand_beside_it(tmp_path, monkeypatch):
     (tmp_path / "facts.txt").write_text("{question} {response}")
-    recipe = {"extends": "tiny", "name": "own", "parameters": {"02_claims": {"facts_prompt": "./facts.txt", "retry_prompt": "packaged:prompts/question_retry.txt"}}}
+    recipe = {"extends": "tiny", "name": "own", "parameters": {"02_claims": {"facts_prompt": "./facts.txt", "question_prompt": "packaged:prompts/question.txt"}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
     found = load_recipe(tmp_path / "own.yaml")
-    assert found.parameters["02_claims"] == {"facts_prompt": str(tmp_path / "facts.txt"), "retry_prompt": "packaged:prompts/question_retry.txt"}
+    assert found.parameters["02_claims"] == {"facts_prompt": str(tmp_path / "facts.txt"), "question_prompt": "packaged:prompts/question.txt"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text(recipes.recipe_text(found, tmp_path / "run"))
     assert str(tmp_path) not in (tmp_path / "run/recipe.yaml").read_text() and load_recipe(tmp_path / "run/recipe.yaml") == found
@@ -543,5 +686,5 @@ def test_report_shows_pictures_of_other_prompts_without_truth(tmp_path):
     write_table(here / "02_claims", "claims", [Claim("p-00-00", "p-00", "There is a cat.", "Is there a cat?")])
     write_table(here / "03_feedback", "verdicts", [Verdict("p-00-00", 0.1, 0.9, "no")])
     page = report.write_report(tmp_path).read_text()
-    assert 'class="unknown"' in page and "✗ There is a cat." in page and "A &lt;b&gt;cat&lt;/b&gt;." in page
+    assert 'class="unknown rejected"' in page and "✗ There is a cat." in page and "A &lt;b&gt;cat&lt;/b&gt;." in page
     assert "claims of unknown truth" in page and "The labeler was right" not in page and "data:image/webp" in page
