@@ -17,7 +17,7 @@ import yaml
 
 import rlaifv_nb
 from .chain import StepError, describe_rows, run_chain
-from .recipes import RecipeError, RecipeLoader, check_recipe, load_recipe, merge, packaged_recipes, plan_run
+from .recipes import RecipeError, RecipeLoader, check_amounts, check_recipe, load_recipe, merge, packaged_recipes, plan_run
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
 
@@ -139,7 +139,8 @@ def make_parser():
     run.set_defaults(function=command_run)
     plan = commands.add_parser("plan", help="what a recipe will take, and whether it fits", allow_abbrev=False)
     plan.add_argument("recipe", help="a packaged name or a file that ends in .yaml")
-    plan.add_argument("--gpu", type=int, default=0, metavar="GB", help="a card of 8, 24, 40 or 80 GB (default: this machine's own, or the CPU)")
+    plan.add_argument("--gpu", default="", metavar="CARD", help="a card by name (4090, h100, ...) or GB (default: this machine's own, or the CPU)")
+    plan.add_argument("--picture", default="", metavar="WxH", help="plan for pictures of this size, for example 1024x768 (default: as they are)")
     plan.add_argument("--set", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE", help="another value, as for run")
     plan.add_argument("--configs", default="", metavar="FOLDER", help="where <Hub id>/config.json is looked for first")
     plan.add_argument("--tokens-per-second", type=float, default=0.0, metavar="N", help="speed of every stage")
@@ -227,15 +228,16 @@ def command_plan(args):
 
     Raises RecipeError naming the key to change when a stage does not fit."""
     from rlaifv_nb.machine import look_at_machine
-    from rlaifv_nb.plan import card_of, print_plan, speeds_of
+    from rlaifv_nb.plan import card_of, lengths_of, print_plan, speeds_of
 
     notebooks = package_folder("nbs")
     recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
     for one in recipe.variants.values() or [recipe]:
-        card, speeds = card_of(args.gpu), speeds_of(args.speeds, args.tokens_per_second)
+        check_amounts(one, notebooks)
+        card, lengths, speeds = card_of(args.gpu), lengths_of(args.picture), speeds_of(args.speeds, args.tokens_per_second)
         found = look_at_machine(plan_run(one), "cpu" if args.gpu else getattr(one, "device", "auto"), args.configs)
         try:
-            print_plan(one, notebooks, card, configs=args.configs, speeds=speeds)
+            print_plan(one, notebooks, card, lengths, args.configs, speeds, found.to_download, elsewhere=bool(args.gpu))
         except RecipeError as e:
             raise RecipeError("; ".join([str(e), *found.problems])) from e
         for note in found.notes:
