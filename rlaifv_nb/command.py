@@ -229,7 +229,7 @@ def command_plan(args):
     recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
     for one in recipe.variants.values() or [recipe]:
         card, speeds = card_of(args.gpu), speeds_of(args.speeds, args.tokens_per_second)
-        found = look_at_machine(plan_run(one), "cpu" if args.gpu else getattr(one, "device", "auto"), args.configs)
+        found = look_at_machine(plan_run(one), "cpu" if args.gpu else one.device, args.configs)
         try:
             print_plan(one, notebooks, card, configs=args.configs, speeds=speeds)
         except RecipeError as e:
