@@ -28,35 +28,35 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 import rlaifv_nb
-from .inputs import input_kind, make_prompts, read_input, source_name, source_sha
+from .inputs import input_kind, input_warnings, make_prompts, read_input, source_name, source_sha, take_table
 from .machine import check_machine
-from .recipes import (EXPORT, INPUT_KEYS, WORKING_PARAMETERS, RecipeError, check_library, check_recipe, code_sha, first_remade,
-                               open_notebook, plan_run, recipe_text, restart_option, stored)
-from .records import (Prompt, StageFolder, changed_keys, library_versions, read_manifest, read_table, sha256_of,
-                               shard_paths, write_json, write_table, write_text)
-from .report import show_seconds
+from .recipes import (EXPORT, INPUT_KEYS, WORKING_PARAMETERS, RecipeError, check_amounts, check_library, check_recipe, code_sha, first_remade,
+                               open_notebook, plan_run, plumbing_warning, recipe_text, restart_option, stored)
+from .records import (StageFolder, changed_keys, library_versions, read_manifest, sha256_of, shard_paths, write_json, write_table,
+                               write_text)
+from .report import show_seconds, stage_warnings
 
 LIBRARY = Path(rlaifv_nb.__file__).parent
 
 
 # %% ../nbs/09_chain.ipynb #24d14190
 def take_prompts(parameters, folder):
-    """The first `n_prompts` prompts that a source has, their pictures left where they are if they are files; rows set aside on the way, and rows read.
+    """The first `n_prompts` prompts that a source has (0: all), their pictures left where they are if they are files; rows set aside on the
+    way, and rows read.
 
     Raises RecipeError when a source cannot be read or has fewer prompts."""
     source, n = parameters["source"], parameters["n_prompts"]
     options = {key: parameters[key] for key in INPUT_KEYS if key in parameters}
     try:
         if not options and input_kind(source) == "prompts":
-            rows, set_aside = read_table(source, "prompts", Prompt)[:n], []
-            rows, n_rows = [replace(p, image_path=os.path.relpath(Path(source) / p.image_path, folder)) for p in rows], len(rows)
+            rows, set_aside, n_rows = take_table(source, folder, n)
         else:
             rows, set_aside, n_rows = make_prompts(read_input(source, **options), folder, source_name(source), n, copy=False)
     except ValueError as e:
         raise RecipeError(f"prompts.source: {e}") from e
-    if len(rows) < n:
+    if len(rows) < max(n, 1):
         reasons = ", ".join(f"{k} {reason}" for reason, k in sorted(Counter(s.reason for s in set_aside).items()))
-        raise RecipeError(f"prompts.source: {n} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
+        raise RecipeError(f"prompts.source: {max(n, 1)} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
                           + (f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} {set_aside[0].detail})" if set_aside else ""))
     return rows, set_aside, n_rows
 
@@ -66,20 +66,24 @@ def prepare_prompts(step, folder):
     from rlaifv_nb.iconworld import write_prompts
 
     p = step.parameters
-    n, rounds = p["n_per_round"], p["n_prompts"] // p["n_per_round"]
+    n = p["n_per_round"]
     stage = StageFolder(folder, "prompts", {"seed": p["seed"], "n_per_round": n})
     if p["source"] == "iconworld":
+        rounds = p["n_prompts"] // n
         rows = write_prompts(folder, {"train": n - p["n_dev"], "dev": p["n_dev"]}, blocks=rounds, seed=p["seed"])
         set_aside, n_rows, found = [], len(rows), {}
     else:
         rows, set_aside, n_rows = take_prompts(p, folder)
-        found = {"source": source_name(p["source"]), "source_sha": source_sha(p["source"], p.get("split", "train"))}
+        name = source_name(p["source"])
+        found = {"source": name, "source_sha": source_sha(p["source"], p.get("split", "train")), "warnings": input_warnings(name, n_rows, set_aside)}
+        n = n or len(rows)
+        rounds = len(rows) // n
+        if p.get("n_dev", 0) >= n:
+            raise RecipeError(f"prompts.n_dev: {p['n_dev']} of {n} prompts cannot be kept from training, at most {n - 1}")
         if "n_dev" in p:
             rows = [replace(row, split="dev" if k % n >= n - p["n_dev"] else "train") for k, row in enumerate(rows)]
         write_table(folder, "set_aside-prompts", set_aside)
         write_table(folder, "prompts", rows)
-    if len({row.prompt_id for row in rows}) < len(rows):
-        raise RecipeError(f"prompts.source: {p['source']} asks the same question about the same picture twice")
     stage.finish(n_rows, len(rows), ["prompts"], set_aside, **found, rounds=[sha256_of(repr(rows[k * n : (k + 1) * n])) for k in range(rounds)])
 
 # %% ../nbs/09_chain.ipynb #015b5475
@@ -423,9 +427,14 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
     steps = plan_run(recipe)
     first = first_remade(steps, remake, remake_round)
     with run_lock(run):
+        if not (run / "prompts" / "manifest.json").exists():  # a source that lacked something may have been mended, or the recipe
+            shutil.rmtree(run / "prompts", ignore_errors=True)
         pending = [step for step in steps[:first] if not is_done(step, run, notebooks, keep_code)] + steps[first:]
         if pending:
+            check_amounts(recipe, notebooks)
             check_machine(recipe, pending)
+            if warning := plumbing_warning(recipe.policy, recipe.prompts["source"]):
+                print(f"  warning: {warning}")
         for step in steps[first:]:
             shutil.rmtree(run / step.out, ignore_errors=True)
         write_text(run / "recipe.yaml", recipe_text(recipe, run))
@@ -437,6 +446,8 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
                 for stale in ("manifest.json", "report.html"):
                     (run / stale).unlink(missing_ok=True)
                 run_step(step, run, notebooks, label)
+                for warning in stage_warnings(run / step.out):
+                    print(f"  warning: {warning}")
         manifest = run_manifest(recipe, steps, run)
         write_json(run / "manifest.json", manifest)
     return manifest

@@ -6,12 +6,12 @@
 __all__ = ['PICTURE_PART', 'QUANTISATIONS', 'ATTENTIONS', 'DEVICES', 'DTYPES', 'DRIVER_FILE', 'DRIVERS', 'MODEL_FILES',
            'ADAPTER_CARD', 'language_model_name', 'lora_targets', 'unquantised_modules', 'missing_parts', 'checked',
            'attention_for', 'before_ampere', 'cuda_problem', 'device_for', 'dtype_for', 'pinned', 'model_folder',
-           'folder_sha', 'OpenModel', 'open_processor', 'processor_problem', 'quantisation_config',
-           'keep_4bit_weights_unpacked', 'open_weights', 'sharing_of', 'open_vlm', 'open_llm', 'adapter_lineage',
-           'asked_text', 'with_adapter', 'save_adapter', 'card_name', 'card_facts', 'write_adapter_card',
-           'chat_messages', 'prompt_inputs', 'prompt_positions', 'prompt_text', 'answer_ids', 'text_behind_picture',
-           'sibling_ids', 'unsampled_ids', 'surface_ids', 'padding_colour', 'padding_problem', 'has_own_limit',
-           'max_pixels_problem', 'system_prompt_problem', 'ask_with', 'picture_as_asked']
+           'folder_sha', 'OpenModel', 'open_processor', 'processor_problem', 'chat_messages', 'prompt_inputs',
+           'prompt_positions', 'prompt_text', 'answer_ids', 'text_behind_picture', 'sibling_ids', 'unsampled_ids',
+           'surface_ids', 'padding_colour', 'padding_problem', 'has_own_limit', 'max_pixels_problem',
+           'system_prompt_problem', 'ask_with', 'picture_as_asked', 'quantisation_config', 'keep_4bit_weights_unpacked',
+           'open_weights', 'sharing_of', 'open_vlm', 'open_llm', 'adapter_lineage', 'asked_text', 'with_adapter',
+           'save_adapter', 'card_name', 'card_facts', 'write_adapter_card']
 
 # %% ../nbs/00_models.ipynb #621ea032
 import hashlib
@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .attention import sharing_problem
-from .pictures import pad_to_square, within_pixels
+from .pictures import VIDEO_PACKAGES, pad_to_square, torchvision_for, within_pixels
 from .records import resolve_path, sha256_of, write_text
 
 # %% ../nbs/00_models.ipynb #2a8181d5
@@ -260,12 +260,177 @@ def open_processor(folder):
 
 @lru_cache
 def processor_problem(folder) -> str:
-    "Why the processor in a model's folder cannot be opened here, with the pip command that helps; empty when it opens."
+    """Why the processor in a model's folder cannot be opened here, with the pip command that helps; empty when it opens. Processors that
+    know videos (Qwen, InternVL, SmolVLM2) need torchvision for them, SmolVLM2 num2words too, though only pictures are shown here."""
     try:
         open_processor(folder)
-    except (ImportError, RuntimeError) as e:
-        return " ".join(str(e).split())
+    except ImportError as e:
+        missing = [package for package in VIDEO_PACKAGES if package in str(e).lower() and not find_spec(package)]
+        if not missing:
+            return f"its processor cannot be opened: {' '.join(str(e).split())}"
+        return (f"its processor needs {' and '.join(missing)} for videos, even if only pictures are shown to it: pip install "
+                f"torchvision=={torchvision_for(torch.__version__)} num2words (torchvision from where PyTorch {torch.__version__} came from)")
+    except (OSError, ValueError) as e:
+        return f"its processor cannot be opened: {' '.join(str(e).split())}"
     return ""
+
+# %% ../nbs/00_models.ipynb #6cfbb1df
+def chat_messages(question, image=None, answer=None, system_prompt=""):
+    """Chat messages for a question about an image (True: a placeholder; None: no image), with the answer if there is one, behind a
+    system turn if there is a system prompt."""
+    turns = [("system", system_prompt), ("user", question), ("assistant", answer)]
+    if image is None:
+        return [{"role": role, "content": text} for role, text in turns if text or role == "user"]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns if text or role == "user"]
+    picture = {"type": "image"} if image is True else {"type": "image", "image": image}
+    messages[1 if system_prompt else 0]["content"].insert(0, picture)
+    return messages
+
+
+def prompt_inputs(vlm, image, question):
+    "The processor's tensors for a question about an image, up to where the answer begins: `input_ids` (1, n), `pixel_values`, ..."
+    messages = chat_messages(question, picture_as_asked(vlm, image), system_prompt=vlm.system_prompt)
+    inputs = vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    has_types = "token_type_ids" in inspect.signature(vlm.core.model.forward).parameters  # Gemma 3: image tokens see each other both ways
+    return {k: v for k, v in inputs.items() if k != "token_type_ids" or has_types}
+
+
+def prompt_positions(core, batch):
+    "Position ids of a left-padded batch: (B, n), or (3, B, n) for models with rotary positions in three dimensions, which know them best themselves."
+    if "image_grid_thw" in batch and hasattr(core.model, "get_rope_index"):
+        return core.model.get_rope_index(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")})[0]
+    return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
+def prompt_text(opened, question, image=True):
+    "The rendered prompt as text; `image=None` for a question without a picture."
+    messages = chat_messages(question, image, system_prompt=opened.system_prompt)
+    return opened.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def answer_ids(vlm, question, answer):
+    """Token ids of an answer as the continuation of its prompt, up to and including the end token.
+
+    Raises ValueError when the answer is empty, contains a special token, or the chat template rewrites the prompt."""
+    if not answer.strip():
+        raise ValueError("the answer is empty")
+    special = next((t for t in vlm.tokenizer.convert_ids_to_tokens(vlm.special_ids) if t in answer), None)
+    if special:
+        raise ValueError(f"the answer contains the special token {special}")
+    prompt = prompt_text(vlm, question)
+    whole = vlm.processor.apply_chat_template(chat_messages(question, True, answer, vlm.system_prompt), tokenize=False)
+    behind = whole.removeprefix(prompt)
+    text = answer if answer in behind else answer.strip()
+    encode = lambda text: vlm.tokenizer(text, add_special_tokens=False).input_ids
+    prompt_tokens, tokens = encode(prompt), encode(prompt + behind.partition(text)[0] + text)
+    if not whole.startswith(prompt) or text not in behind or tokens[: len(prompt_tokens)] != prompt_tokens:
+        raise ValueError("the chat template or tokenizer changes the prompt when an answer follows; answers cannot be scored")
+    return tokens[len(prompt_tokens) :] + [vlm.end_id]
+
+
+def text_behind_picture(vlm, question, ending):
+    "Token ids of a prompt behind its last image token, where the processor writes `ending` between that and the text."
+    before, placeholder, behind = prompt_text(vlm, question).partition(vlm.processor.image_token)
+    image_id = vlm.core.config.image_token_id
+    ids = vlm.tokenizer(before + vlm.tokenizer.convert_ids_to_tokens(image_id) + ending + behind, add_special_tokens=False).input_ids
+    return ids[ids.index(image_id) + 1 :]
+
+
+def sibling_ids(vlm, question, inputs):
+    "Token ids of another question about the image of `inputs`, without processing the image again."
+    first, image_id = inputs["input_ids"][0].tolist(), vlm.core.config.image_token_id
+    return first[: len(first) - first[::-1].index(image_id)] + text_behind_picture(vlm, question, vlm.picture_ending)
+
+
+def unsampled_ids(vlm):
+    "Tokens that must never be sampled: all special ones but the end of an answer. An image token inside an answer could not be read again."
+    return [i for i in vlm.special_ids if i != vlm.end_id]
+
+
+def surface_ids(tokenizer, word):
+    "All tokens that spell the word, whatever the case and the space before it: `Yes`, ` yes`, `YES`, ..."
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [i for i, text in enumerate(texts) if text.strip().lower() == word]
+
+# %% ../nbs/00_models.ipynb #872dd416
+def padding_colour(processor) -> tuple[int, int, int]:
+    "What official LLaVA pads with: the mean colour that the processor subtracts, as red, green, blue from 0 to 255."
+    return tuple(int(x * 255) for x in processor.image_processor.image_mean)
+
+
+def padding_problem(opened: OpenModel, pad_pictures: bool = True) -> str:
+    "Why pictures should not be padded for this processor; empty for one that makes one picture of one size of every shape, which is tried."
+    shapes = {tuple(prompt_inputs(opened, Image.new("RGB", size, "white"), "What?")["pixel_values"].shape)
+              for size in ((512, 512), (1024, 256))}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 4 or next(iter(shapes))[0] != 1:
+        return ("its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many tokens as the picture needs; "
+                "padding would add bars that cost tokens and show nothing")
+    return ""
+
+
+def has_own_limit(processor) -> bool:
+    "Whether a processor has a limit of pixels of its own (the Qwen family): there a larger picture has more tokens."
+    kinds = getattr(getattr(processor, "image_processor", None), "valid_kwargs", None)
+    return "max_pixels" in getattr(kinds, "__annotations__", {})
+
+
+def max_pixels_problem(opened: OpenModel, max_pixels: int) -> str:
+    "Why a processor with a limit of its own cannot have this one."
+    least = opened.processor.image_processor.size["shortest_edge"] if has_own_limit(opened.processor) else 1
+    return f"its processor makes no picture smaller than {least} pixels" if max_pixels < least else ""
+
+
+def system_prompt_problem(opened: OpenModel, system_prompt: str) -> str:
+    "Why a system prompt would not reach the model as one: the chat template refuses it, drops it, or takes it for somebody else's turn."
+    special = next((t for t in opened.tokenizer.convert_ids_to_tokens(opened.special_ids) if t in system_prompt), None)
+    if special:
+        return f"it contains the special token {special}"
+
+    def rendered(role):
+        system, user = chat_messages("Question?", True, system_prompt=system_prompt)
+        try:
+            return opened.processor.apply_chat_template([system | {"role": role}, user], tokenize=False)
+        except TemplateError as e:
+            return e
+
+    text, others = rendered("system"), [rendered("user"), rendered("assistant")]
+    if isinstance(text, TemplateError):
+        return f"its chat template says: {text}"
+    before = text.rpartition("Question?")[0]
+    if not system_prompt.strip() or before.count(system_prompt.strip()) != 1 or "{'type'" in before:
+        return "its chat template has no place for a system prompt: the text does not appear once before the question"
+    if text in others:
+        return "its chat template has no place for a system prompt: it becomes the turn of the user or the assistant"
+    return ""
+
+# %% ../nbs/00_models.ipynb #b88f35cd
+def ask_with(opened: OpenModel, system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0) -> OpenModel:
+    """Sets how a model is asked from now on, and returns it.
+
+    `system_prompt` goes before the conversation as a system turn. `pad_pictures` makes every picture square before the processor sees it.
+    `max_pixels` (more than 0) is the most pixels of a picture: the processor's own limit where it has one, else larger pictures are scaled
+    down first. Raises ValueError for an option that the model's chat template or processor cannot obey, with the reason."""
+    if type(max_pixels) is not int or max_pixels < 0:
+        raise ValueError(f"{opened.name}: max_pixels={max_pixels!r}: it is a whole number of pixels, or 0 for no limit")
+    for option, asked, problem in (("system_prompt", system_prompt, system_prompt_problem), ("pad_pictures", pad_pictures, padding_problem),
+                                   ("max_pixels", max_pixels, max_pixels_problem)):
+        found = problem(opened, asked) if asked else ""
+        if found:
+            raise ValueError(f"{opened.name}: {option}={asked!r} cannot be obeyed: {found}")
+    if max_pixels and has_own_limit(opened.processor):
+        pictures = opened.processor.image_processor
+        pictures.size = {"shortest_edge": pictures.size["shortest_edge"], "longest_edge": max_pixels}
+    opened.system_prompt = system_prompt
+    opened.pad_pictures = pad_pictures
+    opened.max_pixels = max_pixels
+    return opened
+
+
+def picture_as_asked(vlm: OpenModel, image: Image.Image) -> Image.Image:
+    "The picture as the processor gets it: scaled down to `max_pixels` (unless the processor does that), then padded to a square."
+    if not has_own_limit(vlm.processor):
+        image = within_pixels(image, vlm.max_pixels)
+    return pad_to_square(image, padding_colour(vlm.processor)) if vlm.pad_pictures else image
 
 # %% ../nbs/00_models.ipynb #525cc823
 def quantisation_config(quantisation, dtype, skipped):
@@ -446,160 +611,3 @@ def write_adapter_card(folder, manifest):
     shown = lineage | {"base": base, "parent_sha": lineage["parent_sha"] or "none", "revision": f', revision="{revision}"' if revision else "",
                        "asked": f", asked with {asked_text(lineage['asked'])}" if "asked" in lineage else ""}
     write_text(Path(folder) / "README.md", ADAPTER_CARD.format(metadata=metadata, **shown, facts=card_facts(manifest)))
-
-# %% ../nbs/00_models.ipynb #6cfbb1df
-def chat_messages(question, image=None, answer=None, system_prompt=""):
-    """Chat messages for a question about an image (True: a placeholder; None: no image), with the answer if there is one, behind a
-    system turn if there is a system prompt."""
-    turns = [("system", system_prompt), ("user", question), ("assistant", answer)]
-    if image is None:
-        return [{"role": role, "content": text} for role, text in turns if text or role == "user"]
-    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns if text or role == "user"]
-    picture = {"type": "image"} if image is True else {"type": "image", "image": image}
-    messages[1 if system_prompt else 0]["content"].insert(0, picture)
-    return messages
-
-
-def prompt_inputs(vlm, image, question):
-    "The processor's tensors for a question about an image, up to where the answer begins: `input_ids` (1, n), `pixel_values`, ..."
-    messages = chat_messages(question, picture_as_asked(vlm, image), system_prompt=vlm.system_prompt)
-    inputs = vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    has_types = "token_type_ids" in inspect.signature(vlm.core.model.forward).parameters  # Gemma 3: image tokens see each other both ways
-    return {k: v for k, v in inputs.items() if k != "token_type_ids" or has_types}
-
-
-def prompt_positions(core, batch):
-    "Position ids of a left-padded batch: (B, n), or (3, B, n) for models with rotary positions in three dimensions, which know them best themselves."
-    if "image_grid_thw" in batch and hasattr(core.model, "get_rope_index"):
-        return core.model.get_rope_index(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")})[0]
-    return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-
-
-def prompt_text(opened, question, image=True):
-    "The rendered prompt as text; `image=None` for a question without a picture."
-    messages = chat_messages(question, image, system_prompt=opened.system_prompt)
-    return opened.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def answer_ids(vlm, question, answer):
-    """Token ids of an answer as the continuation of its prompt, up to and including the end token.
-
-    Raises ValueError when the answer is empty, contains a special token, or the chat template rewrites the prompt."""
-    if not answer.strip():
-        raise ValueError("the answer is empty")
-    special = next((t for t in vlm.tokenizer.convert_ids_to_tokens(vlm.special_ids) if t in answer), None)
-    if special:
-        raise ValueError(f"the answer contains the special token {special}")
-    prompt = prompt_text(vlm, question)
-    whole = vlm.processor.apply_chat_template(chat_messages(question, True, answer, vlm.system_prompt), tokenize=False)
-    behind = whole.removeprefix(prompt)
-    text = answer if answer in behind else answer.strip()
-    encode = lambda text: vlm.tokenizer(text, add_special_tokens=False).input_ids
-    prompt_tokens, tokens = encode(prompt), encode(prompt + behind.partition(text)[0] + text)
-    if not whole.startswith(prompt) or text not in behind or tokens[: len(prompt_tokens)] != prompt_tokens:
-        raise ValueError("the chat template or tokenizer changes the prompt when an answer follows; answers cannot be scored")
-    return tokens[len(prompt_tokens) :] + [vlm.end_id]
-
-
-def text_behind_picture(vlm, question, ending):
-    "Token ids of a prompt behind its last image token, where the processor writes `ending` between that and the text."
-    before, placeholder, behind = prompt_text(vlm, question).partition(vlm.processor.image_token)
-    image_id = vlm.core.config.image_token_id
-    ids = vlm.tokenizer(before + vlm.tokenizer.convert_ids_to_tokens(image_id) + ending + behind, add_special_tokens=False).input_ids
-    return ids[ids.index(image_id) + 1 :]
-
-
-def sibling_ids(vlm, question, inputs):
-    "Token ids of another question about the image of `inputs`, without processing the image again."
-    first, image_id = inputs["input_ids"][0].tolist(), vlm.core.config.image_token_id
-    return first[: len(first) - first[::-1].index(image_id)] + text_behind_picture(vlm, question, vlm.picture_ending)
-
-
-def unsampled_ids(vlm):
-    "Tokens that must never be sampled: all special ones but the end of an answer. An image token inside an answer could not be read again."
-    return [i for i in vlm.special_ids if i != vlm.end_id]
-
-
-def surface_ids(tokenizer, word):
-    "All tokens that spell the word, whatever the case and the space before it: `Yes`, ` yes`, `YES`, ..."
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [i for i, text in enumerate(texts) if text.strip().lower() == word]
-
-# %% ../nbs/00_models.ipynb #872dd416
-def padding_colour(processor) -> tuple[int, int, int]:
-    "What official LLaVA pads with: the mean colour that the processor subtracts, as red, green, blue from 0 to 255."
-    return tuple(int(x * 255) for x in processor.image_processor.image_mean)
-
-
-def padding_problem(opened: OpenModel, pad_pictures: bool = True) -> str:
-    "Why pictures should not be padded for this processor; empty for one that makes the same of every shape. It is tried on two shapes."
-    square, strip = (prompt_inputs(opened, Image.new("RGB", size, "white"), "What?") for size in ((512, 512), (1024, 256)))
-    if any(square[key].shape != strip[key].shape for key in ("input_ids", "pixel_values")):
-        return ("its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many tokens as the picture needs; "
-                "padding would add bars that cost tokens and show nothing")
-    return ""
-
-
-def has_own_limit(processor) -> bool:
-    "Whether a processor has a limit of pixels of its own (the Qwen family): there a larger picture has more tokens."
-    kinds = getattr(getattr(processor, "image_processor", None), "valid_kwargs", None)
-    return "max_pixels" in getattr(kinds, "__annotations__", {})
-
-
-def max_pixels_problem(opened: OpenModel, max_pixels: int) -> str:
-    "Why a processor with a limit of its own cannot have this one."
-    least = opened.processor.image_processor.size["shortest_edge"] if has_own_limit(opened.processor) else 1
-    return f"its processor makes no picture smaller than {least} pixels" if max_pixels < least else ""
-
-
-def system_prompt_problem(opened: OpenModel, system_prompt: str) -> str:
-    "Why a system prompt would not reach the model as one: the chat template refuses it, drops it, or takes it for somebody else's turn."
-    special = next((t for t in opened.tokenizer.convert_ids_to_tokens(opened.special_ids) if t in system_prompt), None)
-    if special:
-        return f"it contains the special token {special}"
-
-    def rendered(role):
-        system, user = chat_messages("Question?", True, system_prompt=system_prompt)
-        try:
-            return opened.processor.apply_chat_template([system | {"role": role}, user], tokenize=False)
-        except TemplateError as e:
-            return e
-
-    text, others = rendered("system"), [rendered("user"), rendered("assistant")]
-    if isinstance(text, TemplateError):
-        return f"its chat template says: {text}"
-    before = text.rpartition("Question?")[0]
-    if not system_prompt.strip() or before.count(system_prompt.strip()) != 1 or "{'type'" in before:
-        return "its chat template has no place for a system prompt: the text does not appear once before the question"
-    if text in others:
-        return "its chat template has no place for a system prompt: it becomes the turn of the user or the assistant"
-    return ""
-
-# %% ../nbs/00_models.ipynb #b88f35cd
-def ask_with(opened: OpenModel, system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0) -> OpenModel:
-    """Sets how a model is asked from now on, and returns it.
-
-    `system_prompt` goes before the conversation as a system turn. `pad_pictures` makes every picture square before the processor sees it.
-    `max_pixels` (more than 0) is the most pixels of a picture: the processor's own limit where it has one, else larger pictures are scaled
-    down first. Raises ValueError for an option that the model's chat template or processor cannot obey, with the reason."""
-    if type(max_pixels) is not int or max_pixels < 0:
-        raise ValueError(f"{opened.name}: max_pixels={max_pixels!r}: it is a whole number of pixels, or 0 for no limit")
-    for option, asked, problem in (("system_prompt", system_prompt, system_prompt_problem), ("pad_pictures", pad_pictures, padding_problem),
-                                   ("max_pixels", max_pixels, max_pixels_problem)):
-        found = problem(opened, asked) if asked else ""
-        if found:
-            raise ValueError(f"{opened.name}: {option}={asked!r} cannot be obeyed: {found}")
-    if max_pixels and has_own_limit(opened.processor):
-        pictures = opened.processor.image_processor
-        pictures.size = {"shortest_edge": pictures.size["shortest_edge"], "longest_edge": max_pixels}
-    opened.system_prompt = system_prompt
-    opened.pad_pictures = pad_pictures
-    opened.max_pixels = max_pixels
-    return opened
-
-
-def picture_as_asked(vlm: OpenModel, image: Image.Image) -> Image.Image:
-    "The picture as the processor gets it: scaled down to `max_pixels` (unless the processor does that), then padded to a square."
-    if not has_own_limit(vlm.processor):
-        image = within_pixels(image, vlm.max_pixels)
-    return pad_to_square(image, padding_colour(vlm.processor)) if vlm.pad_pictures else image

@@ -28,7 +28,7 @@ def run_stage(stage, inputs, out):
         from rlaifv_nb.claims import run_claims
         from rlaifv_nb.models import open_llm
 
-        run_claims(at["prompts"], at["01_sampling"], out, open_llm(SPLITTER), batch_size=20)
+        run_claims(at["prompts"], at["01_sampling"], out, open_llm(SPLITTER), shard_size=20)
     elif stage == "03_feedback":
         from rlaifv_nb.feedback import run_feedback
         from rlaifv_nb.models import open_vlm
