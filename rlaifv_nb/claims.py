@@ -362,17 +362,17 @@ def is_noun_phrase(words: list) -> bool:
 def is_one_clause(words: list) -> bool:
     "Whether no second sentence begins in the words behind the verb."
     in_clause = False
-    before = ""
+    before = ["", ""]
     for word in map(bare, words):
         if word in _CLAUSE:
             in_clause = True
         elif word in _AND:
             in_clause = False
-        elif word in _FINITE and not in_clause and before not in ("to", *_FINITE):
+        elif word in _FINITE and not in_clause and before[1] not in ("to", *_FINITE):
             return False
-        elif word in _VERBS and before in _AND:
+        elif word in _VERBS and _AND & set(before):  # "and now reads"
             return False
-        before = word
+        before = [before[1], word]
     return True
 
 

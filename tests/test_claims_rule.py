@@ -53,7 +53,7 @@ NOT_SURE = [
     "The man wears a hat and is tall.", "The man who is tall smiles.", "The man who is tall is smiling.", "The woman is seated and holds a child.",
     "The man is tall, and the woman is short.", "The lights are on and the door is open.", "The boy laughs and his dog is behind him.",
     "The light shines and the light is red.", "Dogs run and cats are sleeping.", "There is a man and there is a woman.", "A man is standing, his arms are crossed.",
-    "Behind him is an archway.", "On the stove sits a kettle.", "Standing next to him is a dog.", "Seated at the table are three women.",
+    "The sign has lost a letter and now reads \"GAS LINE\".", "Behind him is an archway.", "On the stove sits a kettle.", "Standing next to him is a dog.", "Seated at the table are three women.",
     "Also present is a dog.", "What the man holds is a cup.", "The fact that he is smiling suggests joy.", "The surface the cup stands on is white.",
     "The metal stands in the hall are new.", "The man has rolled up sleeves.", "The man has never been there.", "The man does a trick.",
     "Is the dog red?", "There is a sign: it is red.", "There is a dog. It is red.", "Snow covers the peaks.", "Red", "3", "",
