@@ -321,11 +321,13 @@ _AND = {"and", "or", "but"}
 _NUMBERS = set("one two three four five six seven eight nine ten eleven twelve several many".split())
 _NO_SUBJECT = PREPOSITIONS | _CLAUSE | set("also here only not why visible present seen seated shown located such due there".split())
 _LOWERED = DETERMINERS | PREPOSITIONS | _PRONOUNS | _NUMBERS | set("there other few people we you".split())
-_VERBS = {base + "s": base for base in (  # verbs that descriptions of pictures are written with: form behind he, she, it -> verb
-    "show depict display convey feature contain include capture present portray illustrate suggest evoke indicate represent read say wear hold "
-    "stand sit hang look appear seem lean cover ride drive walk run eat drink sleep smile fill surround overlook belong consist extend play add "
-    "create give provide point stare gaze lead serve").split()}
-_VERBS |= {"carries": "carry", "lies": "lie", "reaches": "reach", "watches": "watch", "stretches": "stretch"}
+_SURE = {base + "s": base for base in (  # verbs of descriptions whose form behind he, she, it is no noun: that form -> verb
+    "depict convey contain include portray illustrate evoke indicate represent suggest wear sit hang lean belong consist extend appear seem add "
+    "give provide create overlook surround eat sleep lie pour pull weigh bring sell throw write sing bend climb build grow hug kneel enjoy feed "
+    "raise take keep wait talk float swim chat lick swing listen open close reveal obscure resemble accompany").split()}
+_SURE |= {"carries": "carry", "reaches": "reach", "watches": "watch", "stretches": "stretch", "pushes": "push", "touches": "touch", "flies": "fly"}
+_VERBS = _SURE | {base + "s": base for base in (  # verbs whose form may be a noun as well, as in "the metal stands"
+    "show display feature capture present read say hold stand look cover ride drive walk run drink smile fill play point stare gaze lead serve").split()}
 _MOVED = {"is", "are", "was", "were", "can", "could", "will", "would", "has", "have", "had", "do", "does", "did"}
 _FINITE = _MOVED | {"may", "might", "must", "shall", "should"}
 
@@ -424,11 +426,12 @@ def put_do(words: list):
     if not rest or not is_noun_phrase(subject) or not is_one_clause(rest):
         return None
     verb, noun, following = bare(words[k]), bare(subject[-1]), bare(rest[0])
-    if any(bare(w) in _FINITE for w in subject) or any(bare(w) in _VERBS for w in rest) and not any(bare(w) in _CLAUSE for w in rest):
+    low = {bare(w) for w in rest}
+    if _FINITE & {bare(w) for w in subject} or (_VERBS.keys() | {"look", "seem", "appear"}) & low and not _CLAUSE & low:
         return None
     the_image = len(subject) == 2 and noun in ("image", "picture", "photo", "photograph", "scene", "painting", "drawing")
     opens = following in DETERMINERS | PREPOSITIONS | _NUMBERS | {"that", "like", "as"} or following[:1].isdigit() or rest[0].startswith("\x00")
-    if not the_image and not opens or len(subject) == 1 and noun not in _PRONOUNS:
+    if not (the_image or opens or verb in _SURE) or len(subject) == 1 and noun not in _PRONOUNS:
         return None  # "The metal stands are new": what follows a verb begins a phrase of its own
     people = noun in ("they", "people", "men", "women", "children")
     if verb in _VERBS:
