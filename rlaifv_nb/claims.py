@@ -421,10 +421,11 @@ def move_verb(words: list):
 
 def put_do(words: list):
     "The same for a sentence with one of the verbs that pictures are described with, such as `shows`, and do or does in front."
-    k = next((k for k, w in enumerate(words) if bare(w) in _VERBS or bare(w) in _VERBS.values()), 0)
-    subject, rest = words[:k], words[k + 1 :]
-    if not rest or not is_noun_phrase(subject) or not is_one_clause(rest):
+    verbs = [k for k, w in enumerate(words) if bare(w) in _VERBS or bare(w) in _VERBS.values()]
+    k = next((k for k in verbs if is_noun_phrase(words[:k])), None)
+    if k is None or not words[k + 1 :] or not is_one_clause(words[k + 1 :]):
         return None
+    subject, rest = words[:k], words[k + 1 :]
     verb, noun, following = bare(words[k]), bare(subject[-1]), bare(rest[0])
     low = {bare(w) for w in rest}
     if _FINITE & {bare(w) for w in subject} or (_VERBS.keys() | {"look", "seem", "appear"}) & low and not _CLAUSE & low:
