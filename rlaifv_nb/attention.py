@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_NAME', 'BLOCK', 'KERNELS', 'no_mask', 'branch_attention', 'unsupported_layers', 'use_branch_attention',
-           'SharedPrefix', 'OwnTokens', 'repeated_heads', 'PrefixedRow', 'kernel_for', 'PackedLayout', 'compiled_flex',
-           'varlen_kernel', 'sharing_problem']
+           'SharedPrefix', 'OwnTokens', 'repeated_heads', 'PrefixedRow', 'card_problem', 'kernel_for', 'PackedLayout',
+           'compiled_flex', 'varlen_kernel', 'sharing_problem']
 
 # %% ../nbs/00_attention.ipynb #d3884839
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -101,17 +102,18 @@ class SharedPrefix:
         self.seat(index)
 
     def replace(self, slots, keys, values, mask):
-        "Other prompts in place of those numbered `slots`; all are padded on the left to the longest there is. `seat` must follow."
-        missing = mask.shape[1] - self.mask.shape[1]
+        "Other prompts in place of those numbered `slots` (or further ones); all are padded on the left to the longest there is. `seat` must follow."
+        longer = max(0, mask.shape[1] - self.mask.shape[1])
+        shorter = max(0, self.mask.shape[1] - mask.shape[1])
+        further = max(0, max(slots) + 1 - len(self.mask))
         chosen = torch.tensor(slots, device=self.mask.device)
         for old, new in ((self.keys, keys), (self.values, values)):
             for layer, states in enumerate(new):
-                if missing > 0:
-                    old[layer] = F.pad(old[layer], (0, 0, missing, 0))
-                old[layer][chosen] = F.pad(states, (0, 0, max(0, -missing), 0))
-        if missing > 0:
-            self.mask = F.pad(self.mask, (missing, 0))
-        self.mask[chosen] = F.pad(mask.bool(), (max(0, -missing), 0))
+                if longer or further:
+                    old[layer] = F.pad(old[layer], (0, 0, longer, 0, 0, 0, 0, further))
+                old[layer][chosen] = F.pad(states, (0, 0, shorter, 0))
+        self.mask = F.pad(self.mask, (longer, 0, 0, further))
+        self.mask[chosen] = F.pad(mask.bool(), (shorter, 0))
 
     def by_prompt(self, rows):
         "Rows (R, kv heads, g, x) of the branches as a table (B, kv heads, places x g, x) of the prompts."
@@ -264,13 +266,33 @@ class PrefixedRow:
 KERNELS = ("auto", "sdpa", "varlen", "flash_attn", "flex")
 
 
+@cache
+def card_problem(kernel, device):
+    "Why flash-attention's kernels (`varlen`, `flash_attn`) cannot run on a card (a torch.device of type cuda); empty if they can."
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"needs a card of compute capability 8.0 (Ampere) or newer, this one has {major}.{minor}"
+    if kernel == "varlen":
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return f"is not in torch {torch.__version__}"
+        if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+            return f"cannot group heads in torch {torch.__version__}"
+    return ""
+
+
 def kernel_for(kernel, device, dtype):
-    "The kernel that `auto` stands for on a device (a torch.device) with a dtype; any other kernel is itself. Raises ValueError for an unknown one."
+    """The kernel that `auto` stands for on a device (a torch.device) with a dtype: `varlen` if the card and this torch have it; any other
+    kernel is itself. Raises ValueError for an unknown one and for one that this card cannot run."""
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is not supported: choose one of {', '.join(KERNELS)}")
-    if kernel != "auto":
-        return kernel
-    return "varlen" if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "sdpa"
+    if kernel == "auto":
+        halves = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        return "varlen" if halves and not card_problem("varlen", device) else "sdpa"
+    if kernel in ("varlen", "flash_attn") and device.type == "cuda" and card_problem(kernel, device):
+        raise ValueError(f"kernel={kernel!r} {card_problem(kernel, device)}: choose 'sdpa' or 'auto'")
+    return kernel
 
 
 class PackedLayout:

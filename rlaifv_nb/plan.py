@@ -10,18 +10,19 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen', 'upright_size',
            'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of', 'within',
            'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens', 'flops_of',
-           'preparing_seconds', 'prompts_of', 'stage_parameters', 'Planned', 'Launches', 'step_launches', 'step_floor',
-           'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'steps_of', 'mean_answer',
-           'sampling_memory', 'batch_words', 'sampling_load', 'instruction_tokens', 'claims_memory', 'claims_load',
-           'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes', 'cached_share',
-           'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory', 'guided_load',
-           'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem', 'StagePlan',
-           'open_stage', 'floor_of', 'merges', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
+           'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches', 'step_launches',
+           'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'steps_of',
+           'mean_answer', 'sampling_memory', 'batch_words', 'sampling_load', 'instruction_tokens', 'claims_memory',
+           'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes',
+           'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
+           'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
+           'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
            'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines',
            'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
 import json
+import math
 import re
 import shutil
 import time
@@ -38,7 +39,7 @@ from . import dryrun as dry
 from .caches import picture_features
 from .inputs import HUB, input_kind, read_input
 from .machine import SMALL_FILES
-from .models import MODEL_FILES, ask_with, pinned, prompt_inputs
+from .models import ask_with, pinned, prompt_inputs
 from .prefix import grow, read, read_prompts
 from .recipes import INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run, prompts_per_round
 from .records import Prompt, read_table, resolve_path
@@ -197,8 +198,9 @@ def upright_size(image: bytes | Path) -> tuple[int, int]:
     Raises OSError for what is not a picture."""
     with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as picture:
         width, height = picture.size
-        stays_header = picture.format != "PNG" or "exif" in picture.info  # else all of a PNG would be decoded
-        turn = picture.getexif().get(ExifTags.Base.Orientation, 1) if stays_header else 1
+        no_note = picture.format == "PNG" and "exif" not in picture.info  # to look further would decode all of it
+        settled = no_note or picture.format == "TIFF"  # whose size Pillow has turned already
+        turn = 1 if settled else picture.getexif().get(ExifTags.Base.Orientation, 1)
     return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
 # %% ../nbs/09_plan.ipynb #4c1a0b2e
@@ -419,10 +421,19 @@ def preparing_seconds(vlm, row: Seen, lengths: Lengths, asked: dict) -> float:
     return min(times) + decoding
 
 
+def most_pixels(vlm, rows: list, asked: dict) -> list:
+    "Of the rows, those of which a model without a processor gets the most pixels; with one, all."
+    if not isinstance(vlm.processor, Padding):
+        return rows
+    config, limit = vlm.core.config, asked.get("max_pixels", 0)
+    pixels = [math.prod(picture_shapes(config, (row.width, row.height), limit)[0]) for row in rows]
+    return [row for row, n in zip(rows, pixels) if n == max(pixels)]
+
+
 def prompts_of(vlm, problem: str, pictures: Pictures, lengths: Lengths, asked: dict) -> Prompts:
     "The prompts of a stage. `problem` says why the model has no processor."
     ordinary = [prompt_of(vlm, row, lengths, asked) for row in pictures.ordinary]
-    extreme = [prompt_of(vlm, row, lengths, asked) for row in pictures.extreme]
+    extreme = [prompt_of(vlm, row, lengths, asked) for row in most_pixels(vlm, pictures.extreme, asked)]
     longest = max(ordinary + extreme, key=n_tokens)
     tokens = sum(map(n_tokens, ordinary)) / len(ordinary)
     middle = sorted(ordinary, key=n_tokens)[len(ordinary) // 2]
@@ -464,13 +475,18 @@ class Planned:
     lengths: Lengths
     device: str
     vlm: object
-    launches: int  # operations of a decoding step without an adapter
-    adapter_launches: int = 0  # and with one
+    launches: int = 0  # operations of a decoding step without an adapter; 0: there is none without
+    adapter_launches: int = 0  # and with one; likewise
     prompts: Prompts | None = None
 
     def peak(self, run) -> int:
         "Most bytes that `run()` has alive besides the weights."
         return dry.dry_peak(self.vlm, run, self.device)
+
+    @property
+    def merges(self) -> bool:
+        "Whether the adapter is merged into the weights while answers are sampled."
+        return self.notebook == "01_sampling" and self.p["quantisation"] == "none"
 
     @property
     def shares(self) -> bool:
@@ -507,10 +523,8 @@ def step_launches(vlm) -> int:
     def step():
         prefix = read_prompts(vlm, [{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
         branches = grow(vlm, prefix, torch.zeros(4, dtype=torch.long), 4)
-        tokens = torch.ones(4, dtype=torch.long)
-        branches.step(tokens)
         with launches:
-            branches.step(tokens)
+            branches.step(torch.ones(4, dtype=torch.long))
             vlm.core.lm_head(branches.hidden)
 
     dry.dry_peak(vlm, step)
@@ -836,7 +850,7 @@ def cached_bytes(name: str) -> int:
 
     hub, revision = pinned(name)
     try:
-        found = snapshot_download(hub, revision=revision or None, allow_patterns=MODEL_FILES, local_files_only=True)
+        found = snapshot_download(hub, revision=revision or None, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         return 0
     return sum(path.stat().st_size for path in Path(found).glob("*.safetensors"))
@@ -912,9 +926,10 @@ class StagePlan:
 
 # %% ../nbs/09_plan.ipynb #4b3a6e82
 def open_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengths, configs: str | Path = "",
-               pictures: Pictures | None = None) -> Planned:
+               pictures: Pictures | None = None, known: dict | None = None) -> Planned:
     """A stage's model, dry, as the stage would open it, and its prompts.
 
+    `known` keeps prompts for other stages that ask the same model in the same way.
     Raises RecipeError for a model without a configuration."""
     device = "cuda" if card else "cpu"
     config, processor, problem = read_model(config_folder(p[MODEL_KEYS[notebook]], configs))
@@ -930,29 +945,28 @@ def open_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengt
             ask_with(vlm, **{key: p[key] for key in OPTION_KEYS if key in p})
         except ValueError as e:
             raise RecipeError(f"{notebook}: {e}") from e
-    planned = Planned(notebook, p, recipe, lengths, device, vlm, step_launches(vlm))
+    planned = Planned(notebook, p, recipe, lengths, device, vlm)
+    if notebook not in WITH_ADAPTER or notebook == "01_sampling":  # which has no adapter in its first round
+        planned.launches = step_launches(vlm)
     if is_vlm:
-        pictures = pictures or pictures_of(recipe, lengths)
-        planned.prompts = prompts_of(vlm, problem, pictures, lengths, planned.asked)
+        known, key = ({} if known is None else known), (str(p[MODEL_KEYS[notebook]]), *planned.asked.items())
+        if key not in known:
+            pictures = pictures or pictures_of(recipe, lengths)
+            known[key] = prompts_of(vlm, problem, pictures, lengths, planned.asked)
+        planned.prompts = known[key]
     if notebook in WITH_ADAPTER:
         dry.put_adapter(vlm, p["lora_rank"])
-        planned.adapter_launches = step_launches(vlm)
+        planned.adapter_launches = 0 if planned.merges else step_launches(vlm)
     return planned
 
 
 def floor_of(s: Planned) -> float:
     "Seconds of a step or pass on any card, the mean of all rounds."
     layers = s.vlm.core.config.get_text_config().num_hidden_layers
-    plain, with_adapter = (step_floor(layers, n) for n in (s.launches, s.adapter_launches))
-    if s.notebook not in WITH_ADAPTER or merges(s):
-        return plain
-    first = 1 if s.notebook == "01_sampling" else 0  # the first round samples without an adapter
-    return (first * plain + (s.p["times"] - first) * with_adapter) / s.p["times"]
-
-
-def merges(s: Planned) -> bool:
-    "Whether the adapter is merged into the weights while the stage works."
-    return s.notebook == "01_sampling" and s.p["quantisation"] == "none"
+    floors = [step_floor(layers, n) for n in (s.launches, s.adapter_launches) if n]
+    if len(floors) == 1:
+        return floors[0]
+    return (floors[0] + (s.p["times"] - 1) * floors[1]) / s.p["times"]  # the first round without an adapter
 
 # %% ../nbs/09_plan.ipynb #4b3a6e83
 def plan_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengths, configs: str | Path = "",
@@ -1061,10 +1075,10 @@ def plan_recipe(recipe, notebooks: Path, card: Card | None = None, lengths: Leng
     """All stages' plans of a checked recipe on a card (None: the CPU), with advice where one does not fit.
 
     With them lines about lengths and hours. `speeds`: measured tokens a second by stage."""
-    pictures = pictures_of(recipe, lengths)
+    pictures, known = pictures_of(recipe, lengths), {}
     plans, lines = [], [f"pictures: {pictures.about}"]
     for notebook, p in stage_parameters(recipe, notebooks).items():
-        planned = open_stage(notebook, p, recipe, card, lengths, configs, pictures)
+        planned = open_stage(notebook, p, recipe, card, lengths, configs, pictures, known)
         speed = (speeds or {}).get(notebook, 0.0)
         plan, line = plan_stage(notebook, p, recipe, card, lengths, configs, speed, planned)
         if card and plan.gib(card) > card.gib:

@@ -255,7 +255,7 @@ def test_the_stages_run(name, splitter, tmp_path, show):
     show(TITLES[name], "04 pairs")
     save_adapter(with_lora(vlm), at("parent"))
     run_dpo(at("prompts"), at("04"), at("05"), at("model"), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1,
-            evaluations=1)
+            evaluations=1, min_steps=1)
     engine = read_manifest(at("05"))["engine"]
     assert engine["layout"] == ("plain" if name in NOT_SHARED else "packed") and NOT_SHARED.get(name, "") in engine.get("layout_problem", "")
     assert NOT_CACHED[name] in engine["image_features"] if name in NOT_CACHED else engine["image_features"] == "cached"

@@ -32,7 +32,8 @@ def run(tmp_path_factory):
     run_claims(at / "prompts", at / "01", at / "02", open_llm(SPLITTER, **HALF))
     run_feedback(at / "prompts", at / "01", at / "02", at / "03", vlm)
     run_pairs(at / "prompts", at / "01", at / "02", at / "03", at / "04")
-    run_dpo(at / "prompts", at / "04", at / "05", POLICY, learning_rate=5e-4, epochs=2.0, batch_size=4, evaluations=2, **HALF)
+    run_dpo(at / "prompts", at / "04", at / "05", POLICY, learning_rate=5e-4, epochs=2.0, batch_size=4,
+            evaluations=2, min_steps=1, **HALF)
     return at
 
 
@@ -107,7 +108,7 @@ def test_the_notebooks_programs_in_16_bits(tmp_path):
     """One round of the tiny recipe through papermill, with every model in bfloat16 and NF4."""
     half = {stage: HALF for stage in ("01_sampling", "02_claims", "03_feedback", "05_dpo", "06_evaluation", "07_guided_decoding")}
     recipe = load_recipe("tiny", {"rounds": 1, "prompts": {"n_per_round": 14, "n_dev": 4}, "parameters": {
-        **half, "01_sampling": {**HALF, "n_samples": 6, "max_new_tokens": 80}, "05_dpo": {**HALF, "epochs": 1.0, "batch_size": 4},
+        **half, "01_sampling": {**HALF, "n_samples": 6, "max_new_tokens": 80}, "05_dpo": {**HALF, "epochs": 1.0, "batch_size": 4, "min_steps": 1},
         "06_evaluation": {**HALF, "n_scenes": 6}, "07_guided_decoding": {**HALF, "n_scenes": 2, "n_candidates": 2}}})
     notebooks = package_folder("nbs")
     run_chain(check_recipe(recipe, notebooks), tmp_path / "run", notebooks)

@@ -345,6 +345,6 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
     assert len(responses) == 120 and {v.claim_id for v in verdicts} == {c.claim_id for c in claims}
     aside = read_manifest(at["pairs"])["responses"]
     assert aside["in"] == 120 == sum(n for reason, n in aside.items() if reason != "in") and len(pairs) >= 4
-    run_dpo(at["prompts"], at["pairs"], at["dpo"], policy, learning_rate=5e-4, epochs=1.0, batch_size=8, evaluations=2)
+    run_dpo(at["prompts"], at["pairs"], at["dpo"], policy, learning_rate=5e-4, epochs=1.0, batch_size=8, evaluations=2, min_steps=1)
     assert open_vlm(policy, str(at["dpo"] / "adapter")).notes and read_table(at["pairs"], "pairs", Pair) == pairs
     assert "detail_test_30_input.jsonl 30" in (at["dpo"] / "adapter/README.md").read_text()

@@ -3,8 +3,8 @@
 The language model raises torch.OutOfMemoryError, as a graphics card would, whenever more than so many tokens go through it
 at once."""
 import inspect
+import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from rlaifv_nb.evaluation import Case, run_evaluation
 from rlaifv_nb.feedback import PortionedAsker, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.models import open_llm, open_vlm
-from rlaifv_nb.records import (Candidate, Claim, RefLogp, Response, Verdict, read_manifest, read_table, shard_paths)
+from rlaifv_nb.records import Candidate, Claim, RefLogp, Response, Verdict, read_manifest, read_table, shard_paths
 from rlaifv_nb.sampling import run_sampling
 
 ADAPTER = "packaged:iconworld-aligned"
@@ -173,6 +173,75 @@ def test_another_error_is_not_taken_for_memory(undisturbed, tmp_path):
     with pytest.raises(RuntimeError, match="device-side assert"):
         asker([None], [["Is it?"]])
     assert asker.max_tokens == 4096
+
+
+# 05: the rows of a step hold several pairs, so it is `max_tokens` that becomes less; the batch of the optimiser stays
+
+def train(inputs, out, **sizes):
+    run_dpo(inputs / "prompts", inputs / "04_pairs", out, POLICY, learning_rate=5e-4, epochs=1.0, batch_size=2,
+            evaluations=1, min_steps=1, **sizes)
+
+
+def has_reference(out, rows):
+    "Whether the reference of all pairs is written: training begins."
+    paths = shard_paths(out, "reference")
+    return bool(paths) and len(read_table(out, "reference", RefLogp)) == rows
+
+
+@pytest.fixture(scope="module")
+def trained(undisturbed, tmp_path_factory):
+    "05_dpo with all the memory it wants: its folder, and the most tokens at once in the reference and in training."
+    out = tmp_path_factory.mktemp("05_dpo") / "plenty"
+    sizes = {True: [], False: []}
+    n_pairs = read_manifest(undisturbed / "05_dpo")["rows_out"]
+
+    def limit():
+        sizes[has_reference(out, n_pairs)].append(len(given))
+        return 10**9
+
+    with memory_for(limit) as given:
+        train(undisturbed, out)
+    began = sizes[True][0] - 1
+    return out, n_pairs, max(given[:began]), max(given[began:])
+
+
+def same_training(some, others):
+    "Whether two runs of 05_dpo have the same reference and, but for the order of sums, the same curve."
+    assert same_rows(read_table(some, "reference", RefLogp), read_table(others, "reference", RefLogp))
+    curves = [[json.loads(line) for line in (out / "training-00000.jsonl").read_text().splitlines()] for out in (some, others)]
+    assert [(row["step"], row["split"]) for row in curves[0]] == [(row["step"], row["split"]) for row in curves[1]]
+    assert [row["loss"] for row in curves[0]] == pytest.approx([row["loss"] for row in curves[1]], abs=0.01)
+    keys = ("parameters", "inputs", "rows_in", "rows_out", "train_pairs", "dev_pairs")
+    assert {k: read_manifest(some)[k] for k in keys} == {k: read_manifest(others)[k] for k in keys}
+    return True
+
+
+@pytest.mark.parametrize("phase", ["reference", "training"])
+def test_a_step_that_does_not_fit_goes_in_smaller_parts(phase, trained, undisturbed, tmp_path, capsys):
+    whole, n_pairs, reference, step = trained
+
+    def limit():
+        return step - 1 if has_reference(tmp_path, n_pairs) else reference - (phase == "reference")
+
+    with memory_for(limit) as given:
+        train(undisturbed, tmp_path)
+    assert "out of memory: going on with max_tokens" in capsys.readouterr().out
+    assert max(given) == reference
+    found = read_manifest(tmp_path)["max_tokens"]
+    assert found["asked"] == 8192 == read_manifest(whole)["max_tokens"]["used"] and found["used"] < reference
+    assert same_training(whole, tmp_path)
+
+
+def test_a_reference_stays_when_nothing_fits_any_more(trained, undisturbed, tmp_path):
+    whole, _, _, _ = trained
+    with memory_for(lambda: 0 if shard_paths(tmp_path, "reference") else 10**9), pytest.raises(RuntimeError, match="does not fit into memory"):
+        train(undisturbed, tmp_path)
+    finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob("*reference-*.jsonl")}
+    assert len(shard_paths(tmp_path, "reference")) == 1 and not (tmp_path / "manifest.json").exists()
+    train(undisturbed, tmp_path, max_tokens=512)  # not refused
+    assert all((p.stat().st_mtime_ns, p.read_bytes()) == kept for p, kept in finished.items())
+    assert read_manifest(tmp_path)["max_tokens"] == {"asked": 512, "used": 512}
+    assert same_training(whole, tmp_path)
 
 
 def test_a_batch_larger_than_a_shard_is_refused(undisturbed, tmp_path):

@@ -14,7 +14,7 @@ from tiny_models import open_tiny
 from rlaifv_nb import dryrun as dry
 from rlaifv_nb import prefix as prefixes
 from rlaifv_nb.command import main
-from rlaifv_nb.dpo import PairDataset, RowMaker, new_adapter, reference_logps, train_adapter, training_maker
+from rlaifv_nb.dpo import PairDataset, RowMaker, new_adapter, reference_logps, train_adapter, training_maker, usable_pairs
 from rlaifv_nb.guided_decoding import sample_candidates
 from rlaifv_nb.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
 from rlaifv_nb.packing import PER_TOKEN
@@ -94,6 +94,7 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     for checkpointing in (False, True):
         trained = new_adapter(OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing), 8, 16, 0)
         maker, engine = training_maker(RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0)
+        assert usable_pairs(maker, pairs) == (pairs, [])
         data = PairDataset(maker, pairs, {r.pair_id: r for r in reference_logps(maker, pairs)})
         loss = dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
         measured = allocated(lambda: train_adapter(trained, data, data, tmp_path / f"{checkpointing}", loss, learning_rate=1e-4, epochs=0.5, batch_size=4,

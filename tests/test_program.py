@@ -29,7 +29,7 @@ TESTS, NOTEBOOKS = Path(__file__).resolve().parent, package_folder("nbs")
 COUNTED = "import sys\nsys.path.insert(0, {tests!r})\nimport counted_models\nimport published_models\ncounted_models.count_models({log!r})"
 PARAMETERS = {
     "01_sampling": {"n_samples": 6, "max_new_tokens": 24}, "02_claims": {"max_new_tokens": 64}, "03_feedback": {},
-    "04_pairs": {"length_balance": False}, "05_dpo": {"batch_size": 2, "evaluations": 1, "epochs": 1.0, "lora_rank": 2, "lora_alpha": 4},
+    "04_pairs": {"length_balance": False}, "05_dpo": {"batch_size": 2, "min_steps": 1, "evaluations": 1, "epochs": 1.0, "lora_rank": 2, "lora_alpha": 4},
     "06_evaluation": {"n_scenes": 2, "max_new_tokens": 16},
     "07_guided_decoding": {"n_candidates": 2, "n_scenes": 2, "max_new_tokens": 8},
     "04_reward_pairs": {"length_balance": False},
