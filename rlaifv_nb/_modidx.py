@@ -326,6 +326,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlaifv_nb.dryrun.as_indices': ('dryrun.html#as_indices', 'rlaifv_nb/dryrun.py'),
                                   'rlaifv_nb.dryrun.attention_for': ('dryrun.html#attention_for', 'rlaifv_nb/dryrun.py'),
                                   'rlaifv_nb.dryrun.claims_work': ('dryrun.html#claims_work', 'rlaifv_nb/dryrun.py'),
+                                  'rlaifv_nb.dryrun.decoding_work': ('dryrun.html#decoding_work', 'rlaifv_nb/dryrun.py'),
                                   'rlaifv_nb.dryrun.dry_peak': ('dryrun.html#dry_peak', 'rlaifv_nb/dryrun.py'),
                                   'rlaifv_nb.dryrun.emptied': ('dryrun.html#emptied', 'rlaifv_nb/dryrun.py'),
                                   'rlaifv_nb.dryrun.fast_forward': ('dryrun.html#fast_forward', 'rlaifv_nb/dryrun.py'),
