@@ -102,17 +102,18 @@ class SharedPrefix:
         self.seat(index)
 
     def replace(self, slots, keys, values, mask):
-        "Other prompts in place of those numbered `slots`; all are padded on the left to the longest there is. `seat` must follow."
-        missing = mask.shape[1] - self.mask.shape[1]
+        "Other prompts in place of those numbered `slots` (or further ones); all are padded on the left to the longest there is. `seat` must follow."
+        longer = max(0, mask.shape[1] - self.mask.shape[1])
+        shorter = max(0, self.mask.shape[1] - mask.shape[1])
+        further = max(0, max(slots) + 1 - len(self.mask))
         chosen = torch.tensor(slots, device=self.mask.device)
         for old, new in ((self.keys, keys), (self.values, values)):
             for layer, states in enumerate(new):
-                if missing > 0:
-                    old[layer] = F.pad(old[layer], (0, 0, missing, 0))
-                old[layer][chosen] = F.pad(states, (0, 0, max(0, -missing), 0))
-        if missing > 0:
-            self.mask = F.pad(self.mask, (missing, 0))
-        self.mask[chosen] = F.pad(mask.bool(), (max(0, -missing), 0))
+                if longer or further:
+                    old[layer] = F.pad(old[layer], (0, 0, longer, 0, 0, 0, 0, further))
+                old[layer][chosen] = F.pad(states, (0, 0, shorter, 0))
+        self.mask = F.pad(self.mask, (longer, 0, 0, further))
+        self.mask[chosen] = F.pad(mask.bool(), (shorter, 0))
 
     def by_prompt(self, rows):
         "Rows (R, kv heads, g, x) of the branches as a table (B, kv heads, places x g, x) of the prompts."
