@@ -1,7 +1,7 @@
 """A question must ask for exactly its fact: negation, tense, numbers, written text and order are kept."""
 import pytest
 
-from rlaifv_nb.claims import ask_questions, extract_claims, question_problem, read_templates
+from rlaifv_nb.claims import BY_SPLITTER, BY_STATEMENT, RULE, ask_questions, extract_claims, question_problem, read_templates, statement_question
 from rlaifv_nb.records import Response
 
 GOOD = [
@@ -84,7 +84,7 @@ BAD = [
     ("The cup is on the table.", "Is the cup under the table?", "left out: on; added: under"),
     ("The dog is red.", "What colour is the dog?", "left out: red; added: what, colour"),
     ("The dog is red and big.", "Is the dog red? Is the dog big?", "more than one question"),
-    ("The dog is red.", "The red dog?", "no question for yes or no"),
+    ("The dog is red.", "The red dog?", "cannot be answered with yes or no"),
 ]
 
 
@@ -119,21 +119,31 @@ def replies(table, asked):
     return ask
 
 
-def test_a_second_try_says_what_was_wrong_and_is_the_last():
-    asked, facts = [], ["There is a dog.", "The dog is not red.", "The dog is big."]
-    ask = replies({"(left out: not)": ("Is the dog not red?", "stop"), "Fact: There is a dog.": ("Is there a dog?", "stop"),
-                   "Fact: The dog is not red.": ("Is the dog red?", "stop"), "Fact: The dog is big.": ("Is the dog", "length")}, asked)
-    known, retries = ask_questions(facts + facts, ask, read_templates())
-    assert [len(prompts) for prompts in asked] == [3, 2], "each distinct fact once, and once more where it went wrong"
-    assert known == {facts[0]: ("Is there a dog?", ""), facts[1]: ("Is the dog not red?", ""),
-                     facts[2]: ("", "there was no end within the token limit")}
-    assert [(r.fact, r.question, r.second_problem != "") for r in retries] == [(facts[1], "Is the dog red?", False), (facts[2], "", True)]
+@pytest.mark.parametrize("questions, by, prompts", [
+    ("rule", [RULE, RULE, BY_SPLITTER, BY_STATEMENT, BY_STATEMENT], 3),
+    ("splitter", [BY_SPLITTER, BY_STATEMENT, BY_SPLITTER, BY_STATEMENT, BY_STATEMENT], 5),
+    ("statement", [BY_STATEMENT] * 5, 0),
+])
+def test_the_order_of_rule_splitter_and_statement(questions, by, prompts):
+    facts = ["There is a dog.", "The dog is not red.", "The dog sits.", "The dog ran.", "The cat ran."]
+    asked = []
+    ask = replies({facts[0]: ("Is there a dog?", "stop"), facts[1]: ("Is the dog red?", "stop"), facts[2]: ("Does the dog sit?", "stop"),
+                   facts[3]: ("Does the dog run?", "stop"), facts[4]: ("Did the cat", "length")}, asked)
+    known = ask_questions(facts + facts, ask, read_templates(), questions=questions)
+    assert list(known) == facts and [known[f][1] for f in facts] == by
+    assert [len(p) for p in asked] == [prompts] * bool(prompts), "each distinct fact once, and only where the splitter is needed"
+    for fact, (question, made_by, problem) in known.items():
+        assert question == statement_question(fact) if made_by == BY_STATEMENT else not question_problem(fact, question)
+    if questions != "statement":
+        assert known[facts[3]][2] == "Does the dog run? (left out: ran; added: run)"
+        assert known[facts[4]][2] == "there was no end within the token limit"
 
 
 def test_the_check_can_be_switched_off():
-    ask = replies({"Split": ("- Der Hund ist rot.", "stop"), "Fact: Der Hund ist rot.": ("Ist der Hund rot?", "stop")}, [])
-    response = Response("p-00", "p", 0, 0, "Ein roter Hund.", "stop")
-    claims, set_aside, _ = extract_claims([response], {"p": "Was?"}, ask)
-    assert claims == [] and set_aside[0].reason == "question does not fit its fact" and "Ist der Hund rot?" in set_aside[0].detail
-    claims, set_aside, retries = extract_claims([response], {"p": "Was?"}, ask, check=False)
-    assert [(c.text, c.question) for c in claims] == [("Der Hund ist rot.", "Ist der Hund rot?")] and not set_aside and not retries
+    ask = replies({"Split": ("- Der Hund ist rot.\n- \u72d7", "stop"), "Fact: Der Hund ist rot.": ("Ist der Hund rot?", "stop"),
+                   "Fact: \u72d7": ("\u72d7?", "stop")}, [])
+    response = Response("p-00", "p", 0, 0, "Ein roter Dackel.", "stop")
+    claims, set_aside, remarks = extract_claims([response], {"p": "Was?"}, ask, check=False)
+    assert [c.question for c in claims] == ["Ist der Hund rot?", "\u72d7?"] and not set_aside
+    claims, set_aside, remarks = extract_claims([response], {"p": "Was?"}, ask)
+    assert claims == [] and [s.reason for s in set_aside] == ["no fact of its own"], "no word of the answer, for one who knows English only"

@@ -10,9 +10,9 @@ import torch
 from conftest import check_table
 from tiny_models import END_OF_TURN, SPLITTERS
 
-from rlaifv_nb.claims import Retry, fill, question_problem, read_templates, run_claims
+from rlaifv_nb.claims import Remark, fill, read_templates, run_claims, statement_question
 from rlaifv_nb.models import OpenModel, open_llm, prompt_text
-from rlaifv_nb.prefix import common_prefix_length, generate_texts, read_texts
+from rlaifv_nb.prefix import common_prefix_length, generate_texts, grow_texts
 from rlaifv_nb.records import Claim, Prompt, Response, SetAside, read_manifest, read_table, write_table
 
 TITLES = {name: build.__doc__.partition(":")[0] for name, build in SPLITTERS.items()}
@@ -24,13 +24,13 @@ FACTS = {  # response -> what the splitter answers
     "How lovely.": "No facts.",
     "A cup stands.": "A cup, it seems.",
 }
-QUESTIONS = {  # fact -> the splitter's question, and the one after it was told what is wrong
-    "There is a dog.": ("Is there a dog?",),
-    "The dog is red.": ("Is the dog red?",),
-    "The dog sits.": ("Does the dog sit?",),
-    "There is a cat.": ("Is there a cat?",),
-    "The cat was not big.": ("Was the cat big?", "Was the cat not big?"),
-    "There are two birds.": ("Are there birds?", "Is there a bird?"),
+QUESTIONS = {  # fact -> the splitter's question, right or wrong
+    "There is a dog.": "Is there a dog?",
+    "The dog is red.": "Is the dog red?",
+    "The dog sits.": "Does the dog sit?",
+    "There is a cat.": "Is there a cat?",
+    "The cat was not big.": "Was the cat big?",
+    "There are two birds.": "Are there birds?",
 }
 
 
@@ -43,11 +43,7 @@ def build(name):
 def taught(templates):
     "The (prompt, answer) pairs that are learnt."
     pairs = [(fill(templates.facts, question="Describe.", response=r), text) for r, text in FACTS.items()]
-    for fact, tries in QUESTIONS.items():
-        pairs.append((fill(templates.question, fact=fact), tries[0]))
-        if len(tries) > 1:
-            problem = f"{tries[0]} ({question_problem(fact, tries[0])})"
-            pairs.append((fill(templates.retry, fact=fact, problem=problem), tries[1]))
+    pairs += [(fill(templates.question, fact=fact), question) for fact, question in QUESTIONS.items()]
     return pairs
 
 
@@ -78,8 +74,7 @@ def learn(model, tokenizer, pairs, steps=100):
 def prompt_files(tmp_path_factory):
     "A user's own short prompts, as paths."
     folder, files = tmp_path_factory.mktemp("prompts"), {}
-    for kind, text in (("facts", "Facts of: {response}\nAsked: {question}"), ("question", "Question of: {fact}"),
-                       ("retry", "Again: {fact} Wrong: {problem}")):
+    for kind, text in (("facts", "Facts of: {response}\nAsked: {question}"), ("question", "Question of: {fact}")):
         files[f"{kind}_prompt"] = str(folder / f"{kind}.txt")
         (folder / f"{kind}.txt").write_text(text + "\n")
     return files
@@ -125,23 +120,28 @@ def test_the_template_loses_and_doubles_nothing(name, saved, show):
 @on_every_family
 def test_responses_become_claims(name, saved, prompt_files, tmp_path, show):
     prompts, responses, out = write_inputs(tmp_path, FACTS)
-    claims = run_claims(prompts, responses, out, open_llm(saved(name)), max_new_tokens=40, batch_size=3, templates=read_templates(**prompt_files))
-    dog = [(f, QUESTIONS[f][0]) for f in ("There is a dog.", "The dog is red.", "The dog sits.")]
-    assert [(c.text, c.question) for c in claims if c.response_id == "p-00"] == dog
-    assert [c.question for c in claims if c.response_id == "p-01"] == ["Is there a cat?", "Was the cat not big?"], "the second try keeps the negation"
-    set_aside = {s.row_id: s for s in read_table(out, "set_aside-claims", SetAside)}
-    assert {k: s.reason for k, s in set_aside.items()} == {"p-02": "question does not fit its fact", "p-04": "no list of facts"}
-    assert "There are two birds. -> Is there a bird? (left out: 2, birds; added: bird)" in set_aside["p-02"].detail
-    assert "'A cup, it seems.'" in set_aside["p-04"].detail
+    templates = read_templates(**prompt_files)
+    options = dict(questions="splitter", max_new_tokens=40, batch_size=3, templates=templates)
+    claims = run_claims(prompts, responses, out, open_llm(saved(name)), **options)
+    asked = {c.text: c.question for c in claims}
+    assert [c.text for c in claims if c.response_id == "p-00"] == ["There is a dog.", "The dog is red.", "The dog sits."]
+    wrong = ("The cat was not big.", "There are two birds.")
+    assert asked == {f: statement_question(f) if f in wrong else q for f, q in QUESTIONS.items()}, "a refused question costs nothing else"
+    set_aside = read_table(out, "set_aside-claims", SetAside)
+    assert [(s.row_id, s.reason) for s in set_aside] == [("p-04", "no list of facts")] and "'A cup, it seems.'" in set_aside[0].detail
     manifest = read_manifest(out)
-    assert [manifest[k] for k in ("rows_in", "rows_out", "n_claims", "without_claims", "retries", "retries_helped")] == [5, 3, 5, 1, 2, 1]
-    retries = read_table(out, "retries", Retry)
-    assert [(r.question, r.second) for r in retries] == [QUESTIONS["The cat was not big."], QUESTIONS["There are two birds."]]
-    again = run_claims(prompts, responses, str(tmp_path / "again"), open_llm(saved(name), share_prefix=False), max_new_tokens=40, batch_size=3,
-                       templates=read_templates(**prompt_files))
+    assert [manifest[k] for k in ("rows_in", "rows_out", "n_claims", "without_claims")] == [5, 4, 6, 1]
+    assert [manifest[k] for k in ("by_rule", "by_splitter", "by_statement")] == [0, 4, 2]
+    assert manifest["batch_size"] == {"asked": 3, "used": 3} and "batch_size" not in manifest["parameters"]
+    refused = {r.fact: r.detail for r in read_table(out, "remarks", Remark) if r.detail}
+    assert refused == {wrong[0]: "Was the cat big? (left out: not)", wrong[1]: "Are there birds? (left out: 2)"}
+    again = run_claims(prompts, responses, str(tmp_path / "again"), open_llm(saved(name), share_prefix=False), **options)
     assert again == claims, "sharing on = off"
     assert read_table(tmp_path / "again", "claims", Claim) == claims and read_manifest(tmp_path / "again")["tables"] == manifest["tables"]
-    show(TITLES[name], "02 claims", "question asked again")
+    by_rule = run_claims(prompts, responses, str(tmp_path / "rule"), open_llm(saved(name)), **options | {"questions": "rule"})
+    assert {c.question for c in by_rule} >= {"Was the cat not big?", "Are there two birds in the image?", "Does the dog sit?"}
+    assert [read_manifest(tmp_path / "rule")[k] for k in ("by_rule", "by_splitter", "by_statement")] == [5, 1, 0]
+    show(TITLES[name], "02 claims", "wrong question, statement asked")
 
 
 @on_every_family
@@ -153,13 +153,14 @@ def test_the_instruction_is_read_once_and_nothing_changes(name, saved, show):
     rows = [shared.tokenizer(prompt_text(shared, p, image=None), add_special_tokens=False).input_ids for p in prompts]
     n, tokens = common_prefix_length(rows), []
     hook = shared.core.model.embed_tokens.register_forward_pre_hook(lambda module, args: tokens.append(tuple(args[0].shape)))
-    prefix = read_texts(shared, rows)
-    hook.remove()
     if not shared.sharing:
-        assert n > 300 and tokens == [(1, n), (len(rows), max(map(len, rows)) - n)]
-        for row, hidden in zip(rows, prefix.last_hidden):
+        branches = grow_texts(shared, rows[0][:n], [row[n:] for row in rows], 12)
+        assert n > 300 and tokens == [(1, n), (1, sum(len(row) - n for row in rows))]
+        assert branches.own.lengths.tolist() == [len(row) - n for row in rows]
+        for row, hidden in zip(rows, branches.hidden):
             with torch.no_grad():
                 assert torch.allclose(hidden, plain.core.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1], atol=1e-4)
+    hook.remove()
     on, off = (generate_texts(llm, prompts, 12) for llm in (shared, plain))
     assert on == off == generate_texts(shared, prompts, 12, max_tokens=2 * len(rows[0])), "groups change nothing either"
     own = plain.model.generate(torch.tensor([rows[0]]), do_sample=False, max_new_tokens=12, eos_token_id=plain.end_id)[0, len(rows[0]) :]
