@@ -41,7 +41,7 @@ setup(
     package_data={f"{lib}.nbs": ["*.ipynb"], f"{lib}.data": ["**/*"]},
     include_package_data=False,
     install_requires=rows("requirements"),
-    extras_require={extra: rows(f"{extra}_requirements") for extra in ("dev", "gpu")},
+    extras_require={key.removesuffix("_requirements"): rows(key) for key in cfg if key.endswith("_requirements")},
     entry_points={
         "console_scripts": rows("console_scripts"),
         # Lets nbdev link names in the documentation to this library.

@@ -255,15 +255,19 @@ def continue_greedily(vlm, heads, index, rests, max_new_tokens):
 
 
 def beam_answer(vlm, picture, text, num_beams, max_new_tokens):
-    "One answer by the beam search of `transformers`, as (text, `stop` or `length`)."
+    """One answer by the beam search of `transformers`, as (text, `stop` or `length`), with none of the settings that a checkpoint's
+    `generation_config.json` proposes (Qwen2.5-VL: a repetition penalty of 1.05): `generate` would fill in whatever is not said."""
+    from unittest.mock import patch
+
     import torch
+    from transformers import GenerationConfig
 
     from rlaifv_nb.models import prompt_inputs, unsampled_ids
     from rlaifv_nb.prefix import answer_of
 
     inputs = {k: v.to(vlm.device) for k, v in prompt_inputs(vlm, picture, text).items()}
-    with torch.no_grad():
-        ids = vlm.model.generate(**inputs, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=vlm.end_id,
+    with torch.no_grad(), patch.object(vlm.core, "generation_config", GenerationConfig()):
+        ids = vlm.core.generate(**inputs, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=vlm.end_id,
                                  pad_token_id=vlm.tokenizer.pad_token_id, suppress_tokens=unsampled_ids(vlm) or None)
     ids, reason = answer_of(ids[0, inputs["input_ids"].shape[1] :].tolist(), vlm.end_id)
     return vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(), reason
@@ -331,7 +335,7 @@ def run_answers(questions, images, out, vlm, max_new_tokens=1024, num_beams=1, b
     decoding = "greedy" if num_beams == 1 else f"beam search, {num_beams} beams"
     added = {kind: suffix for kind, (suffix, _) in KINDS.items() if suffix}
     parameters = dict(max_new_tokens=max_new_tokens, decoding=decoding, batch_size=batch_size, sharing=vlm.sharing if share else "off",
-                      protocol=ANSWERS, added=added)
+                      protocol=ANSWERS, added=added, **vlm.asked)
     stage = StageFolder(out, "answers", parameters, {"questions": questions_sha(questions), "policy": vlm.sha, "adapter": adapter_sha})
     if not stage.is_done:
         groups = {}

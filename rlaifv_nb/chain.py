@@ -28,35 +28,35 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 import rlaifv_nb
-from .inputs import input_kind, make_prompts, read_input, source_name, source_sha
+from .inputs import input_kind, input_warnings, make_prompts, read_input, source_name, source_sha, take_table
 from .machine import check_machine
-from .recipes import (EXPORT, INPUT_KEYS, WORKING_PARAMETERS, RecipeError, check_library, check_recipe, code_sha, first_remade,
-                               open_notebook, plan_run, recipe_text, restart_option, stored)
-from .records import (Prompt, StageFolder, changed_keys, library_versions, read_manifest, read_table, sha256_of,
-                               shard_paths, write_json, write_table, write_text)
-from .report import show_seconds
+from .recipes import (EXPORT, INPUT_KEYS, WORKING_PARAMETERS, RecipeError, check_amounts, check_library, check_recipe, code_sha, first_remade,
+                               open_notebook, plan_run, plumbing_warning, recipe_text, restart_option, stored)
+from .records import (StageFolder, changed_keys, library_versions, read_manifest, sha256_of, shard_paths, write_json, write_table,
+                               write_text)
+from .report import show_seconds, stage_warnings
 
 LIBRARY = Path(rlaifv_nb.__file__).parent
 
 
 # %% ../nbs/09_chain.ipynb #24d14190
 def take_prompts(parameters, folder):
-    """The first `n_prompts` prompts that a source has, their pictures left where they are if they are files; rows set aside on the way, and rows read.
+    """The first `n_prompts` prompts that a source has (0: all), their pictures left where they are if they are files; rows set aside on the
+    way, and rows read.
 
     Raises RecipeError when a source cannot be read or has fewer prompts."""
     source, n = parameters["source"], parameters["n_prompts"]
     options = {key: parameters[key] for key in INPUT_KEYS if key in parameters}
     try:
         if not options and input_kind(source) == "prompts":
-            rows, set_aside = read_table(source, "prompts", Prompt)[:n], []
-            rows, n_rows = [replace(p, image_path=os.path.relpath(Path(source) / p.image_path, folder)) for p in rows], len(rows)
+            rows, set_aside, n_rows = take_table(source, folder, n)
         else:
             rows, set_aside, n_rows = make_prompts(read_input(source, **options), folder, source_name(source), n, copy=False)
     except ValueError as e:
         raise RecipeError(f"prompts.source: {e}") from e
-    if len(rows) < n:
+    if len(rows) < max(n, 1):
         reasons = ", ".join(f"{k} {reason}" for reason, k in sorted(Counter(s.reason for s in set_aside).items()))
-        raise RecipeError(f"prompts.source: {n} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
+        raise RecipeError(f"prompts.source: {max(n, 1)} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
                           + (f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} {set_aside[0].detail})" if set_aside else ""))
     return rows, set_aside, n_rows
 
@@ -66,20 +66,24 @@ def prepare_prompts(step, folder):
     from rlaifv_nb.iconworld import write_prompts
 
     p = step.parameters
-    n, rounds = p["n_per_round"], p["n_prompts"] // p["n_per_round"]
+    n = p["n_per_round"]
     stage = StageFolder(folder, "prompts", {"seed": p["seed"], "n_per_round": n})
     if p["source"] == "iconworld":
+        rounds = p["n_prompts"] // n
         rows = write_prompts(folder, {"train": n - p["n_dev"], "dev": p["n_dev"]}, blocks=rounds, seed=p["seed"])
         set_aside, n_rows, found = [], len(rows), {}
     else:
         rows, set_aside, n_rows = take_prompts(p, folder)
-        found = {"source": source_name(p["source"]), "source_sha": source_sha(p["source"], p.get("split", "train"))}
+        name = source_name(p["source"])
+        found = {"source": name, "source_sha": source_sha(p["source"], p.get("split", "train")), "warnings": input_warnings(name, n_rows, set_aside)}
+        n = n or len(rows)
+        rounds = len(rows) // n
+        if p.get("n_dev", 0) >= n:
+            raise RecipeError(f"prompts.n_dev: {p['n_dev']} of {n} prompts cannot be kept from training, at most {n - 1}")
         if "n_dev" in p:
             rows = [replace(row, split="dev" if k % n >= n - p["n_dev"] else "train") for k, row in enumerate(rows)]
         write_table(folder, "set_aside-prompts", set_aside)
         write_table(folder, "prompts", rows)
-    if len({row.prompt_id for row in rows}) < len(rows):
-        raise RecipeError(f"prompts.source: {p['source']} asks the same question about the same picture twice")
     stage.finish(n_rows, len(rows), ["prompts"], set_aside, **found, rounds=[sha256_of(repr(rows[k * n : (k + 1) * n])) for k in range(rounds)])
 
 # %% ../nbs/09_chain.ipynb #015b5475
@@ -142,18 +146,20 @@ def is_done(step, run, notebooks, keep_code=False):
 # %% ../nbs/09_chain.ipynb #e9c00002
 EXAMPLE = "example"
 RUN_CALL = re.compile(r"^[^#\n]*\brun_\w+\(", re.MULTILINE)
-LEFT_OUT = ("*This is the program of `{name}` as the chain runs it: {n} cells that demonstrate or check something on the packaged examples are "
-            "left out. The whole notebook is `nbs/{name}` of rlaifv_nb {version}.*")
+LEFT_OUT = ("*This is the program of `{name}` as the chain runs it: {n} cells that demonstrate or check something on "
+            "the packaged examples are left out. The whole notebook is `nbs/{name}` of rlaifv_nb {version}.*")
 
 
-def heading_level(cell):
+def heading_level(cell: dict) -> int:
     "1 for a Markdown cell that begins with `#`, 2 for `##`, ...; 0 for any other cell."
     return len(re.match("#*", cell.source)[0]) if cell.cell_type == "markdown" else 0
 
 
-def introduced_code(cells, i):
-    "The code cells that Markdown cell `i` introduces: up to the next heading of its level or above, or for other text up to the next text."
-    level, found = heading_level(cells[i]), []
+def introduced_code(cells: list[dict], i: int) -> list[dict]:
+    """The code cells that Markdown cell `i` introduces: up to the next heading of its level or above, or for
+    other text up to the next text."""
+    level = heading_level(cells[i])
+    found = []
     for cell in cells[i + 1 :]:
         if cell.cell_type == "code":
             found.append(cell)
@@ -162,12 +168,12 @@ def introduced_code(cells, i):
     return found
 
 
-def is_example(cell):
+def is_example(cell: dict) -> bool:
     "Whether a cell is left out by the chain."
     return EXAMPLE in cell.metadata.get("tags", [])
 
 
-def is_program(cells, i):
+def is_program(cells: list[dict], i: int) -> bool:
     "Whether cell `i` of a notebook belongs to its program."
     if is_example(cells[i]) or cells[i].cell_type == "code":
         return not is_example(cells[i])
@@ -175,12 +181,12 @@ def is_program(cells, i):
     return not code or not all(map(is_example, code))
 
 
-def is_run_cell(cell):
+def is_run_cell(cell: dict) -> bool:
     "Whether a cell runs the stage: it calls a function `run_...` and is not exported."
     return cell.cell_type == "code" and not EXPORT.search(cell.source) and RUN_CALL.search(cell.source) is not None
 
 
-def program_of(nb, name):
+def program_of(nb: dict, name: str) -> dict:
     "The notebook without its examples; a line under its title says how many there are and where the whole is."
     import nbformat
 
@@ -197,7 +203,7 @@ def program_of(nb, name):
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
-def kernel_environment(environment, n_devices):
+def kernel_environment(environment: dict[str, str], n_devices: int) -> dict[str, str]:
     """The variables that kernels get in addition to those in `environment`, on a machine with `n_devices` graphics cards.
 
     Small models on few cores stall when the threads of two processes spin for the same core: a forward of 17 ms took 2 s."""
@@ -234,7 +240,7 @@ BAR = re.compile(r"([^\r\n|]*?):? *\d+%\|[^|\r\n]*\| *(\S+/\S+) \[")
 class Progress:
     "How far a step is: a file for the standard error of its notebook, whose last progress bar is kept. `folder` is the step's."
 
-    def __init__(self, folder=""):
+    def __init__(self, folder: str | Path = ""):
         self.folder = folder
         self.bar = ""
         self.result = ""
@@ -247,16 +253,20 @@ class Progress:
     def flush(self):
         "Nothing waits to be written."
 
-    def text(self):
+    def text(self) -> str:
         "What is known, in a few words; empty at the beginning."
-        steps = [int(path.name.rpartition("-")[2]) for path in Path(self.folder).glob("checkpoints/checkpoint-*")] if self.folder else []
+        checkpoints = Path(self.folder).glob("checkpoints/checkpoint-*") if self.folder else ()
+        steps = [int(path.name.rpartition("-")[2]) for path in checkpoints]
         return f"checkpoint after step {max(steps)}" if steps else self.bar
 
 
 @contextmanager
-def progress_line(label, folder=""):
-    "One line: what goes on, its time and `Progress` (running along in a terminal), and at the end the `result` that the caller has put there."
-    began, stop, progress = time.time(), threading.Event(), Progress(folder)
+def progress_line(label: str, folder: str | Path = ""):
+    """One line: what goes on, its time and `Progress` (running along in a terminal), and at the end the `result` that
+    the caller has put there."""
+    began = time.time()
+    stop = threading.Event()
+    progress = Progress(folder)
     in_terminal = sys.stdout.isatty()
     start, end = ("\r", "\x1b[K") if in_terminal else ("", "")
 
@@ -310,17 +320,21 @@ def failing_line(traceback):
     return f"`{lines[0].strip()}`" if lines else "(no message)"
 
 
-def last_cell_and_whether_it_ran(shown):
-    "The last cell that an executed notebook began, and whether the cell that runs the stage had come to its end by then."
+def last_cell_and_whether_it_ran(shown: Path) -> tuple[dict, bool]:
+    "The last cell that an executed notebook began, and whether the cell that runs the stage had ended by then."
     import nbformat
 
     cells = nbformat.read(shown, as_version=4).cells
-    begun = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")]
+    begun = []
+    for cell in cells:
+        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time"):
+            begun.append(cell)
     return begun[-1], any(map(is_run_cell, begun[:-1]))
 
 
-def execute_notebook(step, run, notebooks, progress=None):
-    """Executes the program of a step's notebook into its folder; returns which cell behind the finished stage failed and why, or an empty string.
+def execute_notebook(step, run: Path, notebooks: Path, progress: Progress | None = None) -> str:
+    """Executes the program of a step's notebook into its folder; returns which cell behind the finished stage failed
+    and why, or an empty string.
 
     Raises StepError in one paragraph when a cell fails or the kernel dies before the stage has finished."""
     import papermill
@@ -331,8 +345,9 @@ def execute_notebook(step, run, notebooks, progress=None):
     finished = shown.parent / "manifest.json"
     try:
         with environment_for_kernels():
-            papermill.execute_notebook(program, str(shown).replace("{", "{{").replace("}", "}}"), papermill_parameters(step, run), cwd=str(run),
-                                       progress_bar=False, stderr_file=progress, start_timeout=300, **kernel_settings())
+            papermill.execute_notebook(
+                program, str(shown).replace("{", "{{").replace("}", "}}"), papermill_parameters(step, run), cwd=str(run),
+                progress_bar=False, stderr_file=progress, start_timeout=300, **kernel_settings())
         problem = "" if finished.exists() else "the notebook ended without a manifest.json"
     except papermill.PapermillExecutionError as e:
         problem = f"{e.ename}: {' '.join(str(e.evalue).split()) or failing_line(e.traceback)}"
@@ -423,9 +438,14 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
     steps = plan_run(recipe)
     first = first_remade(steps, remake, remake_round)
     with run_lock(run):
+        if not (run / "prompts" / "manifest.json").exists():  # a source that lacked something may have been mended, or the recipe
+            shutil.rmtree(run / "prompts", ignore_errors=True)
         pending = [step for step in steps[:first] if not is_done(step, run, notebooks, keep_code)] + steps[first:]
         if pending:
+            check_amounts(recipe, notebooks)
             check_machine(recipe, pending)
+            if warning := plumbing_warning(recipe.policy, recipe.prompts["source"]):
+                print(f"  warning: {warning}")
         for step in steps[first:]:
             shutil.rmtree(run / step.out, ignore_errors=True)
         write_text(run / "recipe.yaml", recipe_text(recipe, run))
@@ -437,6 +457,8 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
                 for stale in ("manifest.json", "report.html"):
                     (run / stale).unlink(missing_ok=True)
                 run_step(step, run, notebooks, label)
+                for warning in stage_warnings(run / step.out):
+                    print(f"  warning: {warning}")
         manifest = run_manifest(recipe, steps, run)
         write_json(run / "manifest.json", manifest)
     return manifest

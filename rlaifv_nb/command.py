@@ -17,7 +17,7 @@ import yaml
 
 import rlaifv_nb
 from .chain import StepError, describe_rows, run_chain
-from .recipes import RecipeError, RecipeLoader, check_recipe, load_recipe, merge, packaged_recipes, plan_run
+from .recipes import RecipeError, RecipeLoader, check_amounts, check_recipe, load_recipe, merge, packaged_recipes, plan_run
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
 
@@ -37,6 +37,9 @@ EVALUATE_OPTIONS = (
     ("--limit", int, "N", "only the first N pictures, or scenes"),
     ("--num-beams", int, "N", "beams of the model's answers; default: 1, or as published in official mode"),
     ("--max-new-tokens", int, "N", "longest description"), ("--batch-size", int, "N", "pictures at a time"),
+    ("--system-prompt", str, "TEXT", "how the model is asked; without these three, as its adapter was trained"),
+    ("--pad-pictures", bool, "", "pad pictures to a square (LLaVA-1.5)"),
+    ("--max-pixels", int, "N", "scale larger pictures down"),
     ("--quantisation", str, "HOW", "none or nf4"), ("--name", str, "NAME", "how the model is called in tables"),
     ("--seed", int, "N", "of the intervals' draws"),
 )
@@ -48,7 +51,8 @@ def add_evaluation_commands(commands):
     evaluate.add_argument("model", nargs="?", default="", help="a Hub id, a folder or packaged:NAME")
     evaluate.add_argument("--bench", required=True, metavar="NAME", help="iconworld, amber, objhal, mmhal, refomb, ... (an unknown one lists all)")
     for name, kind, shown, text in EVALUATE_OPTIONS:
-        evaluate.add_argument(name, type=kind, metavar=shown, help=text, default=argparse.SUPPRESS)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": shown}
+        evaluate.add_argument(name, help=text, default=argparse.SUPPRESS, **how)
     evaluate.add_argument("--out", metavar="FOLDER", default="", help="default: evaluations/<model>-<bench>-<mode>")
     evaluate.add_argument("--compare", metavar="FOLDER", default="", help="a finished evaluation of another model on the same items")
     evaluate.set_defaults(function=command_evaluate)
@@ -135,7 +139,8 @@ def make_parser():
     run.set_defaults(function=command_run)
     plan = commands.add_parser("plan", help="what a recipe will take, and whether it fits", allow_abbrev=False)
     plan.add_argument("recipe", help="a packaged name or a file that ends in .yaml")
-    plan.add_argument("--gpu", type=int, default=0, metavar="GB", help="a card of 8, 24, 40 or 80 GB (default: this machine's own, or the CPU)")
+    plan.add_argument("--gpu", default="", metavar="CARD", help="a card by name (4090, h100, ...) or GB (default: this machine's own, or the CPU)")
+    plan.add_argument("--picture", default="", metavar="WxH", help="plan for pictures of this size, for example 1024x768 (default: as they are)")
     plan.add_argument("--set", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE", help="another value, as for run")
     plan.add_argument("--configs", default="", metavar="FOLDER", help="where <Hub id>/config.json is looked for first")
     plan.add_argument("--tokens-per-second", type=float, default=0.0, metavar="N", help="speed of every stage")
@@ -223,15 +228,16 @@ def command_plan(args):
 
     Raises RecipeError naming the key to change when a stage does not fit."""
     from rlaifv_nb.machine import look_at_machine
-    from rlaifv_nb.plan import card_of, print_plan, speeds_of
+    from rlaifv_nb.plan import card_of, lengths_of, print_plan, speeds_of
 
     notebooks = package_folder("nbs")
     recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
     for one in recipe.variants.values() or [recipe]:
-        card, speeds = card_of(args.gpu), speeds_of(args.speeds, args.tokens_per_second)
-        found = look_at_machine(plan_run(one), "cpu" if args.gpu else getattr(one, "device", "auto"), args.configs)
+        check_amounts(one, notebooks)
+        card, lengths, speeds = card_of(args.gpu), lengths_of(args.picture), speeds_of(args.speeds, args.tokens_per_second)
+        found = look_at_machine(plan_run(one), "cpu" if args.gpu else one.device, args.configs)
         try:
-            print_plan(one, notebooks, card, configs=args.configs, speeds=speeds)
+            print_plan(one, notebooks, card, lengths, args.configs, speeds, found.to_download, elsewhere=bool(args.gpu))
         except RecipeError as e:
             raise RecipeError("; ".join([str(e), *found.problems])) from e
         for note in found.notes:

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'MEASURES', 'Case', 'count_claims', 'ratio_interval', 'count_answers', 'discriminative', 'describe_scenes',
-           'answer_scenes', 'evaluate_batch', 'score_cases', 'parse_adapters', 'run_evaluation', 'read_cases',
-           'score_table']
+           'said_yes', 'answer_scenes', 'evaluate_batch', 'without_broken', 'score_cases', 'parse_adapters',
+           'evaluate_model', 'run_evaluation', 'write_scores', 'read_cases', 'score_table']
 
 # %% ../nbs/06_evaluation.ipynb #e88ab112
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from .iconworld import DESCRIBE, TYPES, balanced_claims, draw_picture, is_true, make_scene, question_text, read_claims
-from .records import Score, StageFolder, read_rows, shard_paths, write_table
+from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
+from .iconworld import (DESCRIBE, TYPES, balanced_claims, draw_picture, is_true, make_scene,
+                                 question_text, read_claims)
+from .records import Score, SetAside, StageFolder, free_memory, read_rows, shard_paths, write_table
 
 PROTOCOL = "iconworld-1"
 
@@ -77,7 +82,7 @@ def discriminative(counts):
             "F1": 2 * precision * recall / np.maximum(precision + recall, 1e-9)}
 
 # %% ../nbs/06_evaluation.ipynb #ed943b3a
-def describe_scenes(vlm, scenes, max_new_tokens=128):
+def describe_scenes(vlm, scenes: list, max_new_tokens: int = 128) -> list[str]:
     "Greedy descriptions of a batch of scenes."
     from rlaifv_nb.models import prompt_inputs, unsampled_ids
     from rlaifv_nb.prefix import read_prompts, sample_branches
@@ -85,31 +90,62 @@ def describe_scenes(vlm, scenes, max_new_tokens=128):
     questions = [random.Random(f"question/{s.scene_id}").choice(DESCRIBE) for s in scenes]
     prefix = read_prompts(vlm, [prompt_inputs(vlm, draw_picture(s), q) for s, q in zip(scenes, questions)])
     never = unsampled_ids(vlm)
-    answers = sample_branches(vlm, prefix, range(len(scenes)), [0] * len(scenes), temperature=0, max_new_tokens=max_new_tokens, never=never)
+    answers = sample_branches(vlm, prefix, range(len(scenes)), [0] * len(scenes), temperature=0,
+                              max_new_tokens=max_new_tokens, never=never)
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in answers]
 
 
-def answer_scenes(vlm, scenes, seed=0):
-    "For each scene, (type, truth, answered yes) of its balanced yes/no questions."
+def said_yes(p_yes: float, p_no: float) -> bool | None:
+    "Whether the answer is yes; None when a probability is not a number, which is neither yes nor no."
+    return p_yes > p_no if is_number((p_yes, p_no)) else None
+
+
+def answer_scenes(vlm, scenes: list, seed: int = 0) -> list[tuple]:
+    "For each scene, (type, truth, answered yes as `said_yes` has it) of its balanced yes/no questions."
     from rlaifv_nb.prefix import yes_no_asker
 
     claims = [balanced_claims(s, random.Random(f"questions/{seed}/{s.scene_id}")) for s in scenes]
-    pairs = yes_no_asker(vlm)([draw_picture(s) for s in scenes], [[question_text(c) for c, _ in cs] for cs in claims])
-    return [tuple((c.type, truth, yes > no) for (c, truth), (yes, no) in zip(cs, ps)) for cs, ps in zip(claims, pairs)]
+    questions = [[question_text(c) for c, _ in of_scene] for of_scene in claims]
+    pairs = yes_no_asker(vlm)([draw_picture(s) for s in scenes], questions)
+    return [tuple((c.type, truth, said_yes(*pair)) for (c, truth), pair in zip(of_scene, of_pairs))
+            for of_scene, of_pairs in zip(claims, pairs)]
 
 
-def evaluate_batch(vlm, model, scenes, max_new_tokens=128, seed=0):
-    "Cases of a batch of scenes."
-    texts, answers = describe_scenes(vlm, scenes, max_new_tokens), answer_scenes(vlm, scenes, seed)
-    return [Case(model, s.scene_id, t, len(t.split()), **count_claims(s, t), answers=a) for s, t, a in zip(scenes, texts, answers)]
+def evaluate_batch(vlm, model: str, scenes: list, max_new_tokens: int = 128, seed: int = 0) -> list[Case]:
+    "Cases of a batch of scenes; `model` is the name they are filed under."
+    texts = describe_scenes(vlm, scenes, max_new_tokens)
+    answers = answer_scenes(vlm, scenes, seed)
+    return [Case(model, s.scene_id, text, len(text.split()), **count_claims(s, text), answers=answered)
+            for s, text, answered in zip(scenes, texts, answers)]
+
+
+def without_broken(cases: list[Case]) -> tuple[list[Case], list[SetAside]]:
+    "The cases whose answers are all yes or no, and the others as `SetAside` rows."
+    good, set_aside = [], []
+    for c in cases:
+        n_broken = sum(said is None for _, _, said in c.answers)
+        if n_broken:
+            told = {"yes/no answers without a number": f"{n_broken} of {len(c.answers)}"}
+            set_aside.append(not_a_number(c.scene_id, **told))
+        else:
+            good.append(c)
+    return good, set_aside
 
 # %% ../nbs/06_evaluation.ipynb #0369bd82
 MEASURES = ("response", "mention", "attribute", "number", "relation", "any_claim", "cover")
 
 
-def score_cases(cases, seed=0):
-    "`Score` rows of one model from its cases: rates, words, and the discriminative figures (all types, then accuracy of each)."
-    model, scores = cases[0].model, []
+def score_cases(cases: list[Case], seed: int = 0) -> list[Score]:
+    """`Score` rows of one model from its cases: rates, words, and the discriminative figures (all, then by type).
+
+    Raises ValueError without a case, and for a case with an answer that is neither yes nor no."""
+    if not cases:
+        raise ValueError("there is no case to score: need at least one scene")
+    unread = next((c for c in cases if any(said is None for _, _, said in c.answers)), None)
+    if unread:
+        raise ValueError(f"{unread.model}, scene {unread.scene_id}: an answer is not a number")
+    model = cases[0].model
+    scores = []
     for measure in MEASURES:
         scores.append(Score(model, measure, *_ordered(ratio_interval([getattr(c, measure) for c in cases], seed), len(cases))))
     words = np.array([c.words for c in cases])
@@ -131,47 +167,123 @@ def _ordered(interval, n):
     return value, n, low, high, PROTOCOL
 
 
-def parse_adapters(adapters):
+def parse_adapters(adapters: str) -> dict[str, str]:
     "`name=folder` pairs, comma separated, as a dict. Raises ValueError for a part without a name."
     parts = [p.strip() for p in adapters.split(",") if p.strip()]
     if any("=" not in p for p in parts):
         raise ValueError(f"adapters={adapters!r}: write name=folder, comma separated")
     return dict(p.split("=", 1) for p in parts)
 
+# %% ../nbs/06_evaluation.ipynb #6a7e0002
+def evaluate_model(
+    stage: StageFolder,
+    k: int,  # number of the model
+    name: str,  # of the model in the table
+    open_model: Callable,  # () -> the model
+    scenes: list,
+    work: Callable,  # (model, name, some scenes) -> their cases
+    sizes: dict,  # batch_size, which becomes what fitted into memory, and shard_size
+) -> dict:
+    "Writes the cases of one model; returns its `notes` and `warnings`. Nothing holds the model after that."
+    vlm = open_model()
+    slow = plain_path_note(vlm, "question")
+    if slow:
+        print(slow)
+    so_far = NumberCheck(f"{name} ({vlm.name})")
 
-def run_evaluation(out, policy, adapters="", quantisation="none", dtype="auto", attention="auto", n_scenes=1000, split="test", max_new_tokens=128, batch_size=100, seed=0):
-    "The stage: cases and scores of the base and of every adapter, and the manifest."
+    def count(batch):
+        cases, set_aside = without_broken(work(vlm, name, batch))
+        so_far.count(len(cases), set_aside)
+        return cases, set_aside
+
+    sizes["batch_size"] = stage.map(f"cases-{k}", scenes, count, sizes["shard_size"], sizes["batch_size"])
+    numbers = NumberCheck(so_far.model)
+    numbers.count(len(read_cases(stage.path, k)), stage.set_aside(f"cases-{k}"), patience=1)
+    return {"notes": vlm.notes, "warnings": ([slow] if slow else []) + numbers.warnings()}
+
+
+def run_evaluation(
+    out: str | Path,  # folder of this stage
+    policy: str,  # the base model: folder, Hub id or packaged
+    adapters: str = "",  # name=folder pairs, comma separated, to set beside the base
+    *,
+    quantisation: str = "none",  # none or nf4
+    dtype: str = "auto",  # of the weights
+    attention: str = "auto",  # as `attention_for` of 00_models has them
+    device: str = "auto",  # cuda, cpu or auto
+    system_prompt: str = "",  # text before the conversation
+    pad_pictures: bool = False,  # pad pictures to a square
+    max_pixels: int = 0,  # scale larger pictures down to so many
+    n_scenes: int = 100,  # scenes to describe
+    split: str = "test",  # test, dev or train
+    max_new_tokens: int = 128,  # longest description
+    batch_size: int = 100,  # scenes at a time, to begin with
+    shard_size: int = 200,  # scenes per shard
+    seed: int = 0,  # of the bootstrap and of the questions
+) -> StageFolder:
+    """The stage: cases and scores of the base and of every adapter, and the manifest.
+
+    Raises ValueError for senseless options and for a model that gives no numbers."""
     from rlaifv_nb.models import folder_sha, model_folder, open_vlm
     from rlaifv_nb.records import resolve_path
 
+    if n_scenes < 1 or batch_size < 1 or max_new_tokens < 1:
+        raise ValueError("need n_scenes >= 1, batch_size >= 1 and max_new_tokens >= 1")
     named = {"base": ""} | parse_adapters(adapters)
-    parameters = dict(models=list(named), quantisation=quantisation, dtype=dtype, attention=attention, n_scenes=n_scenes, split=split, max_new_tokens=max_new_tokens,
-                      batch_size=batch_size, seed=seed, protocol=PROTOCOL)
-    inputs = {"policy": folder_sha(model_folder(policy))} | {name: folder_sha(resolve_path(a)) for name, a in named.items() if a}
+    asked = dict(system_prompt=system_prompt, pad_pictures=pad_pictures, max_pixels=max_pixels)
+    parameters = dict(models=list(named), quantisation=quantisation, dtype=dtype, attention=attention,
+                      n_scenes=n_scenes, split=split, max_new_tokens=max_new_tokens, seed=seed,
+                      protocol=PROTOCOL)
+    parameters |= {name: value for name, value in asked.items() if value}
+    inputs = {"policy": folder_sha(model_folder(policy))}
+    inputs |= {name: folder_sha(resolve_path(adapter)) for name, adapter in named.items() if adapter}
     stage = StageFolder(out, "evaluation", parameters, inputs)
-    if not stage.is_done:
-        scenes, scores = [make_scene(split, i) for i in range(n_scenes)], []
-        for k, (name, adapter) in enumerate(named.items()):
-            vlm = open_vlm(policy, adapter, dtype, quantisation, attention)
-            stage.map(f"cases-{k}", scenes, lambda chunk: (evaluate_batch(vlm, name, chunk, max_new_tokens, seed), []), batch_size)
-            scores += score_cases(read_cases(out, k), seed)
-        write_table(out, "scores", scores)
-        stage.finish(n_scenes * len(named), n_scenes * len(named), ["scores"] + [f"cases-{k}" for k in range(len(named))], **vlm.notes)
+    if stage.is_done:
+        return stage
+    scenes = [make_scene(split, i) for i in range(n_scenes)]
+    work = partial(evaluate_batch, max_new_tokens=max_new_tokens, seed=seed)
+    sizes = {"batch_size": batch_size, "shard_size": shard_size}
+    scores, notes, warnings = [], {}, []
+    for k, (name, adapter) in enumerate(named.items()):
+        opened = partial(open_vlm, policy, adapter, dtype, quantisation, attention, device=device, **asked)
+        told = evaluate_model(stage, k, name, opened, scenes, work, sizes)
+        free_memory()
+        scores += score_cases(read_cases(out, k), seed)
+        notes |= told["notes"]
+        warnings += told["warnings"]
+    extra = {"batch_size": {"asked": batch_size, "used": sizes["batch_size"]}, **notes}
+    write_scores(stage, len(named), scores, n_scenes, list(dict.fromkeys(warnings)), extra)
     return stage
 
 
-def read_cases(folder, k):
+def write_scores(
+    stage: StageFolder, n_models: int, scores: list[Score], n_scenes: int, warnings: list[str], extra: dict
+) -> None:
+    "Writes scores and manifest, and prints the warnings."
+    for warning in warnings:
+        print(f"WARNING: {warning}")
+    write_table(stage.path, "scores", scores)
+    tables = [f"cases-{k}" for k in range(n_models)]
+    set_aside = [s for table in tables for s in stage.set_aside(table)]
+    rows_in = n_scenes * n_models
+    rows_out = rows_in - len(set_aside)
+    stage.finish(rows_in, rows_out, ["scores", *tables], set_aside, warnings=warnings, **extra)
+
+
+def read_cases(folder: str | Path, k: int) -> list[Case]:
     "The cases of model number k."
     return [case for path in shard_paths(folder, f"cases-{k}") for case in read_rows(path, Case)]
 
 
-def score_table(scores):
-    "Scores as a Markdown table: a line a measure, a column a model, with intervals, and the change against the first model."
+def score_table(scores: list[Score]) -> str:
+    "Scores as a Markdown table: a line per measure, a column per model, and the change from first to last."
     models = list(dict.fromkeys(s.model for s in scores))
     found = {(s.model, s.metric): s for s in scores}
     lines = ["| measure | " + " | ".join(models) + " | change |", "|---" * (len(models) + 2) + "|"]
     for metric in dict.fromkeys(s.metric for s in scores):
         row = [found[m, metric] for m in models]
-        change = f"{100 * (row[-1].value - row[0].value) / row[0].value:+.0f}%" if row[0].value else ""
-        lines.append(f"| {metric.replace('_', ' ')} | " + " | ".join(f"{s.value:.1f} ({s.ci_low:.1f} to {s.ci_high:.1f})" for s in row) + f" | {change} |")
+        before, after = row[0].value, row[-1].value
+        change = f"{100 * (after - before) / before:+.0f}%" if before > 0 else ""
+        cells = [f"{s.value:.1f} ({s.ci_low:.1f} to {s.ci_high:.1f})" for s in row]
+        lines.append(f"| {metric.replace('_', ' ')} | " + " | ".join(cells) + f" | {change} |")
     return "\n".join(lines)

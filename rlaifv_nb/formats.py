@@ -66,6 +66,9 @@ def rlaifv_row(pair, prompt, folder):
     path = Path(folder) / prompt.image_path
     details = {k: v for k, v in asdict(pair).items() if k not in ("chosen", "rejected")} | {"split": prompt.split}
     image = {"bytes": image_bytes({"path": path}), "path": path.name}
+    content_id = prompt_id_of(sha256_of(image["bytes"] or b""), prompt.question)
+    if content_id != prompt.prompt_id:  # an id from elsewhere: what these details are about is known by content
+        details["content_id"] = content_id
     return dict(zip(RLAIFV_COLUMNS, ("rlaifv_nb", image, prompt.question, pair.chosen, pair.rejected, prompt.source,
                                      json.dumps(details), pair.pair_id, prompt.image_path)))
 
@@ -129,13 +132,14 @@ def write_parquet(pairs, make, folder, name="RLAIF-V-Dataset", rows_per_file=500
     return set_aside
 
 # %% ../nbs/09_formats.ipynb #fc169ab1
-def own_details(row, prompt_id):
-    "What `rlaifv_row` wrote into `origin_split` about this very prompt; {} for a row from elsewhere."
+def own_details(row, content_id):
+    "What `rlaifv_row` wrote into `origin_split` about the prompt with this id by content; {} for a row from elsewhere."
     try:
         details = json.loads(row.get("origin_split"))
     except (TypeError, ValueError):
         return {}
-    return details if isinstance(details, dict) and details.get("prompt_id") == prompt_id else {}
+    is_own = isinstance(details, dict) and details.get("content_id", details.get("prompt_id")) == content_id
+    return details if is_own else {}
 
 
 def image_format(data):
@@ -148,7 +152,9 @@ def import_row(row, data, indices):
     "The prompt and the pair of a row whose image has the bytes `data`; `indices` numbers the texts of each prompt as they come."
     sha = sha256_of(data)
     prompt_id, name = prompt_id_of(sha, row["question"]), f"images/{sha[:16]}.{image_format(data)}"
-    details, known = own_details(row, prompt_id), indices[prompt_id]
+    details = own_details(row, prompt_id)
+    prompt_id = details.get("prompt_id", prompt_id)
+    known = indices[prompt_id]
     i, j = (known.setdefault(row[side], len(known)) for side in ("chosen", "rejected"))
     pair = Pair(pair_id_of(prompt_id, i, j), prompt_id, response_id_of(prompt_id, i), response_id_of(prompt_id, j),
                 row["chosen"], row["rejected"], 0.0, -1.0)

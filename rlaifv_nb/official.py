@@ -119,7 +119,8 @@ def to_official(folders, out, policy="", labeler=""):
     for p in tables.prompts:
         if p.prompt_id in needed:
             picture = Path(folders["prompts"]) / p.image_path
-            image_paths[p.prompt_id] = f"images/{p.image_sha[:16]}{picture.suffix.lower()}"
+            sha = p.image_sha or sha256_of(picture.read_bytes())
+            image_paths[p.prompt_id] = f"images/{sha[:16]}{picture.suffix.lower()}"
             (out / "images").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, out / image_paths[p.prompt_id])
     files = official_files(tables, image_paths, policy, labeler)

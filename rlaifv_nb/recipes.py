@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'WORKING_PARAMETERS', 'EXPORT',
-           'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
-           'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'read_recipe', 'make_recipe',
-           'load_recipe', 'Step', 'stages_of', 'options_of', 'chain_parameters', 'plan_run', 'restart_option',
-           'first_remade', 'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe',
-           'exported_cells', 'code_sha', 'check_library']
+           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS', 'WORKING_PARAMETERS',
+           'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
+           'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'source_of', 'inherit', 'count_source',
+           'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
+           'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
+           'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
+           'ways_out', 'reach_problem', 'rows_problem', 'check_amounts', 'plumbing_warning', 'exported_cells',
+           'code_sha', 'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
 import difflib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from .inputs import HUB, INPUT_OPTIONS, input_kind
+from .inputs import HUB, INPUT_OPTIONS, count_rows, input_kind
 from .records import package_folder, sha256_of
 
 # %% ../nbs/09_recipes.ipynb #988ae918
@@ -66,6 +69,16 @@ class Recipe:
 
 DEFAULTS = {"feedback": ["claims"], "device": "auto", "policy_options": {}, "labeler_options": {}}
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
+
+# %% ../nbs/09_recipes.ipynb #988ae919
+MODEL_KEYS = {  # the parameter of a stage that names the model it opens
+    "01_sampling": "policy",
+    "02_claims": "splitter",
+    "03_feedback": "labeler",
+    "05_dpo": "policy",
+    "06_evaluation": "policy",
+    "07_guided_decoding": "policy",
+}
 
 # %% ../nbs/09_recipes.ipynb #a9c00002
 WORKING_PARAMETERS = {
@@ -172,6 +185,44 @@ def localise_parameters(raw, folder):
     return raw | ({"parameters": given | done} if done else {})
 
 
+def source_of(raw: dict):
+    "The source of prompts that a recipe's keys name, or None."
+    return raw["prompts"].get("source") if isinstance(raw.get("prompts"), dict) else None
+
+
+def inherit(base: dict, own: dict) -> dict:
+    """`own` merged into the recipe `base` that it extends.
+
+    What that says about its prompts, and how it describes itself, is not true of a recipe with another source: numbers,
+    questions, columns and description are its own or none."""
+    if source_of(own) and source_of(own) != source_of(base):
+        description = f"prompts of its own, with the settings of {base.get('name', 'another recipe')}"
+        base = base | {"prompts": {}, "description": description}
+    return changed(base, own)
+
+
+def count_source(source: str) -> int | None:
+    "Rows of a source on this machine; None for drawn pictures and datasets. Raises RecipeError for one that cannot be read."
+    try:
+        return None if source == "iconworld" else count_rows(source)
+    except ValueError as e:
+        raise RecipeError(f"prompts.source: {e}") from e
+
+
+def with_all_rows(raw: dict, where: str) -> dict:
+    """A recipe's keys with `prompts.n_per_round` 0, which stands for all rows, where a source that can be counted has none.
+
+    Raises RecipeError for more than one round, naming the largest number that fits."""
+    prompts, rounds = raw["prompts"], raw["rounds"]
+    if prompts.get("n_per_round") or not isinstance(prompts.get("source"), str):
+        return raw
+    n = count_source(prompts["source"])
+    if n is not None and rounds > 1:
+        raise RecipeError(f"{where}: prompts.n_per_round: say how many rows each of the {rounds} rounds takes; "
+                          f"{prompts['source']} has {n}, so at most {n // rounds}")
+    return raw if n is None else raw | {"prompts": prompts | {"n_per_round": 0}}
+
+
 def read_recipe(path, seen=()):
     "A recipe file as a dict, merged into what it `extends`. Raises RecipeError when it is no YAML mapping or extends itself."
     try:
@@ -184,7 +235,7 @@ def read_recipe(path, seen=()):
     raw["variants"] = {name: localise(typed(over, dict, f"{path}, variants.{name}"), path.parent)
                        for name, over in typed(raw.get("variants", {}), dict, f"{path}, variants").items()}
     base = raw.pop("extends", None)
-    return raw if base is None else changed(read_recipe(find_recipe(base, path.parent), (*seen, path)), raw)
+    return raw if base is None else inherit(read_recipe(find_recipe(base, path.parent), (*seen, path)), raw)
 
 
 def make_recipe(raw, where):
@@ -196,10 +247,13 @@ def make_recipe(raw, where):
         if key not in raw:
             raise RecipeError(f"{where}: the key {key!r} is missing")
         typed(raw[key], kind, f"{where}: {key}")
+    raw = with_all_rows(raw, where)
     prompts, drawn = raw["prompts"], raw["prompts"].get("source") == "iconworld"
     wanted, kinds = set(PROMPT_KEYS) - (set() if drawn else {"n_dev"}), PROMPT_KEYS | ({} if drawn else INPUT_KEYS)
     for key in prompts:
         typed(prompts[known(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
+    takes_all = prompts.get("n_per_round") == 0 and count_source(prompts["source"]) is not None
+    most = math.inf if takes_all else prompts.get("n_per_round", 1)
     for options in ("policy_options", "labeler_options"):
         for key, value in raw[options].items():
             typed(value, OPTION_KEYS[known(key, OPTION_KEYS, f"{where}, {options}")], f"{where}: {options}.{key}")
@@ -213,7 +267,7 @@ def make_recipe(raw, where):
         (not 1 <= len(raw["feedback"]) <= raw["rounds"],
          f"feedback: one word a round (the last holds on), not {len(raw['feedback'])} for {raw['rounds']} rounds"),
         (raw["feedback"][:1] == ["reward"], "feedback: round 1 cannot be reward, for no aligned policy is there yet to give one; begin with claims"),
-        (not 0 <= prompts.get("n_dev", 0) < prompts.get("n_per_round", 1), "prompts: n_dev must be less than n_per_round, and none negative"),
+        (not 0 <= prompts.get("n_dev", 0) < most, "prompts: n_dev must be less than n_per_round, and none negative"),
     ):
         if failed:
             raise RecipeError(f"{where}: {message}")
@@ -372,6 +426,122 @@ def check_recipe(recipe, notebooks):
                 raise RecipeError(f"{where}: {name!r} is set by the chain itself, from the keys outside of `parameters`")
             checked.setdefault(notebook, {})[name] = typed(value, kinds[known(name, free, where)], f"{where}.{name}")
     return replace(recipe, parameters=checked, variants={v: check_recipe(r, notebooks) for v, r in recipe.variants.items()})
+
+# %% ../nbs/09_recipes.ipynb #e4c0a002
+def parameter_defaults(path: Path) -> dict:
+    "Parameter -> default of a notebook's parameters cell."
+    cells = [cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    lines = [line for source in cells for line in ast.parse(source).body]
+    return {line.target.id: ast.literal_eval(line.value) for line in lines}
+
+
+def prompts_per_round(recipe: Recipe) -> int:
+    "How many prompts a round has at most: the recipe's number, or where it takes all, the rows of its source."
+    return recipe.prompts["n_per_round"] or count_rows(recipe.prompts["source"])
+
+
+@dataclass(frozen=True)
+class Reach:
+    "The most that a round can give, and how many steps there must be."
+    round: int
+    prompts: int  # to train on
+    pairs_per_prompt: int
+    epochs: float
+    batch_size: int  # pairs in each step
+    min_steps: int
+    possible: int = 45  # different pairs that a prompt's answers could make
+    pairs_stage: str = "04_pairs"  # the notebook that draws them
+
+    @property
+    def pairs(self) -> int:
+        "Pairs, if every prompt gives all that it may."
+        return self.prompts * self.pairs_per_prompt
+
+    @property
+    def steps(self) -> int:
+        "Optimiser steps of these pairs, as 05_dpo counts them."
+        return math.ceil(self.pairs * self.epochs / self.batch_size)
+
+# %% ../nbs/09_recipes.ipynb #e4c0a003
+def reach_of(recipe: Recipe, k: int, notebooks: Path) -> Reach | None:
+    "The `Reach` of round `k`, from the recipe and the defaults of the notebooks in a folder; None where these lack a number."
+    pairs_stage = stages_of(recipe, k)[-2]
+    given = {}
+    for notebook in ("01_sampling", pairs_stage, "05_dpo"):
+        given |= parameter_defaults(Path(notebooks) / f"{notebook}.ipynb") | recipe.parameters.get(notebook, {})
+    if not {"n_samples", "max_pairs_per_prompt", "epochs", "batch_size", "min_steps"} <= set(given):
+        return None
+    possible = given["max_pairs_per_prompt"]  # of the reward's pairs: as many as are asked for
+    if pairs_stage == "04_pairs":
+        one_each = given.get("draw") == "extremes"  # takes each answer once
+        possible = given["n_samples"] // 2 if one_each else math.comb(given["n_samples"], 2)
+    prompts = prompts_per_round(recipe) - recipe.prompts.get("n_dev", 0)
+    most = min(given["max_pairs_per_prompt"], possible)
+    return Reach(k, prompts, most, given["epochs"], given["batch_size"], given["min_steps"], possible, pairs_stage)
+
+
+def ways_out(reach: Reach) -> list[str]:
+    "The smallest change of each number that makes a round's steps enough."
+    before = reach.min_steps - 1  # steps that are one too few
+    pairs = math.floor(before * reach.batch_size / reach.epochs) + 1
+    ways = [f"prompts.n_per_round: at least {math.ceil(pairs / max(1, reach.pairs_per_prompt)) - reach.prompts} more"]
+    if not reach.pairs:
+        return ways
+    per_prompt = math.ceil(pairs / reach.prompts)
+    if per_prompt <= reach.possible:
+        ways.append(f"{reach.pairs_stage}.max_pairs_per_prompt: {per_prompt} or more")
+    ways.append(f"05_dpo.epochs: {math.floor(before * reach.batch_size / reach.pairs) + 1} or more")
+    smaller = math.ceil(reach.pairs * reach.epochs / before) - 1
+    if smaller >= 1:
+        ways.append(f"05_dpo.batch_size: {smaller} or less")
+    return ways
+
+
+def reach_problem(reach: Reach) -> str:
+    "What is wrong with what a round can give at most, and which numbers would do; empty when it is enough."
+    if reach.epochs <= 0 or reach.batch_size < 1:
+        return f"05_dpo.epochs and batch_size must be positive, not {reach.epochs:g} and {reach.batch_size}"
+    if reach.steps >= reach.min_steps:
+        return ""
+    return (f"round {reach.round} can give at most {reach.pairs} pairs ({reach.prompts} prompts to train on, "
+            f"{reach.pairs_per_prompt} pairs each), and with epochs={reach.epochs:g} and batch_size={reach.batch_size} at most "
+            f"{reach.steps} steps: too few to learn from, {reach.min_steps} are needed. One of these would do: "
+            f"{'; '.join(ways_out(reach))}. To see the stages work without learning anything: "
+            f"05_dpo.min_steps: {max(1, reach.steps)}")
+
+# %% ../nbs/09_recipes.ipynb #e4c0a004
+def rows_problem(recipe: Recipe) -> str:
+    "What is wrong with a recipe's numbers of prompts for the rows that its source has; empty where they fit or are not known."
+    source, n, n_dev = recipe.prompts["source"], recipe.prompts["n_per_round"], recipe.prompts.get("n_dev", 0)
+    rows = count_source(source)
+    if rows is None:
+        return ""
+    if recipe.rounds * n > rows:
+        fits = f"say {rows} or less, or leave it out to take all"
+        if recipe.rounds > 1:
+            fits = f"say {rows // recipe.rounds} or less for each of {recipe.rounds} rounds"
+        needed = f"{recipe.rounds * n} prompts are needed (rounds x n_per_round)"
+        return f"prompts.n_per_round: {needed}, {source} has {rows}: {fits}"
+    if n_dev >= rows:
+        return f"prompts.n_dev: {n_dev} rows cannot be kept from training, {source} has {rows}: at most {rows - 1}"
+    return ""
+
+
+def check_amounts(recipe: Recipe, notebooks: Path):
+    """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its source has rows, or
+    in a round fewer steps than can teach anything."""
+    reaches = (reach_of(recipe, k, notebooks) for k in range(1, recipe.rounds + 1))
+    problem = rows_problem(recipe) or next(filter(None, (reach_problem(reach) for reach in reaches if reach)), "")
+    if problem:
+        raise RecipeError(f"{recipe.where}: {problem}")
+
+# %% ../nbs/09_recipes.ipynb #e4c0a006
+def plumbing_warning(policy: str, source: str) -> str:
+    "A sentence about the packaged model on pictures of another world than its own; empty for any other."
+    if source == "iconworld" or not policy.startswith("packaged:"):
+        return ""
+    return (f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor "
+            "do the verdicts and the adapter that come of them. Name another policy and splitter.")
 
 # %% ../nbs/09_recipes.ipynb #ffc9eee4
 EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.MULTILINE)

@@ -33,7 +33,7 @@ def run_stage(stage, inputs, out):
         from rlaifv_nb.feedback import run_feedback
         from rlaifv_nb.models import open_vlm
 
-        run_feedback(at["prompts"], at["01_sampling"], at["02_claims"], out, open_vlm(POLICY), batch_size=3)
+        run_feedback(at["prompts"], at["01_sampling"], at["02_claims"], out, open_vlm(POLICY), batch_size=3, shard_size=3)
     elif stage == "04_pairs":
         from rlaifv_nb.pairs import run_pairs
 
@@ -45,11 +45,12 @@ def run_stage(stage, inputs, out):
     elif stage == "06_evaluation":
         from rlaifv_nb.evaluation import run_evaluation
 
-        run_evaluation(out, POLICY, f"aligned={at['05_dpo']}/adapter", n_scenes=30, batch_size=5)
+        run_evaluation(out, POLICY, f"aligned={at['05_dpo']}/adapter", n_scenes=30, batch_size=5, shard_size=5)
     elif stage == "07_guided_decoding":
         from rlaifv_nb.guided_decoding import run_guided_decoding
 
-        run_guided_decoding(at["prompts"], out, POLICY, f"{at['05_dpo']}/adapter", n_candidates=4, max_new_tokens=100, batch_size=3)
+        run_guided_decoding(at["prompts"], out, POLICY, f"{at['05_dpo']}/adapter", n_candidates=4, temperature=0.9,
+                            max_new_tokens=100, batch_size=3, shard_size=3)
     else:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(TABLES)}")
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from conftest import check_table
-from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, build_tiny, open_tiny
+from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_INSTALLED, NOT_SHARED, VIDEO_PARTS, build_tiny, open_tiny
 from transformers import AutoModelForImageTextToText
 
 from rlaifv_nb.caches import picture_features
@@ -255,7 +255,7 @@ def test_the_stages_run(name, splitter, tmp_path, show):
     show(TITLES[name], "04 pairs")
     save_adapter(with_lora(vlm), at("parent"))
     run_dpo(at("prompts"), at("04"), at("05"), at("model"), at("parent"), quantisation="nf4", learning_rate=1e-3, epochs=1.0, batch_size=1,
-            evaluations=1)
+            evaluations=1, min_steps=1)
     engine = read_manifest(at("05"))["engine"]
     assert engine["layout"] == ("plain" if name in NOT_SHARED else "packed") and NOT_SHARED.get(name, "") in engine.get("layout_problem", "")
     assert NOT_CACHED[name] in engine["image_features"] if name in NOT_CACHED else engine["image_features"] == "cached"
@@ -270,6 +270,14 @@ def test_the_stages_run(name, splitter, tmp_path, show):
     rows = [json.loads(line) for line in open(at("07/candidates-aligned-00000.jsonl"))]
     assert rows and any(abs(r["policy_sum_logp"] - r["reference_sum_logp"]) > 1e-2 for r in rows)
     show(TITLES[name], "07 guided decoding")
+
+
+@pytest.mark.parametrize("real", VIDEO_PARTS, ids=lambda real: real.__name__)
+def test_processors_have_their_video_part(real):
+    if NOT_INSTALLED[real]:
+        pytest.skip(f"its video part is cut away in these tests: {' and '.join(NOT_INSTALLED[real])} not installed")
+    used = [type(tiny(name).processor) for name in ARCHITECTURES]
+    assert used.count(real) == 1 and not {part.cut for part in VIDEO_PARTS.values()} & set(used)
 
 
 def test_a_model_with_parts_missing_is_named(tmp_path):

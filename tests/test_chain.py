@@ -408,10 +408,10 @@ def test_prompts_of_ones_own(tmp_path, notebooks, toy, executed):
     taken = read_table(tmp_path / "run" / "prompts", "prompts", Prompt)
     assert [p.prompt_id for p in taken] == [p.prompt_id for p in rows[:4]]
     assert (tmp_path / "run" / "prompts" / taken[0].image_path).resolve() == source / "a.png"
-    with pytest.raises(RecipeError, match="6 prompts are needed .* has 5"):
+    with pytest.raises(RecipeError, match="6 prompts are needed .* has 5: say 1 or less for each of 3 rounds"):
         run_chain(replace(own, rounds=3), tmp_path / "run3", notebooks)
     write_table(source, "prompts", [rows[0]] * 4)
-    with pytest.raises(RecipeError, match="the same question about the same picture twice"):
+    with pytest.raises(RecipeError, match="4 prompts are needed .* has 1 and 3 unusable rows .3 same prompt as another row; the first: row 2"):
         run_chain(own, tmp_path / "twice", notebooks)
 
 
@@ -686,5 +686,5 @@ def test_report_shows_pictures_of_other_prompts_without_truth(tmp_path):
     write_table(here / "02_claims", "claims", [Claim("p-00-00", "p-00", "There is a cat.", "Is there a cat?")])
     write_table(here / "03_feedback", "verdicts", [Verdict("p-00-00", 0.1, 0.9, "no")])
     page = report.write_report(tmp_path).read_text()
-    assert 'class="unknown"' in page and "✗ There is a cat." in page and "A &lt;b&gt;cat&lt;/b&gt;." in page
+    assert 'class="unknown rejected"' in page and "✗ There is a cat." in page and "A &lt;b&gt;cat&lt;/b&gt;." in page
     assert "claims of unknown truth" in page and "The labeler was right" not in page and "data:image/webp" in page

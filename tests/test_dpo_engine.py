@@ -12,7 +12,7 @@ from rlaifv_nb.models import open_vlm
 from rlaifv_nb.records import Pair, Prompt, RefLogp, read_manifest, read_table, resolve_path
 
 POLICY, PROMPTS, PAIRS = "packaged:iconworld-vlm", resolve_path("packaged:example/prompts"), resolve_path("packaged:example/04_pairs")
-SETTING = dict(learning_rate=5e-4, epochs=1.0, batch_size=6, evaluations=2, quantisation="none")
+SETTING = dict(learning_rate=5e-4, epochs=1.0, batch_size=6, evaluations=2, min_steps=1, quantisation="none")
 
 
 def curves(folder):
@@ -74,7 +74,7 @@ def test_a_reference_is_known_by_all_that_decides_it(tmp_path):
     vlm, prompts, pair = open_vlm(POLICY), {p.prompt_id: p for p in read_table(PROMPTS, "prompts", Prompt)}, read_table(PAIRS, "pairs", Pair)[0]
     maker, computed = RowMaker(vlm, prompts, PROMPTS), []
     counting = replace(maker)
-    counting.row = lambda p: computed.append(p.pair_id) or maker.row(p)
+    counting.prepared = lambda p: computed.append(p.pair_id) or maker.prepared(p)
 
     def ask(pair, maker=counting, adapter=""):
         found = reference_logps(maker, [pair], ContentCache(tmp_path, 1), adapter)[0]
@@ -86,5 +86,7 @@ def test_a_reference_is_known_by_all_that_decides_it(tmp_path):
     assert ask(replace(pair, pair_id="other"))[1] == 0, "an id decides nothing"
     for other, adapter in ((replace(pair, chosen=pair.rejected, rejected=pair.chosen), ""), (pair, "another adapter")):
         assert ask(other, adapter=adapter)[1] == 1
+    vlm.model.to(torch.bfloat16)
+    assert ask(pair)[1] == 1, "another dtype"
     vlm.sha = "another model"
     assert ask(pair)[1] == 1

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rlaifv_nb.chain import prepare_prompts
 from rlaifv_nb.command import main
-from rlaifv_nb.inputs import import_prompts, input_kind, read_input
+from rlaifv_nb.inputs import count_rows, import_prompts, input_kind, read_input
 from rlaifv_nb.pictures import decode_image, load_image
 from rlaifv_nb.recipes import RecipeError, load_recipe, plan_run, recipe_text
 from rlaifv_nb.records import Pair, Prompt, SetAside, read_manifest, read_table, sha256_of, write_rows
@@ -85,7 +85,7 @@ def bomb():
 
 
 @pytest.mark.parametrize("data, says", [
-    (b"", "it is empty"), (b"no picture", "no known format"), (file_of(NOISE, "PNG")[:200], "[Tt]runcated|broken"), (file_of(NOISE, "JPEG")[:300], "[Tt]runcated|broken"), (bomb(), "decompression bomb")])
+    (b"", "it is empty"), (b"no picture", "no known format"), (file_of(NOISE, "PNG")[:200], "[Tt]runcated|broken"), (file_of(NOISE, "JPEG")[:300], "[Tt]runcated|broken"), (bomb(), "scale it down first")])
 def test_broken_pictures_are_refused_by_name_and_always_in_the_same_words(data, says):
     messages = set()
     for _ in range(2):
@@ -195,6 +195,90 @@ def test_containers_of_one_dataset_give_the_same_prompts(pictures, tmp_path):
         list(read_input(tmp_path / "disk", image_column="photo"))
 
 
+# what people bring
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(200)  # the head of a telephone's picture
+
+
+@pytest.mark.parametrize("name, says", [("IMG_1.HEIC", "IMG_1.HEIC is HEIC"), ("IMG_1.jpg", "IMG_1.jpg is HEIC"), ("DSC_1.CR2", "DSC_1.CR2 is CR2")])
+def test_photographs_that_are_not_read_say_what_to_do(pictures, tmp_path, name, says):
+    """Telephones also call them .jpg; in a folder they must not be passed over in silence."""
+    (pictures / name).write_bytes(HEIC if says.endswith("HEIC") else file_of(NOISE, "TIFF"))  # a raw file shows Pillow a thumbnail
+    import_prompts(pictures, tmp_path / "out", question="What?")
+    detail, = (s.detail for s in read_table(tmp_path / "out", "set_aside-prompts", SetAside) if s.row_id == name)
+    assert says in detail and "convert it to JPEG" in detail
+    warning, = read_manifest(tmp_path / "out")["warnings"]
+    assert warning.startswith("2 of 6 rows of my pictures are set aside: ") and says in warning
+
+
+def test_a_folder_of_nothing_but_heic_is_a_folder_of_pictures(tmp_path):
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/IMG_1.HEIC").write_bytes(HEIC)
+    with pytest.raises(ValueError, match="no prompt in any of 1 rows .* IMG_1.HEIC is HEIC, which is not read here: convert it to JPEG"):
+        import_prompts(tmp_path / "phone", tmp_path / "out", question="What?")
+
+
+@pytest.mark.parametrize("encode", [
+    lambda text: text.encode("utf-8"), lambda text: text.encode("utf-8-sig"), lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+    lambda text: text.encode("utf-16"), lambda text: ("\n" + text + "\n\n").encode()], ids=["plain", "bom", "crlf", "utf-16", "blank lines"])
+def test_a_file_of_questions_from_any_editor(pictures, tmp_path, encode):
+    text = "".join(json.dumps({"image": f"{n}.png", "question": "Größe?"}, ensure_ascii=False) + "\n" for n in (0, 2))
+    (pictures / "q.jsonl").write_bytes(encode(text))
+    import_prompts(pictures / "q.jsonl", tmp_path / "out")
+    assert [p.question for p in read_table(tmp_path / "out", "prompts", Prompt)] == ["Größe?"] * 2 and count_rows(pictures / "q.jsonl") == 2
+
+
+def test_another_encoding_is_named(pictures, tmp_path):
+    (pictures / "q.jsonl").write_bytes('{"image": "0.png", "question": "Größe?"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="q.jsonl is not text in UTF-8: save it again"):
+        import_prompts(pictures / "q.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize("on_disk, named", [
+    ("IMG_1.JPG", "IMG_1.JPG"), ("IMG_1.JPG", "img_1.jpg"), ("sub folder/größe.jpg", "sub folder/größe.jpg"),
+    ("größe.jpg", "gro\u0308ße.jpg"), ("gro\u0308ße.jpg", "größe.jpg"), ("sub/a.jpg", "sub\\a.jpg"), ("sub/a.jpg", "C:\\me\\Sub\\A.JPG"), ("a.jpg", "./a.jpg")])
+def test_a_picture_is_found_under_the_name_of_another_system(tmp_path, on_disk, named):
+    home = tmp_path / "meine Bilder für Ümit"
+    (home / on_disk).parent.mkdir(parents=True)
+    (home / on_disk).write_bytes(file_of(NOISE, "JPEG"))
+    write_rows(home / "q.jsonl", [{"image": named, "question": "What?"}])
+    import_prompts(home / "q.jsonl", tmp_path / "out", copy=False)
+    prompt, = read_table(tmp_path / "out", "prompts", Prompt)
+    assert load_image(tmp_path / "out" / prompt.image_path, prompt.image_sha).size == (36, 24)
+
+
+def test_names_that_differ_in_capitals_only_stay_apart(tmp_path):
+    for name, colour in (("x/A.png", "red"), ("x/a.png", "blue")):
+        (tmp_path / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "home" / name)
+    if len(list((tmp_path / "home/x").iterdir())) < 2:
+        pytest.skip("this file system does not tell capitals apart")
+    write_rows(tmp_path / "home/q.jsonl", [{"image": f"/of/another/machine/{n}.png", "question": "What?"} for n in "Aa"])
+    import_prompts(tmp_path / "home/q.jsonl", tmp_path / "out", copy=False)
+    assert [p.image_path.rpartition("/")[2] for p in read_table(tmp_path / "out", "prompts", Prompt)] == ["A.png", "a.png"]
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"image": "https://example.org/dog.jpg", "question": "?"}, "not an address: download https://example.org/dog.jpg"),
+    ({"photo": "0.png", "question": "?"}, "there is no `image` among photo, question"),
+    ({"image": "n" * 300 + ".png", "question": "?"}, "no file nnn"), ({"image": "~nobody/0.jpg", "question": "?"}, "no file ~nobody"),
+    ({"image": "a\0b.png", "question": "?"}, "no file a")])
+def test_a_row_without_a_picture_says_why(pictures, tmp_path, row, says):
+    write_rows(pictures / "q.jsonl", [{"image": "0.png", "question": "Fine?"}, row])
+    import_prompts(pictures / "q.jsonl", tmp_path / "out")
+    aside, = read_table(tmp_path / "out", "set_aside-prompts", SetAside)
+    assert (aside.row_id, aside.reason) == ("line 2", "no picture") and says in aside.detail
+
+
+def test_rows_are_counted_without_opening_a_picture(pictures, tmp_path):
+    assert count_rows(pictures) == 5, "broken.jpg is one of them, notes.txt is not"
+    import_prompts(pictures, tmp_path / "table", question="What?")
+    assert count_rows(tmp_path / "table") == 4
+    (pictures / "data.csv").write_text("image,question")
+    with pytest.raises(ValueError, match="data.csv is not a file of questions .*jsonl"):
+        count_rows(pictures / "data.csv")
+
+
 # recipes and the command
 
 def recipe_of(tmp_path, **prompts):
@@ -261,6 +345,6 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
     assert len(responses) == 120 and {v.claim_id for v in verdicts} == {c.claim_id for c in claims}
     aside = read_manifest(at["pairs"])["responses"]
     assert aside["in"] == 120 == sum(n for reason, n in aside.items() if reason != "in") and len(pairs) >= 4
-    run_dpo(at["prompts"], at["pairs"], at["dpo"], policy, learning_rate=5e-4, epochs=1.0, batch_size=8, evaluations=2)
+    run_dpo(at["prompts"], at["pairs"], at["dpo"], policy, learning_rate=5e-4, epochs=1.0, batch_size=8, evaluations=2, min_steps=1)
     assert open_vlm(policy, str(at["dpo"] / "adapter")).notes and read_table(at["pairs"], "pairs", Pair) == pairs
     assert "detail_test_30_input.jsonl 30" in (at["dpo"] / "adapter/README.md").read_text()

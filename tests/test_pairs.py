@@ -66,6 +66,78 @@ def test_equal_questions_stay_two_claims():
     assert claims[0].question == claims[1].question and P.score_responses(responses, claims, verdicts)[0] == {"p-00": -2.0}
 
 
+# scores of one's own, and why there are no pairs
+
+def scored(*rows):
+    """Responses and scores from (prompt, score) pairs; a score of None is an unusable answer."""
+    responses = [Response(response_id_of(p, i), p, i, 0, f"text {i}", "stop") for i, (p, _) in enumerate(rows)]
+    return responses, {r.response_id: score for r, (_, score) in zip(responses, rows) if score is not None}
+
+
+@pytest.mark.parametrize("least, n", [(0.1, 3), (0.2, 1), (0.21, 0), (1.0, 0)])
+def test_fractional_scores_need_a_smaller_difference(least, n):
+    """0.3 - 0.2 is a little less than 0.1 in floating point, and counts."""
+    responses, scores = scored(("p", 0.1), ("p", 0.2), ("p", 0.3))
+    pairs, _ = P.candidate_pairs(responses, scores, least)
+    assert len(pairs) == n == P.compare_scores(responses, scores, least)["comparisons"]["candidates"]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_never_decides(score):
+    responses, scores = scored(("p", 0.0), ("p", score))
+    for function in (P.candidate_pairs, P.compare_scores):
+        with pytest.raises(ValueError, match="response p-01 has the score"):
+            function(responses, scores)
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0, float("nan")])
+def test_equal_scores_are_never_a_pair(least):
+    with pytest.raises(ValueError, match="must be more than 0"):
+        P.candidate_pairs(*scored(("p", 0.0), ("p", 0.0)), least)
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from("pqr"), st.sampled_from([None, 0.0, -0.25, -0.5, -1.0, -2.0])), max_size=12), st.sampled_from([0.25, 0.5, 1.0]))
+def test_every_comparison_and_every_prompt_is_counted_once(rows, least):
+    responses, scores = scored(*rows)
+    found = P.compare_scores(responses, scores, least)
+    for account in (found["comparisons"], found["prompts"]):
+        assert account["in"] == sum(n for reason, n in account.items() if reason != "in")
+    pairs, aside = P.candidate_pairs(responses, scores, least)
+    assert found["comparisons"]["candidates"] == len(pairs) + len(aside)
+    assert found["prompts"]["in"] == len({p for p, _ in rows}) and found["prompts"]["candidates"] == len({p.prompt_id for p in pairs})
+    gaps = [abs(scores[a.response_id] - scores[b.response_id]) for a, b in combinations(responses, 2)
+            if a.prompt_id == b.prompt_id and {a.response_id, b.response_id} <= set(scores)]
+    assert found["largest_difference"] == max(gaps, default=0.0)
+
+
+@pytest.mark.parametrize("rows, least, says", [
+    ([("p", None), ("p", 0.0), ("q", None)], 1.0, "No prompt has two usable answers .*1 no usable answer, 1 one usable answer.* 01_sampling.n_samples"),
+    ([("p", -1.0), ("p", -1.0)], 1.0, "All 1 comparisons .* equal scores"),
+    ([("p", 0.2), ("p", 0.6), ("p", 0.6)], 1.0, "Of 3 comparisons .* 1 are of equal scores and 2 differ by less than min_difference=1, at most by 0.4: lower")])
+def test_why_no_pair_names_the_reason_and_the_key(rows, least, says):
+    responses, scores = scored(*rows)
+    unscored = [SetAside(r.response_id, "truncated") for r in responses if r.response_id not in scores]
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(P.why_no_pair(len(responses), unscored, P.compare_scores(responses, scores, least), 0, [], least, 0.02))
+
+
+def test_warnings_name_what_will_not_teach():
+    responses, scores = scored(*[("p", 0.0), ("p", -1.0)], *[(q, 0.0) for q in "qrsqrs"])
+    compared, pairs = P.compare_scores(responses, scores), [pair(i, 10, 10) for i in range(4)]
+    aside = [SetAside(f"x-{i}", "truncated") for i in range(3)]
+    few, = P.pair_warnings(8, [], compared, pairs, pairs, 0.02)
+    assert few.startswith("Only 1 of 4 prompts have a pair (of the others: 3 equal scores)")
+    many, _ = P.pair_warnings(8, aside, compared, pairs, pairs, 0.02)
+    assert "3 of 8 answers (38%) have no score: 3 truncated. Likely reason: they reach the token limit: raise 01_sampling.max_new_tokens" in many
+    all_with = compared | {"prompts": compared["prompts"] | {"in": 1}}
+    assert P.pair_warnings(20, aside, all_with, pairs, pairs, 0.02) == []
+    dropped, = P.pair_warnings(8, [], all_with, pairs, pairs[:3], 0.02)
+    assert "dropped 1 of 4 pairs" in dropped
+    shorter, = P.pair_warnings(8, [], all_with, [pair(0, 8, 10)], [pair(0, 8, 10)], 0.02)
+    assert "20% shorter" in shorter and "length_balance is off" in shorter
+
+
 # candidates and draw
 
 @quick
@@ -223,6 +295,8 @@ def test_run_accounts_for_every_row(stage):
     assert manifest["rows_in"] == 30 and manifest["rows_out"] == len(rows) > 0
     assert manifest["responses"] == {"in": 30, "scored": 24, "no claims": 6}
     assert manifest["verdicts"] == {"abstain": 6, "no": 24, "yes": 24}
+    assert manifest["scores"]["comparisons"] == {"in": 36, "equal scores": 6, "difference too small": 0, "candidates": 30}
+    assert manifest["scores"]["largest_difference"] == 3.0 and all(isinstance(w, str) for w in manifest["warnings"])
     for account, whole in ((manifest["responses"], "in"), (manifest["pairs"], "candidates")):
         assert account[whole] == sum(n for reason, n in account.items() if reason != whole)
     assert manifest["set_aside"] == Counter(s.reason for s in set_aside)
@@ -244,9 +318,39 @@ def test_run_is_deterministic_under_row_order_and_comes_back_when_done(stage):
 def test_run_without_any_difference_is_refused_with_a_remedy(stage):
     verdicts = read_table(stage / "verdicts", "verdicts", Verdict)
     write_table(stage / "verdicts", "verdicts", [replace(v, label="abstain") for v in verdicts])
-    with pytest.raises(ValueError, match="no pair is left of 30 responses and 0 candidates"):
+    with pytest.raises(ValueError, match="no pair is left of 30 answers to 6 prompts.* All 36 comparisons .* are of equal scores.*01_sampling.n_samples"):
         run(stage)
     assert not (stage / "out/manifest.json").exists() and len(read_table(stage / "out", "set_aside-pairs", SetAside)) == 6
+
+
+def test_run_without_a_balanced_pair_names_the_tolerance(stage):
+    """Every better answer is the shorter one: no exchange and no choice of pairs can balance that."""
+    answers = [answer(p.prompt_id, i, "word " * (5 + 5 * i), "n" * i + "y") for p in read_table(stage / "prompts", "prompts", Prompt) for i in range(2)]
+    for name, rows in zip(("responses", "claims", "verdicts"), tables_of(answers)):
+        write_table(stage / name, name, rows)
+    with pytest.raises(ValueError, match="length balance dropped all 6 .* 50% shorter .* raise 04_pairs.length_tolerance .now 0.02."):
+        run(stage)
+    rows = run(stage, "off", length_balance=False)
+    assert len(rows) == 6 and "50% shorter" in read_manifest(stage / "off")["warnings"][0]
+
+
+def test_a_larger_difference_is_asked_for(stage):
+    assert {p.chosen_score - p.rejected_score for p in run(stage, length_balance=False, min_difference=3.0)} == {3.0}
+    with pytest.raises(ValueError, match="at most by 3: lower 04_pairs.min_difference"):
+        run(stage, "none", min_difference=4.0)
+
+
+def test_prompt_ids_may_be_any_text(stage):
+    """Ids come from other people's tables: numbers, spaces, slashes, dashes, umlauts."""
+    names = ["7", "photo 1/left", "größe-00", "a-00-01", "z#?&<b>", "x" * 300]
+    prompts = read_table(stage / "prompts", "prompts", Prompt)
+    new = dict(zip([p.prompt_id for p in prompts], names))
+    answers = [answer(name, i, f"answer {name} " + "long " * i, letters) for name in names for i, letters in enumerate(("yy", "yn", "nnn"))]
+    tables = zip(("prompts", "responses", "claims", "verdicts"), ([replace(p, prompt_id=new[p.prompt_id]) for p in prompts], *tables_of(answers)))
+    for name, rows in tables:
+        write_table(stage / name, name, rows)
+    rows = run(stage, length_balance=False)
+    assert {p.prompt_id for p in rows} == set(names) and len({p.pair_id for p in rows}) == len(rows) == 12
 
 
 @pytest.mark.parametrize("table, record, change, message", [

@@ -14,14 +14,14 @@ from tiny_models import open_tiny
 from rlaifv_nb import dryrun as dry
 from rlaifv_nb import prefix as prefixes
 from rlaifv_nb.command import main
-from rlaifv_nb.dpo import PairDataset, RowMaker, new_adapter, reference_logps, train_adapter, training_maker
+from rlaifv_nb.dpo import PairDataset, RowMaker, new_adapter, reference_logps, train_adapter, training_maker, usable_pairs
 from rlaifv_nb.guided_decoding import sample_candidates
 from rlaifv_nb.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
 from rlaifv_nb.packing import PER_TOKEN
 from rlaifv_nb.plan import CARDS, Card, Lengths, advise, config_folder, plan_stage, stage_parameters
 from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 from rlaifv_nb.records import YES_NO_SUFFIX, Pair, Prompt, package_folder
-from rlaifv_nb.sampling import vlm_generator
+from rlaifv_nb.sampling import Question, vlm_generator
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from workload import SIZES, open_random  # noqa: E402
@@ -76,7 +76,8 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     weights = dry.weight_bytes(d.model)
     assert weights == sum(p.nbytes for p in vlm.model.parameters()) + sum(b.nbytes for b in vlm.model.buffers()) or vlm.quantisation == "nf4"
 
-    measured = allocated(lambda: vlm_generator(vlm, 1.0, ROOM)(pictures, [QUESTION] * 2, [[1] * N] * 2, [0.7] * N))
+    asked = [Question(k, Prompt(str(k), "", "", QUESTION), picture, [1] * N, [0.7] * N) for k, picture in enumerate(pictures)]
+    measured = allocated(lambda: list(vlm_generator(vlm, 1.0, ROOM)(asked)))
     within_a_tenth(dry.dry_peak(d, lambda: dry.sampling_work(d, dry.read_prompts(d, inputs), N, ROOM)), measured, weights)
 
     questions = [f"Is there a cat number {i}?" for i in range(6)]
@@ -94,6 +95,7 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     for checkpointing in (False, True):
         trained = new_adapter(OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing), 8, 16, 0)
         maker, engine = training_maker(RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0)
+        assert usable_pairs(maker, pairs) == (pairs, [])
         data = PairDataset(maker, pairs, {r.pair_id: r for r in reference_logps(maker, pairs)})
         loss = dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
         measured = allocated(lambda: train_adapter(trained, data, data, tmp_path / f"{checkpointing}", loss, learning_rate=1e-4, epochs=0.5, batch_size=4,

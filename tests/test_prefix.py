@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, open_tiny
 
 from rlaifv_nb.attention import sharing_problem
-from rlaifv_nb.caches import ContentCache, features_problem, layout_problem, picture_features, with_features
+from rlaifv_nb.caches import (ContentCache, entry_problem, features_problem, layout_problem, picture_entry, picture_features, positions_of,
+                              question_inputs, remember)
 from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.models import lora_targets, prompt_inputs, prompt_positions, unsampled_ids
 from rlaifv_nb.packing import LAYOUTS, PER_TOKEN, collate_rows, pack_by_budget, pack_row, row_logps
@@ -149,7 +150,7 @@ def test_four_bit_layers_pack():
 
 
 @on_every_architecture
-def test_cached_features_stand_in_for_pixels(name, tmp_path):
+def test_the_entry_of_a_picture_makes_the_row_of_any_question(name, tmp_path):
     vlm, cache = tiny(name), ContentCache(tmp_path, 1)
     layout = "plain" if vlm.sharing else "packed"
     if name in NOT_CACHED:
@@ -157,12 +158,16 @@ def test_cached_features_stand_in_for_pixels(name, tmp_path):
         assert NOT_CACHED[name] in problem and type(vlm.core).__name__ in problem
         return
     for scene in range(3):
-        inputs = inputs_of(name, scene, 0)
-        assert features_problem(vlm, inputs) == "" and layout_problem(vlm.core, packed_row(vlm, inputs, [[20, 30], [40]]), layout) == ""
-        rows = [packed_row(vlm, inputs, [[20, 21, 22], [23]])]
-        cached = pack_row(with_features(vlm, inputs, cache), rows[0]["branches"], rows[0]["position_ids"][:, : inputs["input_ids"].shape[1]])
+        inputs, other = inputs_of(name, scene, 0), inputs_of(name, scene, 1)
+        assert entry_problem(vlm, inputs, DESCRIBE[0]) == "" and layout_problem(vlm.core, packed_row(vlm, inputs, [[20, 30], [40]]), layout) == ""
+        row = packed_row(vlm, other, [[20, 21, 22], [23]])
+        entry = remember(cache, [str(scene)], lambda keys: [picture_entry(vlm, inputs)])[0]
+        made, positions = question_inputs(vlm, entry, DESCRIBE[1])
+        assert all(torch.equal(made[k], other[k]) for k in made) and torch.equal(positions, positions_of(vlm.core, other))
+        cached = pack_row(made | {"image_features": entry["features"]}, row["branches"], positions)
+        assert torch.equal(cached["position_ids"], row["position_ids"])
         with torch.no_grad():
-            pixels, features = (torch.cat(row_logps(vlm.core, collate_rows([row], layout))) for row in (rows[0], cached))
+            pixels, features = (torch.cat(row_logps(vlm.core, collate_rows([r], layout))) for r in (row, cached))
         assert torch.allclose(pixels, features, atol=1e-4)
     assert len(ContentCache(tmp_path, 1).where) == 3, "one entry a picture, kept on disk"
     assert {len(cache.get(key)["features"]) for key in cache.where} == {len(picture_features(vlm, inputs_of(name, s, 0))) for s in range(3)}

@@ -1,4 +1,5 @@
 """4-bit layers give the gradients of their dequantised weights, also after an evaluation forward (a trap on CPUs with AVX512-BF16)."""
+import pytest
 import torch
 
 from rlaifv_nb.dpo import new_adapter
@@ -30,17 +31,43 @@ def lora_gradients(vlm):
     return {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
 
 
-def test_gradients_of_4bit_equal_those_of_dequantised_weights():
+def quantised_and_plain(dtype):
+    "The policy with 4-bit layers, and one whose weights are their dequantised values in the same dtype."
     from bitsandbytes.functional import dequantize_4bit
 
-    quantised, plain = open_vlm(POLICY, quantisation="nf4"), open_vlm(POLICY)
+    quantised, plain = open_vlm(POLICY, dtype=dtype, quantisation="nf4"), open_vlm(POLICY, dtype=dtype)
     four_bit = {n: m for n, m in quantised.model.named_modules() if type(m).__name__ == "Linear4bit"}
     assert len(four_bit) == 4 * 7, "every linear layer of the language model, and nothing else, is 4-bit"
     with torch.no_grad():
         for n, m in plain.model.named_modules():
             if n in four_bit:
                 m.weight.copy_(dequantize_4bit(four_bit[n].weight.data, four_bit[n].weight.quant_state))
+    return quantised, plain
+
+
+def relative_error(some, others):
+    "Of two sets of gradients: the length of their difference over the length of the second."
+    difference = sum((some[n].float() - others[n].float()).pow(2).sum() for n in others)
+    return (difference / sum(g.float().pow(2).sum() for g in others.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("dtype, limit, each", [("float32", 1e-5, 1e-3), ("bfloat16", 0.02, 0.1)])
+def test_gradients_of_4bit_equal_those_of_dequantised_weights(dtype, limit, each):
+    """Measured on a CPU with AVX512-BF16: a relative error of 0 in float32 and of 0.012 in bfloat16, its rounding;
+    1.006 in both where bitsandbytes may repack the weights, that is, another gradient altogether."""
+    quantised, plain = quantised_and_plain(dtype)
     a, b = lora_gradients(quantised), lora_gradients(plain)
     assert a.keys() == b.keys() and len(a) == 2 * 4 * 7
+    error = relative_error(a, b)
+    assert error < limit, error
     for n in a:
-        assert torch.allclose(a[n], b[n], atol=1e-3 * b[n].abs().max()), n
+        assert torch.allclose(a[n], b[n], atol=each * b[n].abs().max()), n
+
+
+def test_16_bits_do_not_change_the_direction_of_a_step():
+    """Gradients of bfloat16 and NF4 against those of the same dequantised weights in float32; measured: 0.018."""
+    half, _ = quantised_and_plain("bfloat16")
+    _, whole = quantised_and_plain("float32")
+    a, b = lora_gradients(half), lora_gradients(whole)
+    error = relative_error(a, b)
+    assert error < 0.05, error

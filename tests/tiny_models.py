@@ -1,6 +1,8 @@
 """Tiny random-weight models of real architectures with their real processors, built from configurations alone and saved in the ordinary layout."""
 import functools
+from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import transformers as tf
@@ -17,6 +19,12 @@ QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>\n", "<|vision_start|><|image_pad|
 CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}{% else %}"
           "{% for part in message['content'] %}{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAVA_TEMPLATE = (  # as published with LLaVA-1.5 and the LLaVA-NeXT of Vicuna
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% else %}{{ content['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 SMOL_TEMPLATE = (  # as published with SmolVLM and Idefics3
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}"
     "{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}"
@@ -110,9 +118,32 @@ class SmolPictureProcessor(tf.SmolVLMProcessor):
         tf.ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-for config, processor in ((tf.Qwen2_5_VLConfig, PictureProcessor), (tf.Qwen3VLConfig, Qwen3PictureProcessor),
-                          (tf.InternVLConfig, InternPictureProcessor), (tf.SmolVLMConfig, SmolPictureProcessor)):
-    tf.AutoProcessor.register(config, processor, exist_ok=True)  # so that AutoProcessor opens them from a folder
+class VideoPart(NamedTuple):
+    "What a processor's video part needs, and what stands in for the processor where that is not installed."
+    config: type
+    cut: type
+    video_processor: str
+    packages: tuple
+
+
+VIDEO_PARTS = {
+    tf.Qwen2_5_VLProcessor: VideoPart(tf.Qwen2_5_VLConfig, PictureProcessor, "Qwen2VLVideoProcessor", ("torchvision",)),
+    tf.Qwen3VLProcessor: VideoPart(tf.Qwen3VLConfig, Qwen3PictureProcessor, "Qwen3VLVideoProcessor", ("torchvision",)),
+    tf.InternVLProcessor: VideoPart(tf.InternVLConfig, InternPictureProcessor, "InternVLVideoProcessor", ("torchvision",)),
+    tf.SmolVLMProcessor: VideoPart(tf.SmolVLMConfig, SmolPictureProcessor, "SmolVLMVideoProcessor", ("torchvision", "num2words"))}
+NOT_INSTALLED = {real: [name for name in part.packages if find_spec(name) is None] for real, part in VIDEO_PARTS.items()}
+for real, part in VIDEO_PARTS.items():
+    if NOT_INSTALLED[real]:
+        tf.AutoProcessor.register(part.config, part.cut, exist_ok=True)  # so that AutoProcessor opens it from a folder
+
+
+def processor_of(real, pictures, tokenizer, chat_template, **more):
+    "The real processor where the packages of its video part are installed, else the one without that part."
+    part = VIDEO_PARTS[real]
+    if NOT_INSTALLED[real]:
+        return part.cut(pictures, tokenizer, chat_template=chat_template, **more)
+    return real(pictures, tokenizer, video_processor=getattr(tf, part.video_processor)(), chat_template=chat_template, **more)
+
 
 QWEN_TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
 
@@ -126,7 +157,7 @@ def qwen25_vl():
                   window_size=56, fullatt_block_indexes=[1])
     config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     pictures = tf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
-    return tf.Qwen2_5_VLForConditionalGeneration(config), PictureProcessor(pictures, tokenizer, chat_template=QWEN_TEMPLATE)
+    return tf.Qwen2_5_VLForConditionalGeneration(config), processor_of(tf.Qwen2_5_VLProcessor, pictures, tokenizer, QWEN_TEMPLATE)
 
 
 def qwen3_vl():
@@ -140,7 +171,7 @@ def qwen3_vl():
     config = tf.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
     pictures = tf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     template = CHATML.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>")
-    return tf.Qwen3VLForConditionalGeneration(config), Qwen3PictureProcessor(pictures, tokenizer, chat_template=template)
+    return tf.Qwen3VLForConditionalGeneration(config), processor_of(tf.Qwen3VLProcessor, pictures, tokenizer, template)
 
 
 def internvl():
@@ -151,7 +182,8 @@ def internvl():
     config = tf.InternVLConfig(text_config=tf.Qwen2Config(**text_of(tokenizer)), vision_config=tf.InternVLVisionConfig(**vision),
                                image_token_id=tokenizer.context_image_token_id, image_seq_length=4, tie_word_embeddings=False)
     pictures = tf.GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
-    return tf.InternVLForConditionalGeneration(config), InternPictureProcessor(pictures, tokenizer, 4, CHATML.replace("PICTURE", "<IMG_CONTEXT>\n"))
+    template = CHATML.replace("PICTURE", "<IMG_CONTEXT>\n")
+    return tf.InternVLForConditionalGeneration(config), processor_of(tf.InternVLProcessor, pictures, tokenizer, template, image_seq_length=4)
 
 
 TILES = [f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)]
@@ -177,7 +209,7 @@ def smolvlm():
     "SmolVLM: Idefics3 with other class names and special tile tokens."
     tokenizer = tokenizer_with(*SMOL_TOKENS, *TILES, eos="<end_of_utterance>")
     pictures = tf.SmolVLMImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    processor = SmolPictureProcessor(pictures, tokenizer, 4, SMOL_TEMPLATE)
+    processor = processor_of(tf.SmolVLMProcessor, pictures, tokenizer, SMOL_TEMPLATE, image_seq_len=4)
     return tf.SmolVLMForConditionalGeneration(smol(tf.SmolVLMConfig, tf.SmolVLMVisionConfig, tokenizer)), processor
 
 

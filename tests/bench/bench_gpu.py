@@ -21,6 +21,7 @@ from workload import (SIZES, TRL, Size, check_equal, interleave, machine, make_c
 
 from rlaifv_nb.attention import KERNELS
 from rlaifv_nb.caches import ContentCache
+from rlaifv_nb.dpo import tf32_products
 from rlaifv_nb.models import keep_4bit_weights_unpacked
 from rlaifv_nb.packing import n_tokens_of
 
@@ -75,11 +76,9 @@ def open_nf4(size, share, device, dtype=torch.bfloat16):
 
 
 def ours_trained(size, device):
-    "Our model with an adapter in bfloat16, as TRL has it, in training mode, and its optimiser."
+    "Our model with an adapter in float32, as 05_dpo trains it, in training mode, and its optimiser."
     vlm = with_lora(open_nf4(size, True, device)[0])
-    for p in vlm.model.parameters():
-        if p.requires_grad:
-            p.data = p.data.to(torch.bfloat16)
+    assert {p.dtype for p in vlm.model.parameters() if p.requires_grad} == {torch.float32}
     return vlm, start_training(vlm.model)
 
 
@@ -272,7 +271,7 @@ def main():
     about = machine()
     print(", ".join(f"{k} {v}" for k, v in about.items() if v is not None))
     peak_rate = None if a.smoke and not a.peak_tflops else peak_flops(about.get("gpu", ""), a.peak_tflops)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tf32_products(device == "cuda"):
         table, notes = compare_steps(size, device, Path(folder), repeats, peak_rate)
         gc.collect()
         if device == "cuda":

@@ -23,7 +23,7 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, 
                           PreTrainedTokenizerFast)
 
 from rlaifv_nb.attention import sharing_problem
-from rlaifv_nb.caches import to_device, with_features
+from rlaifv_nb.caches import picture_entry, picture_key, question_inputs, remember, to_device
 from rlaifv_nb.models import OpenModel, answer_ids, lora_targets, prompt_inputs
 from rlaifv_nb.pictures import load_image
 from rlaifv_nb.packing import collate_rows, pack_row, row_logps
@@ -221,12 +221,17 @@ def start_training(model):
 
 
 def pair_rows(vlm, pairs, cache=None):
-    "Training rows of pairs, from the picture's file on; with a cache, its image features instead of pixels."
+    "Training rows of pairs, from the picture's file on; with a cache, from what it holds of the picture, as in 05_dpo."
     rows = []
     for p in pairs:
-        inputs = prompt_inputs(vlm, load_image(p["picture"]), p["question"])
-        inputs = inputs if cache is None else with_features(vlm, inputs, cache)
-        rows.append(pack_row(inputs, [answer_ids(vlm, p["question"], p[k]) for k in ("chosen", "rejected")]))
+        branches = [answer_ids(vlm, p["question"], p[k]) for k in ("chosen", "rejected")]
+        if cache is None:
+            rows.append(pack_row(prompt_inputs(vlm, load_image(p["picture"]), p["question"]), branches))
+        else:
+            key = picture_key(vlm, sha256_of(str(p["picture"])))  # 05_dpo has the file's hash from the prompts table
+            entry = remember(cache, [key], lambda keys: [picture_entry(vlm, prompt_inputs(vlm, load_image(p["picture"]), p["question"]))])[0]
+            inputs, positions = question_inputs(vlm, entry, p["question"])
+            rows.append(pack_row(inputs | {"image_features": entry["features"]}, branches, positions))
     return rows
 
 
