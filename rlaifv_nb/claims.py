@@ -617,6 +617,7 @@ def division_warnings(rows, set_aside, counts: dict, questions: str, max_new_tok
     listed = counts["n_claims"] + counts["fragments"] + counts["leaked"]
     shares = [
         (counts["cut_lists"], len(words), f"lists of facts were cut at {max_new_tokens} tokens, so the ends of these answers go unjudged: raise max_new_tokens"),
+        (counts["without_claims"], len(rows) - len(lost), "answers have no claim at all: the splitter says that they state no fact"),
         (counts["fragments"] + counts["leaked"], listed, "facts are fragments, or come from the prompt's examples: the splitter does not follow its prompt"),
         (counts["by_statement"] * (questions != "statement"), counts["n_claims"], "questions are about the statement, which labelers judge less well"),
         (counts["hedged"], counts["n_claims"], "claims hedge (might, seems, likely), and are hardly ever wrong"),
@@ -695,13 +696,12 @@ def finish_claims(stage, rows, name: str, **extra):
         first = f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}" if set_aside else ""
         raise ValueError(f"no claims in any of {len(rows)} responses{first}: is {name} a model that follows the splitting prompt?")
     kept = len(rows) - len(set_aside)
-    counts = {"n_claims": len(claims)}
+    counts = division_counts(claims, remarks) if stage.parameters["divide"] == "facts" else {"n_claims": len(claims)}
+    counts["without_claims"] = kept - len({c.response_id for c in claims})
     warnings = []
     if stage.parameters["divide"] == "facts":
-        counts = division_counts(claims, remarks)
         warnings = division_warnings(rows, set_aside, counts, stage.parameters["questions"], stage.parameters["max_new_tokens"])
     for sentence in warnings:
         print(f"Warning: {sentence}.")
-    stage.finish(len(rows), kept, ["claims"] + ["remarks"] * bool(remarks), set_aside, **counts,
-                 without_claims=kept - len({c.response_id for c in claims}), warnings=warnings, **extra)
+    stage.finish(len(rows), kept, ["claims"] + ["remarks"] * bool(remarks), set_aside, **counts, warnings=warnings, **extra)
 

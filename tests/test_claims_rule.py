@@ -250,13 +250,13 @@ def test_an_unknown_option_names_the_known_ones(tmp_path, option):
 
 def test_what_is_lost_too_often_is_said():
     rows = [Response(f"p-{k:02d}", "p", k, 0, "word " * (30 + k + 60 * (k >= 10)), "stop") for k in range(20)]
-    counts = {"n_claims": 100, "by_statement": 0, "fragments": 0, "leaked": 0, "cut_lists": 0, "hedged": 0}
+    counts = {"n_claims": 100, "by_statement": 0, "fragments": 0, "leaked": 0, "cut_lists": 0, "hedged": 0, "without_claims": 0}
     long = [SetAside(r.response_id, "no list of facts") for r in rows[10:]]
     said = c.division_warnings(rows, long, counts, "rule", 512)
     assert len(said) == 2 and "10 of 20 answers were set aside, 10 of them as 'no list of facts'" in said[0]
     assert "kept have 34 words, those set aside 104" in said[1]
     assert c.division_warnings(rows, long[:4], counts, "rule", 512) == [], "a fifth is not too many"
     for name, words in (("by_statement", "about the statement"), ("fragments", "fragments"), ("leaked", "prompt's examples"), ("cut_lists", "raise max_new_tokens"),
-                        ("hedged", "hedge")):
+                        ("hedged", "hedge"), ("without_claims", "no claim at all")):
         assert [words in s for s in c.division_warnings(rows, [], counts | {name: 30}, "rule", 512)] == [True]
     assert c.division_warnings(rows, [], counts | {"by_statement": 100}, "statement", 512) == [], "this was asked for"
