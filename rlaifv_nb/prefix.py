@@ -6,8 +6,8 @@
 __all__ = ['LOOK', 'ROWS', 'Prefix', 'on_device', 'stack_inputs', 'read', 'read_prompts', 'read_row', 'SharedRows', 'PlainRows',
            'grow', 'score_shared', 'score_plain', 'score_branches', 'branch_logps', 'next_token_sums', 'pick_tokens',
            'sample_tokens', 'uniform_numbers', 'whole_rows', 'Answer', 'RowUse', 'Sampler', 'sample_rows',
-           'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'SampleQueue', 'common_prefix_length',
-           'grow_texts', 'TextQueue', 'generate_texts', 'yes_no_asker']
+           'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'rows_for', 'SampleQueue',
+           'common_prefix_length', 'grow_texts', 'TextQueue', 'generate_texts', 'yes_no_asker']
 
 # %% ../nbs/00_prefix.ipynb #5964c238
 from collections import deque
@@ -519,6 +519,11 @@ def keep_trying(run, smaller):
 ROWS = 2 / 3  # of the answers to `batch_size` prompts, so many have rows at the same time while more prompts follow
 
 
+def rows_for(n_answers: int, share: float) -> int:
+    "Rows for a share of the answers, in fours."
+    return min(n_answers, len(whole_rows([0] * max(1, round(n_answers * share)))))
+
+
 class SampleQueue:
     """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each prompt when it is done, in no fixed order.
 
@@ -581,11 +586,17 @@ class SampleQueue:
         self.again = self.alive + self.again
         self.alive = []
         while prompts := self.take(self.batch_size):
-            if self.refill and len(prompts) > 1 and self.has_more():  # as many as have rows; the others' turn comes when rows are free
-                n_begin = max(1, round(len(prompts) * self.rows))
+            n_answers = sum(not a.reason for p in prompts for a in p.answers)
+            n_rows = n_answers
+            if self.refill and self.has_more():
+                n_rows = rows_for(n_answers, self.rows)
+            if self.answers_at_once:
+                n_rows = min(n_rows, self.answers_at_once)
+            if self.refill:  # as many prompts as there are rows for; the others' turn comes when rows are free
+                n_begin = next(k for k in range(1, len(prompts) + 1) if sum(not a.reason for p in prompts[:k] for a in p.answers) >= n_rows)
                 self.again = prompts[n_begin:] + self.again
                 self.alive = prompts = prompts[:n_begin]
-            yield from self.sample(prompts)
+            yield from self.sample(prompts, n_rows)
 
     def smaller(self, error):
         "Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it when one answer is too much."
@@ -604,19 +615,18 @@ class SampleQueue:
         self.answers_at_once = at_once // 2
         print(f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a time")
 
-    def sample(self, prompts):
-        "Samples the answers to these prompts and, with `refill`, to all that follow."
+    def sample(self, prompts, n_rows):
+        "Samples the answers to these prompts in so many rows and, with `refill`, to all that follow."
         slots = list(prompts)
         waiting = deque(self.begin(slots, range(len(slots))))
         prefix = read_prompts(self.vlm, [p.inputs for p in slots])
         while waiting:
-            n_rows = min(len(waiting), self.answers_at_once or len(waiting))
-            first = [waiting.popleft() for _ in range(n_rows)]
+            first = [waiting.popleft() for _ in range(min(len(waiting), n_rows))]
             index = [a.prompt for a in first]
             index = index if self.answers_at_once else whole_rows(index)
             branches = grow(self.vlm, prefix, index, self.max_new_tokens)
             sampler = Sampler(self.vlm, len(index), self.max_new_tokens, **self.sampling)
-            sampler.seat(range(n_rows), first)
+            sampler.seat(range(len(first)), first)
             if not self.vlm.sharing:
                 prefix = None  # its tensors are the branches' now
 

@@ -238,3 +238,73 @@ def test_each_row_may_have_a_temperature_of_its_own():
     temperatures = [0.0, 0.7, 1.4]
     together = pick_tokens(logits, uniform, torch.tensor(temperatures, dtype=torch.float64), 0.9, 20)
     assert together.tolist() == [pick_tokens(logits[[k]], uniform[[k]], t, 0.9, 20).item() for k, t in enumerate(temperatures)]
+
+
+def test_nothing_waits_for_the_device_between_two_looks():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        "Operations that read from the device, choose a size by what is there, or send a number to it."
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "_unique2") or "bool" in str([a.dtype for a in args if name == "index" and hasattr(a, "dtype")]):
+                found.append(name)
+            return func(*args, **(kwargs or {}))
+
+    vlm, found, looks = tiny("llava"), [], []
+    queue = SampleQueue(vlm, prompts_of("llava", 5, 4), batch_size=2, max_new_tokens=40, never=unsampled_ids(vlm), look=10, rows=0.7)
+    step = prefixes.SharedRows.step
+
+    def watched(self, tokens):
+        with Waits():
+            step(self, tokens)
+
+    draw = prefixes.Sampler.draw
+
+    def watched_draw(self, hidden, rows=None):
+        if rows is not None:
+            return draw(self, hidden, rows)
+        looks.append(self.steps >= self.next_look)
+        with Waits():
+            return draw(self, hidden)
+
+    with pytest.MonkeyPatch.context() as patch, many_ends(vlm):
+        patch.setattr(prefixes.SharedRows, "step", watched)
+        patch.setattr(prefixes.Sampler, "draw", watched_draw)
+        assert len(list(queue)) == 5
+    assert found == [] and len(looks) > 20 and sum(looks) < len(looks) / 3
+
+
+HALF = pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantisation": "nf4"}, {"dtype": "bfloat16", "quantisation": "nf4"}], ids=["bf16", "nf4", "bf16 nf4"])
+
+
+@HALF
+def test_refilled_rows_in_16_and_4_bits(options):
+    vlm, plain = open_vlm("packaged:iconworld-vlm", **options), open_vlm("packaged:iconworld-vlm", share_prefix=False, **options)
+    inputs = [prompt_inputs(vlm, draw_picture(make_scene("dev", k)), DESCRIBE[k % len(DESCRIBE)]) for k in range(10)]
+    prompts = [QueuedPrompt(str(k), i, [0], [0]) for k, i in enumerate(inputs)]
+    done = list(SampleQueue(vlm, prompts, batch_size=4, max_new_tokens=80, never=unsampled_ids(vlm), rows=0.5, look=3))
+    assert len(done) == 10 and all(a.reason == "stop" for p in done for a in p.answers)
+    index, branches = range(10), [p.answers[0].tokens + [vlm.end_id] for p in prompts]
+    # greedy: each token is the best one to the plain path, too, but for ties that rounding breaks
+    states = prefixes.score_branches(plain, read_prompts(plain, inputs), list(index), branches)
+    with torch.no_grad():
+        regrets = torch.cat([logps.max(-1).values - logps[range(len(b)), b] for b, logps in
+                             zip(branches, (vlm.core.lm_head(h[:-1]).float().log_softmax(-1) for h in states))])
+    assert len(regrets) > 300 and 0 <= regrets.mean() < (1e-4 if "dtype" not in options else 5e-3), regrets.mean()
+
+
+@HALF
+def test_texts_in_16_and_4_bits(options):
+    shared, plain = open_llm("packaged:iconworld-splitter", **options), open_llm("packaged:iconworld-splitter", share_prefix=False, **options)
+    facts = [f"There {verb} {n} {colour} {noun}." for verb, n, noun in (("is", "a", "cat"), ("are", "two", "dogs"), ("are", "three", "cups")) for colour in ("red", "blue", "green")]
+    prompts = [f"Turn the fact about an image into a question.\nFact: {fact}\nQuestion:" for fact in facts]
+    on, off = generate_texts(shared, prompts, 24, 200), generate_texts(plain, prompts, 24)
+    assert sum(a == b for a, b in zip(on, off)) >= (len(facts) if "dtype" not in options else len(facts) - 1)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_a_prompts_tensors_go_where_the_model_is(where):
+    moved = on_device({"input_ids": torch.ones(1, 3), "pixel_values": torch.ones(2)}, where)
+    assert {k: (tuple(v.shape), v.device.type) for k, v in moved.items()} == {"input_ids": ((1, 3), where), "pixel_values": ((2,), where)}
