@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from rlaifv_nb import prefix as prefixes
 from rlaifv_nb.attention import BLOCK
+from rlaifv_nb.claims import fill, read_templates
 from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.models import open_llm, open_vlm, prompt_inputs, unsampled_ids
 from rlaifv_nb.prefix import QueuedPrompt, SampleQueue, generate_texts, grow_texts, on_device, pick_tokens, read_prompts, sample_branches
@@ -298,10 +299,12 @@ def test_refilled_rows_in_16_and_4_bits(options):
 @HALF
 def test_texts_in_16_and_4_bits(options):
     shared, plain = open_llm("packaged:iconworld-splitter", **options), open_llm("packaged:iconworld-splitter", share_prefix=False, **options)
-    facts = [f"There {verb} {n} {colour} {noun}." for verb, n, noun in (("is", "a", "cat"), ("are", "two", "dogs"), ("are", "three", "cups")) for colour in ("red", "blue", "green")]
-    prompts = [f"Turn the fact about an image into a question.\nFact: {fact}\nQuestion:" for fact in facts]
+    facts = ["There is a cat.", "The cat is red.", "There are two dogs.", "The dogs are in the top left.", "There are three cups.", "The cups are blue.",
+             "The cat is in the bottom right.", "There is a clock.", "The clock is green."]
+    template = read_templates().question
+    prompts = [fill(template, fact=fact) for fact in facts]
     on, off = generate_texts(shared, prompts, 24, 200), generate_texts(plain, prompts, 24)
-    assert sum(a == b for a, b in zip(on, off)) >= (len(facts) if "dtype" not in options else len(facts) - 1)
+    assert on == off and all(text.endswith("?") and reason == "stop" for text, reason in on)
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])
