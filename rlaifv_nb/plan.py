@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'PROCESSOR_FILES', 'QWEN_PIXELS', 'TILE_TEXT',
            'DESCRIBE', 'PREPARING', 'UNKNOWN_PREPARING', 'DECODING', 'WITH_ADAPTER', 'LAYER_SECONDS', 'LAUNCH_SECONDS',
-           'FUSED_ROWS', 'PACKED_BYTES', 'UNPACKING_BYTES', 'LIKELY', 'SLOW', 'FAST', 'SHARD_PROMPTS', 'DEV_SHARE',
-           'STAGES', 'PICTURE_BYTES', 'ROW_BYTES', 'LOWERED', 'LEAST', 'Card', 'chip_of', 'nearest_card',
-           'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen', 'upright_size',
-           'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of', 'within',
-           'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens', 'flops_of',
+           'FUSED_ROWS', 'PACKED_BYTES', 'UNPACKING_BYTES', 'LIKELY', 'SLOW', 'FAST', 'ROW_USE', 'DEV_SHARE', 'STAGES',
+           'PICTURE_BYTES', 'ROW_BYTES', 'LOWERED', 'LEAST', 'Card', 'chip_of', 'nearest_card', 'detected_card',
+           'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen', 'upright_size', 'rows_of',
+           'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of', 'within', 'qwen_shapes',
+           'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens', 'flops_of',
            'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches', 'step_launches',
            'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'steps_of',
-           'mean_answer', 'sampling_memory', 'batch_words', 'sampling_load', 'instruction_tokens', 'claims_memory',
-           'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes',
-           'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
-           'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
-           'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
+           'mean_answer', 'sampling_memory', 'refills', 'batch_words', 'sampling_load', 'instruction_tokens',
+           'claims_memory', 'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory',
+           'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates',
+           'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes',
+           'disk_problem', 'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
            'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines',
            'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
@@ -40,7 +40,7 @@ from .caches import picture_features
 from .inputs import HUB, input_kind, read_input
 from .machine import SMALL_FILES
 from .models import ask_with, pinned, prompt_inputs
-from .prefix import grow, read, read_prompts
+from .prefix import ROWS, grow, read, read_prompts, rows_for
 from .recipes import INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run, prompts_per_round
 from .records import Prompt, read_table, resolve_path
 
@@ -635,13 +635,13 @@ def seconds_of(load: Load, decoder: Decoder, floor: float, preparing: float, car
 
 # %% ../nbs/09_plan.ipynb #6da0c2ac
 def steps_of(answers: float, rows: int, lengths: Lengths, shard: float) -> float:
-    "Steps in which `rows` rows write `answers` answers, refilled within shards of so many answers."
+    "Steps in which `rows` rows that are always busy write `answers` answers, in streams of `shard` answers that each end with their longest."
     rows = min(rows, shard)
     tail = lengths.longest_answer - lengths.answer
     return answers * lengths.answer / rows + answers / shard * tail
 
 
-SHARD_PROMPTS = 64  # prompts of a shard of 01_sampling
+ROW_USE = 0.8  # of the rows' steps that give a token, with a queue of prompts that is refilled (simulated in 00_prefix: 0.81 to 0.83)
 
 
 def mean_answer(s: Planned) -> float:
@@ -656,9 +656,14 @@ def sampling_memory(s: Planned) -> tuple[int, str]:
 
     def sample():
         prefix = read_prompts(s.vlm, prompts)
-        dry.sampling_work(s.vlm, prefix, p["n_samples"], p["max_new_tokens"], *options)
+        dry.sampling_work(s.vlm, prefix, p["n_samples"], p["max_new_tokens"], *options, refill=refills(s))
 
     return s.peak(sample), batch_words(s, p["n_samples"])
+
+
+def refills(s: Planned) -> bool:
+    "Whether there are rows for a part of the answers only, which are refilled."
+    return s.shares and s.device == "cuda" and s.p["refill"]
 
 
 def batch_words(s: Planned, each: int) -> str:
@@ -673,8 +678,13 @@ def sampling_load(s: Planned) -> Load:
     each, answer = p["n_samples"], mean_answer(s)
     readings = 1 if s.shares else each
     rows = p["batch_size"] * each
-    steps = steps_of(n * each, rows, s.lengths, SHARD_PROMPTS * each)
-    held = rows * answer + rows / (each if s.shares else 1) * prompts.tokens
+    if refills(s):
+        rows = rows_for(rows, ROWS)
+        steps = steps_of(n * each, rows * ROW_USE, s.lengths, n * each)
+    else:
+        steps = steps_of(n * each, rows, s.lengths, rows)
+    alive = p["batch_size"] if s.shares else rows
+    held = rows * s.lengths.longest_answer + alive * prompts.tokens
     return Load(read=prompts.tokens * n * readings, sampled=n * each * answer,
                 flops=prompts.flops * n * readings, passes=n / p["batch_size"], steps=steps, rows=rows,
                 held=held, pictures=n)
@@ -688,9 +698,9 @@ def instruction_tokens(prompt_file: str, lengths: Lengths) -> int:
 def claims_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
     p, n, lengths = s.p, s.p["batch_size"], s.lengths
-    rows = [(n, instruction_tokens(p["facts_prompt"], lengths) + p["answer"]),
-            (n * lengths.claims, instruction_tokens(p["question_prompt"], lengths) + lengths.claim)]
-    work = max(s.peak(lambda row=row: dry.claims_work(s.vlm, *row, p["max_new_tokens"])) for row in rows)
+    rows = [(n, p["answer"], p["max_new_tokens"], instruction_tokens(p["facts_prompt"], lengths)),
+            (n * lengths.claims, lengths.claim, p["max_new_tokens"], instruction_tokens(p["question_prompt"], lengths))]
+    work = max(s.peak(lambda row=row: dry.claims_work(s.vlm, *row)) for row in rows)
     return work, f"{n} answers of {p['answer']} tokens, then {n * lengths.claims} facts"
 
 
