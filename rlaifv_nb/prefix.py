@@ -712,10 +712,12 @@ class TextQueue:
             yield from sample_rows(branches, sampler, waiting if self.instruction else deque(), at_least=1 + len(rests) // 8)
 
 
-def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536):
+def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
     """Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in the order of the prompts.
 
-    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that all begin with does not count."""
+    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that all begin with does not count.
+    `limits` may say `{"rows": n}`, no more than n at a time; where memory runs out, it then says how many fitted."""
+    limits = {} if limits is None else limits
     rows = [llm.tokenizer(prompt_text(llm, p, image=None), add_special_tokens=False).input_ids for p in prompts]
     shared = 0 if llm.sharing or len(rows) < 2 else common_prefix_length(rows)
     answers = [Answer(rest=row[shared:]) for row in rows]
@@ -727,8 +729,12 @@ def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536):
     for _, group in groupby(longest_first, key=lambda answer: size(answer).bit_length()):  # within a factor of two
         similar = list(group)
         n_rows = max_tokens // size(similar[0])
-        for _ in TextQueue(llm, rows[0][:shared], similar, max(1, n_rows - n_rows % 4), max_new_tokens):
+        n_rows = max(1, min(n_rows - n_rows % 4, limits.get("rows", n_rows)))
+        queue = TextQueue(llm, rows[0][:shared], similar, n_rows, max_new_tokens)
+        for _ in queue:
             pass
+        if queue.n_rows < n_rows:
+            limits["rows"] = queue.n_rows
     return [(llm.tokenizer.decode(a.tokens, skip_special_tokens=True).strip(), a.reason) for a in answers]
 
 # %% ../nbs/00_prefix.ipynb #b548dab8

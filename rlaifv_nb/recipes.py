@@ -85,7 +85,7 @@ WORKING_PARAMETERS = {
     "01_sampling": ("batch_size", "refill"),
     "02_claims": ("batch_size",),
     "03_feedback": ("batch_size", "max_tokens"),
-    "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers"),
+    "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers", "min_steps"),
     "06_evaluation": ("batch_size",),
     "07_guided_decoding": ("batch_size",),
 }

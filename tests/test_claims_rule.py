@@ -118,7 +118,7 @@ ANSWER = 'How many dogs?\nTwo brown dogs were running past a shop with the sign 
 @pytest.mark.parametrize("fact, leaked", [
     ('The sign reads "NO PARKING 8-10 AM".', True), ("The umbrella is open.", True), ("The woman was holding an umbrella.", True),
     ("The dogs are on a beach.", True), ("The dogs are running on a track.", False), ('The sign reads "JOE\'S BAKERY."', False),
-    ("There are 2 dogs.", False), ("There is a boy.", False), ("The boy's trousers are blue.", False), ("They are running.", False), ("It is there.", False),
+    ("There are 2 dogs.", False), ("There is a boy.", False), ("The boy's trousers are blue.", False), ("They are running.", False), ("They run.", False), ("They are watched.", False), ("It is there.", False),
 ])
 def test_leaks_of_the_examples_are_seen(fact, leaked):
     assert is_leaked(fact, ANSWER, {"the dogs are on a beach."}) == leaked
@@ -157,10 +157,10 @@ def test_fragments_and_leaks_are_noted_and_cost_nothing_else():
 
 
 def test_an_answer_of_words_alone_is_judged_as_an_answer():
-    claims, set_aside, remarks = divided(["Red and blue, 3 times."], "Which colours?", replies={"Red and": "- Red\n- Blue\n- 3\n- Purple"})
+    claims, set_aside, remarks = divided(["Red and blue, 3 times."], "Which colours?", replies={"Red and": "- Red\n- Blue\n- 3"})
     assert not set_aside and [x.text for x in claims] == ["Red", "Blue", "3"]
     assert claims[0].question == 'The question about the image was: Which colours? Is "Red" a correct answer, or a part of one?'
-    assert {(r.fact, r.remark) for r in remarks} == {("Purple", c.LEAKED)} | {(x.text, c.BY_STATEMENT) for x in claims}
+    assert {(r.fact, r.remark) for r in remarks} == {(x.text, c.BY_STATEMENT) for x in claims}
 
 
 def test_an_answer_that_keeps_no_fact_is_set_aside_and_not_taken_for_one_without_a_fault():

@@ -7,6 +7,7 @@ counts how many models are open at once that are not packaged: never two.
 """
 
 import ast
+import builtins
 import json
 import re
 import shutil
@@ -285,6 +286,34 @@ def test_examples_change_nothing_that_the_program_reads_later(notebook):
         assert not clash, f"{stage}: cell {cell.id} reads what an example has rebound: {clash}"
         program |= dict.fromkeys(bound)
         examples = {name: by for name, by in examples.items() if name not in bound}
+
+
+def first_reads(cell):
+    "The global names that a cell binds (imports, too), and those that it reads while it runs, not in functions."
+    bound, read, tables = set(), set(), [symtable.symtable(cell.source, cell.id, "exec")]
+    while tables:
+        table = tables.pop()
+        at_top = table.get_type() == "module"
+        tables += [t for t in table.get_children() if t.get_name() in ("listcomp", "setcomp", "dictcomp", "genexpr")]
+        for symbol in table.get_symbols():
+            if at_top and (symbol.is_assigned() or symbol.is_imported()):
+                bound.add(symbol.get_name())
+            elif symbol.is_referenced() and (at_top or symbol.is_global()):
+                read.add(symbol.get_name())
+    return bound, read
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_cell_reads_a_name_before_another_has_bound_it(notebook, whole):
+    stage, nb = notebook
+    cells = nb.cells if whole else program_of(nb, stage).cells
+    known = set(dir(builtins))
+    for cell in cells:
+        if cell.cell_type == "markdown" or cell.source.startswith("#| default_exp"):
+            continue
+        bound, read = first_reads(cell)
+        assert not read - known - bound, (stage, cell.id, read - known - bound)
+        known |= bound
 
 
 def test_what_is_exported_or_a_parameter_is_never_an_example(notebook):
