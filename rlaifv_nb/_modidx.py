@@ -1015,6 +1015,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rlaifv_nb.prefix.Sampler': ('prefix.html#sampler', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.Sampler.__init__': ('prefix.html#sampler.__init__', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.Sampler.draw': ('prefix.html#sampler.draw', 'rlaifv_nb/prefix.py'),
+                                  'rlaifv_nb.prefix.Sampler.finish': ('prefix.html#sampler.finish', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.Sampler.free': ('prefix.html#sampler.free', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.Sampler.keep': ('prefix.html#sampler.keep', 'rlaifv_nb/prefix.py'),
                                   'rlaifv_nb.prefix.Sampler.longest': ('prefix.html#sampler.longest', 'rlaifv_nb/prefix.py'),

@@ -340,9 +340,9 @@ class RowUse:
     rows: int = 0
     useful: int = 0
 
-    def share(self) -> float:
-        "The useful part, to three digits; nan before the first step."
-        return round(self.useful / self.rows, 3) if self.rows else float("nan")
+    def share(self) -> float | None:
+        "The useful part, to three digits; None before the first step."
+        return round(self.useful / self.rows, 3) if self.rows else None
 
 
 class Sampler:
@@ -360,6 +360,8 @@ class Sampler:
         self.look_every = look or (1 if vlm.device.type == "cpu" else LOOK)
         self.never = torch.tensor(list(never), dtype=torch.long, device=vlm.device)
         self.answers = [None] * n_rows  # whose row it is; None: nobody's
+        self.said = np.zeros((n_rows, max_new_tokens), dtype=np.int64)  # tokens of each row's answer, as far as they were looked at
+        self.counts = np.zeros(n_rows, dtype=np.int64)  # and how many
         self.uniform = torch.zeros(n_rows, max_new_tokens, dtype=torch.float64, device=vlm.device)
         self.temperature = 0.0
         self.drawn = []  # since the last look: (rows, tokens)
@@ -370,6 +372,7 @@ class Sampler:
         "Gives rows to answers. Number j of an answer that begins at step s is in column s + j, modulo the width, so that each step reads one column."
         for row, answer in zip(rows, answers):
             self.answers[row] = answer
+            self.counts[row] = 0
         temperatures = {a.temperature for a in self.answers if a is not None}
         self.temperature = temperatures.pop() if len(temperatures) == 1 else torch.tensor(
             [0.0 if a is None else a.temperature for a in self.answers], dtype=torch.float64, device=self.vlm.device)
@@ -386,34 +389,36 @@ class Sampler:
         temperature = self.temperature[chosen] if isinstance(self.temperature, torch.Tensor) else self.temperature
         uniform = self.uniform[chosen, self.steps % self.max_new_tokens]
         tokens = pick_tokens(logits, uniform, temperature, self.top_p, self.top_k)
-        self.drawn.append((range(len(self.answers)) if rows is None else rows, tokens))
+        self.drawn.append((np.arange(len(self.answers)) if rows is None else np.array(rows), tokens))
         self.use.rows += self.n_rows if rows is None else 0
         return tokens
 
     def look(self):
         "Reads what was drawn since the last look, in one copy; returns the answers that have ended and frees their rows."
-        tokens = iter(torch.cat([t for _, t in self.drawn]).tolist())
+        tokens = torch.cat([t for _, t in self.drawn]).cpu().numpy()
         ended = []
-        for rows, _ in self.drawn:
-            for row in rows:
-                token = next(tokens)
-                answer = self.answers[row]
-                if answer is None:
-                    continue
-                if token != self.vlm.end_id:
-                    answer.tokens.append(token)
-                    if len(answer.tokens) < self.max_new_tokens:
-                        continue
-                answer.reason = "stop" if token == self.vlm.end_id else "length"
-                self.use.useful += len(answer.tokens) + (answer.reason == "stop")
-                ended.append(answer)
-                self.answers[row] = None
+        for rows, some in zip([rows for rows, _ in self.drawn], np.split(tokens, np.cumsum([len(rows) for rows, _ in self.drawn])[:-1])):
+            going = self.counts[rows] < self.max_new_tokens
+            self.said[rows[going], self.counts[rows[going]]] = some[going]
+            self.counts[rows] += some != self.vlm.end_id
+            for row in rows[(some == self.vlm.end_id) | (self.counts[rows] >= self.max_new_tokens)].tolist():
+                if self.answers[row] is not None:
+                    ended.append(self.finish(row))
         self.drawn = []
         return ended
 
+    def finish(self, row):
+        "The answer of a row, which is free then."
+        answer = self.answers[row]
+        answer.tokens = self.said[row, : self.counts[row]].tolist()
+        answer.reason = "length" if len(answer.tokens) == self.max_new_tokens else "stop"
+        self.use.useful += len(answer.tokens) + (answer.reason == "stop")
+        self.answers[row] = None
+        return answer
+
     def plan_look(self):
         "When to look again: after `look_every` steps, or when the first answer will be at its limit."
-        left = min((self.max_new_tokens - len(a.tokens) for a in self.answers if a is not None), default=1)
+        left = min((self.max_new_tokens - n for n, a in zip(self.counts.tolist(), self.answers) if a is not None), default=1)
         self.next_look = self.steps + min(self.look_every, left)
 
     def free(self):
@@ -422,11 +427,13 @@ class Sampler:
 
     def longest(self):
         "Tokens behind the prompt, all but the one drawn last, of the longest unfinished answer that was looked at."
-        return max((len(a.rest) + max(0, len(a.tokens) - 1) for a in self.answers if a is not None), default=0)
+        return max((len(a.rest) + max(0, n - 1) for n, a in zip(self.counts.tolist(), self.answers) if a is not None), default=0)
 
     def keep(self, rows):
         "Goes on with these rows only."
         self.answers = [self.answers[row] for row in rows]
+        self.said = self.said[rows]
+        self.counts = self.counts[rows]
         at = torch.tensor(rows, device=self.vlm.device)
         self.uniform = self.uniform[at]
         if isinstance(self.temperature, torch.Tensor):
@@ -527,13 +534,13 @@ def rows_for(n_answers: int, share: float) -> int:
 class SampleQueue:
     """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each prompt when it is done, in no fixed order.
 
-    With `refill`, rows and slots that become free are given to what waits; else, and where the model cannot share prompts, prompts are sampled in
-    batches. `rows`: see `ROWS`, which is what 0 means on a GPU; on a CPU, where a step takes as long as it has rows, it means 1.
+    With `refill`, rows and slots that become free are given to what waits. Else, and where the model cannot share prompts, prompts are sampled in
+    batches, and rows that become free are dropped; so they are on a CPU, unless `row_share` says for which share of the answers there shall be rows.
 
     `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt that does not fit alone."""
 
     def __init__(self, vlm, prompts: Iterable[QueuedPrompt], batch_size: int = 16, top_p: float = 1.0, top_k: int = 0, max_new_tokens: int = 512,
-                 never: Iterable[int] = (), refill: bool = True, look: int = 0, rows: float = 0.0):
+                 never: Iterable[int] = (), refill: bool = True, look: int = 0, row_share: float = 0.0):
         self.vlm = vlm
         self.source = iter(prompts)
         self.again = []  # read from the source, but not begun or not finished
@@ -541,8 +548,8 @@ class SampleQueue:
         self.exhausted = False
         self.batch_size = batch_size
         self.answers_at_once = 0  # of a prompt that is alone; 0: all
-        self.refill = refill and not vlm.sharing
-        self.rows = rows or (1.0 if vlm.device.type == "cpu" else ROWS)
+        self.row_share = row_share or ROWS
+        self.refill = refill and not vlm.sharing and (row_share > 0 or vlm.device.type != "cpu")
         self.max_new_tokens = max_new_tokens
         self.use = RowUse()
         self.sampling = {"never": tuple(never), "top_p": top_p, "top_k": top_k, "look": look, "use": self.use}
@@ -589,7 +596,7 @@ class SampleQueue:
             n_answers = sum(not a.reason for p in prompts for a in p.answers)
             n_rows = n_answers
             if self.refill and self.has_more():
-                n_rows = rows_for(n_answers, self.rows)
+                n_rows = rows_for(n_answers, self.row_share)
             if self.answers_at_once:
                 n_rows = min(n_rows, self.answers_at_once)
             if self.refill:  # as many prompts as there are rows for; the others' turn comes when rows are free
@@ -601,8 +608,6 @@ class SampleQueue:
     def smaller(self, error):
         "Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it when one answer is too much."
         unfinished = [a for p in self.alive for a in p.answers if not a.reason]
-        for answer in unfinished:
-            answer.tokens = []
         n = self.batch_size if self.has_more() else min(self.batch_size, len(self.alive))
         if n > 1:
             self.batch_size = n // 2
@@ -694,8 +699,6 @@ class TextQueue:
         n = min(self.n_rows, sum(not a.reason for a in self.answers))
         if n < 2:
             raise MemoryError(f"not enough memory for a single item: a text of {max(len(a.rest) for a in self.answers)} tokens ({error})") from error
-        for answer in self.answers:
-            answer.tokens = answer.tokens if answer.reason else []
         self.n_rows = n // 2
         print(f"out of memory with {n} texts at a time: going on with {self.n_rows}")
 

@@ -64,10 +64,10 @@ def sample_responses(prompts: list[Prompt], folder, generate: Callable, n_sample
 
 # %% ../nbs/01_sampling.ipynb #25f49554
 def vlm_generator(vlm, top_p: float = 1.0, max_new_tokens: int = 512, batch_size: int = 16, top_k: int = 0, refill: bool = True,
-                  report: dict | None = None) -> Callable:
-    """A `generate` function for `sample_responses` that samples from a vision-language model, at most `batch_size` prompts at a time.
+                  row_share: float = 0.0, report: dict | None = None) -> Callable:
+    """A `generate` function for `sample_responses` that samples from a vision-language model, at most `batch_size` prompts at a time (`SampleQueue`).
 
-    At its end, `report` gets `batch_size` (what fitted into memory) and `row_use` (see `RowUse`)."""
+    At its end, `report` gets `batch_size` (what fitted into memory), `refill` (whether rows were refilled) and `row_use` (see `RowUse`)."""
     from rlaifv_nb.models import prompt_inputs, unsampled_ids
     from rlaifv_nb.prefix import QueuedPrompt, SampleQueue
 
@@ -76,11 +76,11 @@ def vlm_generator(vlm, top_p: float = 1.0, max_new_tokens: int = 512, batch_size
 
     def generate(questions: Iterable[Question]):
         prompts = (QueuedPrompt(q.prompt.prompt_id, prompt_inputs(vlm, q.picture, q.prompt.question), q.seeds, q.temperatures, q) for q in questions)
-        queue = SampleQueue(vlm, prompts, batch_size, top_p, top_k, max_new_tokens, unsampled_ids(vlm), refill)
+        queue = SampleQueue(vlm, prompts, batch_size, top_p, top_k, max_new_tokens, unsampled_ids(vlm), refill, row_share=row_share)
         for queued in queue:
             yield queued.source, texts_of(queued)
         if report is not None:
-            report.update(batch_size=queue.batch_size, row_use=queue.use.share())
+            report.update(batch_size=queue.batch_size, refill=queue.refill, row_use=queue.use.share())
 
     return generate
 
@@ -131,10 +131,11 @@ def write_shards(stage: StageFolder, table: str, items: list, work: Callable, sh
 
 # %% ../nbs/01_sampling.ipynb #e8d5b092
 def run_sampling(prompts, out, vlm, first_prompt=0, n_prompts=0, n_samples=10, temperature=0.7, top_p=1.0, second_temperature=0.0,
-                 max_new_tokens=512, batch_size=16, seed=0, round=1, adapter_sha="", *, top_k=0, refill=True, merge_adapter=True, shard_size=64):
+                 max_new_tokens=512, batch_size=16, seed=0, round=1, adapter_sha="", *, top_k=0, refill=True, row_share=0.0, merge_adapter=True, shard_size=64):
     """The stage: samples N responses to each prompt of a table, in shards of `shard_size` prompts, and writes the manifest.
 
-    `batch_size` (prompts at a time) and `refill` decide how fast it is and nothing else, so the manifest notes them beside the parameters."""
+    `batch_size` (prompts at a time), `refill` and `row_share` (see `SampleQueue`) decide how fast it is and nothing else, so they are not among the
+    parameters; the manifest notes what was asked for and what was done."""
     if temperature < 0 or second_temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or n_samples < 1 or max_new_tokens < 1 or batch_size < 1:
         raise ValueError("need temperatures and top_k of at least 0, 0 < top_p <= 1, and n_samples, max_new_tokens and batch_size of at least 1")
     merge_adapter = merge_adapter and can_merge(vlm)
@@ -144,13 +145,13 @@ def run_sampling(prompts, out, vlm, first_prompt=0, n_prompts=0, n_samples=10, t
     rows = read_table(prompts, "prompts", Prompt)[first_prompt:]
     rows = rows[:n_prompts] if n_prompts else rows
     if not stage.is_done:
-        report = {"batch_size": batch_size, "row_use": None}
-        generate = vlm_generator(vlm, top_p, max_new_tokens, batch_size, top_k, refill, report)
+        report = {}
+        generate = vlm_generator(vlm, top_p, max_new_tokens, batch_size, top_k, refill, row_share, report)
         with merged_adapter(vlm) if merge_adapter else nullcontext():
             write_shards(stage, "responses", rows, lambda some: sample_responses(
                 some, prompts, generate, n_samples, temperature, second_temperature, seed, round), shard_size)
         set_aside, responses = stage.set_aside("responses"), read_table(out, "responses", Response)
         stage.finish(len(rows) * n_samples, len(responses), ["responses"], [s for s in set_aside for _ in range(n_samples)],
                      truncated=sum(r.finish_reason == "length" for r in responses), batch_size={"asked": batch_size, "used": report["batch_size"]},
-                     refill=refill, row_use=report["row_use"], **vlm.notes)
+                     refill=report["refill"], row_use=report["row_use"], **vlm.notes)
     return read_table(out, "responses", Response)

@@ -23,7 +23,7 @@ def run_stage(stage, inputs, out):
         from rlaifv_nb.models import open_vlm
         from rlaifv_nb.sampling import run_sampling
 
-        run_sampling(at["prompts"], out, open_vlm(POLICY), n_samples=6, max_new_tokens=100, batch_size=3)
+        run_sampling(at["prompts"], out, open_vlm(POLICY), n_samples=6, max_new_tokens=100, batch_size=3, shard_size=3)
     elif stage == "02_claims":
         from rlaifv_nb.claims import run_claims
         from rlaifv_nb.models import open_llm

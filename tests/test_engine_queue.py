@@ -72,7 +72,7 @@ def test_refilled_rows_give_the_same_answers(name, look, rows):
     alone = one_by_one(vlm, prompts_of(name, 7, 3), max_new_tokens=18)
     assert len({len(ids) for answers in alone.values() for ids, _ in answers}) > 3, "answers of many lengths"
     for batch_size in (1, 3):
-        on, queue = sampled(vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, rows=rows)
+        on, queue = sampled(vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, row_share=rows)
         assert on == alone and queue.batch_size == batch_size and 0 < queue.use.share() <= 1
         if not vlm.sharing and look == 1 and batch_size == 3:
             off, waits = sampled(vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, refill=False)
@@ -84,7 +84,7 @@ def test_refilled_rows_give_the_same_answers(name, look, rows):
 def test_any_shape_of_a_queue(n, n_answers, batch_size, look, rows, temperatures):
     vlm = tiny("qwen25_vl")  # positions in three dimensions
     prompts = prompts_of("qwen25_vl", n, n_answers, temperatures)
-    found, _ = sampled(vlm, prompts, batch_size=batch_size, max_new_tokens=12, look=look, rows=rows)
+    found, _ = sampled(vlm, prompts, batch_size=batch_size, max_new_tokens=12, look=look, row_share=rows)
     assert found == one_by_one(vlm, prompts_of("qwen25_vl", n, n_answers, temperatures), max_new_tokens=12)
 
 
@@ -97,7 +97,7 @@ def test_never_more_prompts_alive_than_asked_and_read_when_their_turn_comes():
             asked.append(p)
             yield p
 
-    found, _ = sampled(vlm, source(), batch_size=2, max_new_tokens=10)
+    found, _ = sampled(vlm, source(), batch_size=2, max_new_tokens=10, row_share=1.0)
     assert {p.name for p in asked} == set(found) and len(asked) == 9
 
 
@@ -127,7 +127,7 @@ def test_out_of_memory_keeps_what_is_finished(name, refill, capsys):
     size = max(inputs_of(name, k)["input_ids"].shape[1] for k in range(6))
     each = size if not vlm.sharing else 4 * size  # a model that does not share reads a prompt for each of its answers
     with memory_for(vlm, 2 * each + 1) as often:
-        found, queue = sampled(vlm, prompts_of(name, 6, 3), batch_size=4, max_new_tokens=16, refill=refill)
+        found, queue = sampled(vlm, prompts_of(name, 6, 3), batch_size=4, max_new_tokens=16, refill=refill, row_share=1.0)
     assert found == whole and often and queue.batch_size < 4
     assert "out of memory with 4 prompts at a time: going on with 2" in capsys.readouterr().out
 
@@ -151,10 +151,11 @@ def test_other_errors_and_sources_that_break_are_not_taken_for_memory():
         yield prompts_of("llava", 1, 2)[0]
         raise error
 
-    with pytest.raises(RuntimeError, match="a prompt could not be made ready: 100 GB"):
-        sampled(vlm, source(MemoryError("100 GB")), max_new_tokens=4)
-    with pytest.raises(ZeroDivisionError):
-        sampled(vlm, source(ZeroDivisionError()), max_new_tokens=4)
+    for rows in (0.0, 1.0):
+        with pytest.raises(RuntimeError, match="a prompt could not be made ready: 100 GB"):
+            sampled(vlm, source(MemoryError("100 GB")), max_new_tokens=4, row_share=rows)
+        with pytest.raises(ZeroDivisionError):
+            sampled(vlm, source(ZeroDivisionError()), max_new_tokens=4, row_share=rows)
 
 
 def test_own_tokens_grow_by_blocks():
@@ -254,7 +255,7 @@ def test_nothing_waits_for_the_device_between_two_looks():
             return func(*args, **(kwargs or {}))
 
     vlm, found, looks = tiny("llava"), [], []
-    queue = SampleQueue(vlm, prompts_of("llava", 5, 4), batch_size=2, max_new_tokens=40, never=unsampled_ids(vlm), look=10, rows=0.7)
+    queue = SampleQueue(vlm, prompts_of("llava", 5, 4), batch_size=2, max_new_tokens=40, never=unsampled_ids(vlm), look=10, row_share=0.7)
     step = prefixes.SharedRows.step
 
     def watched(self, tokens):
@@ -285,7 +286,7 @@ def test_refilled_rows_in_16_and_4_bits(options):
     vlm, plain = open_vlm("packaged:iconworld-vlm", **options), open_vlm("packaged:iconworld-vlm", share_prefix=False, **options)
     inputs = [prompt_inputs(vlm, draw_picture(make_scene("dev", k)), DESCRIBE[k % len(DESCRIBE)]) for k in range(10)]
     prompts = [QueuedPrompt(str(k), i, [0], [0]) for k, i in enumerate(inputs)]
-    done = list(SampleQueue(vlm, prompts, batch_size=4, max_new_tokens=80, never=unsampled_ids(vlm), rows=0.5, look=3))
+    done = list(SampleQueue(vlm, prompts, batch_size=4, max_new_tokens=80, never=unsampled_ids(vlm), row_share=0.5, look=3))
     assert len(done) == 10 and all(a.reason == "stop" for p in done for a in p.answers)
     index, branches = range(10), [p.answers[0].tokens + [vlm.end_id] for p in prompts]
     # greedy: each token is the best one to the plain path, too, but for ties that rounding breaks

@@ -27,7 +27,7 @@ def tables(folder):
 
 def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
     vlm = open_vlm(POLICY)
-    run_sampling(prompts, tmp_path / "on", vlm, n_samples=4, max_new_tokens=60, batch_size=4, shard_size=5)
+    run_sampling(prompts, tmp_path / "on", vlm, n_samples=4, max_new_tokens=60, batch_size=4, shard_size=5, row_share=2 / 3)
     run_sampling(prompts, tmp_path / "off", vlm, n_samples=4, max_new_tokens=60, batch_size=7, shard_size=5, refill=False)
     on, off = tables(tmp_path / "on"), tables(tmp_path / "off")
     assert on == off and len(on) == 8, "18 prompts in shards of 5, with what was set aside"
@@ -35,6 +35,8 @@ def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
     assert told["parameters"] == waits["parameters"] and "batch_size" not in told["parameters"]
     assert (told["batch_size"], told["refill"], waits["refill"]) == ({"asked": 4, "used": 4}, True, False)
     assert 0.5 < waits["row_use"] < told["row_use"] <= 1
+    run_sampling(prompts, tmp_path / "cpu", vlm, n_samples=4, max_new_tokens=60, batch_size=4, shard_size=5)
+    assert tables(tmp_path / "cpu") == on and read_manifest(tmp_path / "cpu")["refill"] is False, "a CPU drops rows instead"
 
 
 def test_the_packaged_example_is_what_comes_out(tmp_path):
@@ -45,7 +47,7 @@ def test_the_packaged_example_is_what_comes_out(tmp_path):
 def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_path, monkeypatch):
     import rlaifv_nb.sampling as s
 
-    run_sampling(prompts, tmp_path / "whole", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4)
+    run_sampling(prompts, tmp_path / "whole", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4, row_share=0.7)
     generator = s.vlm_generator
     monkeypatch.setattr(s, "vlm_generator", lambda *args: lambda questions: stopping(generator(*args)(questions), 9))
 
@@ -56,11 +58,11 @@ def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_p
             yield answer
 
     with pytest.raises(KeyboardInterrupt):
-        run_sampling(prompts, tmp_path / "part", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4)
+        run_sampling(prompts, tmp_path / "part", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4, row_share=0.7)
     kept = {p.name: p.stat().st_mtime_ns for p in shard_paths(tmp_path / "part", "responses")}
     assert len(kept) in (1, 2)
     monkeypatch.setattr(s, "vlm_generator", generator)
-    run_sampling(prompts, tmp_path / "part", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4)
+    run_sampling(prompts, tmp_path / "part", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4, row_share=0.7)
     assert tables(tmp_path / "part") == tables(tmp_path / "whole")
     assert all((tmp_path / "part" / name).stat().st_mtime_ns == when for name, when in kept.items())
 
