@@ -12,7 +12,7 @@ from rlaifv_nb.command import main
 from rlaifv_nb.dryrun import open_dry, put_adapter
 from rlaifv_nb.plan import (CARDS, FAST, LIKELY, NAMED_CARDS, SLOW, Card, Decoder, Lengths, Load, Seen, card_of, decoder_of, disk_problem,
                             extremes, lengths_of, missing_bytes, nearest_card, open_stage, picture_shapes, pictures_of, plan_recipe, plan_stage, rows_of,
-                            seconds_of, spread, stage_parameters, step_floor, step_launches, step_seconds, steps_of, upright_size)
+                            seconds_of, spread, stage_parameters, step_floor, step_launches, step_seconds, decoding_steps, upright_size)
 from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 from rlaifv_nb.records import Prompt, package_folder, write_table
 
@@ -87,13 +87,36 @@ def test_a_bad_day_takes_longer_than_a_good_one():
     assert best < likely < worst
 
 
-@pytest.mark.parametrize("answers, rows, shard, steps", [
+@pytest.mark.parametrize("answers, rows, queue, steps", [
     (20, 20, 20, 280),  # one batch waits for its longest answer: 46% of its rows are in use
-    (640, 60, 640, 640 * 130 / 60 + 150),  # refilled: 90%
-    (1280, 60, 640, 2 * (640 * 130 / 60 + 150)),  # two shards end with a tail each
+    (40_000, 50, 40_000, 40_000 * 130 / 45 + 150),  # refilled: 90%
+    (1280, 60, 640, 1280 * 130 / 54 + 2 * 150),  # two queues end with a tail each
     (10, 60, 10, 280)])  # fewer answers than rows
-def test_steps_of_rows_that_are_refilled(answers, rows, shard, steps):
-    assert steps_of(answers, rows, Lengths(), shard) == pytest.approx(steps)
+def test_steps_of_rows_that_are_refilled(answers, rows, queue, steps):
+    assert decoding_steps(answers, rows, 130, 280, queue) == pytest.approx(steps)
+
+
+def planned(notebook, name="tiny", card=None, configs="", **changes):
+    recipe = load_recipe(name)
+    return open_stage(notebook, stage_parameters(recipe, NOTEBOOKS)[notebook] | changes, recipe, card, Lengths(), configs)
+
+
+def test_sampling_refills_rows_or_waits():
+    refilled, waiting = (plan.sampling_load(planned("01_sampling", refill=refill)) for refill in (True, False))
+    assert refilled.rows == pytest.approx(16 * 10 * 2 / 3) and waiting.rows == 160
+    assert refilled.steps == pytest.approx(1600 * 128 / (refilled.rows * 0.9)), "answers of 128 tokens at most: none is longer than the mean"
+    assert waiting.steps == 1600 / 160 * 128
+
+
+def test_the_splitter_is_asked_for_facts_and_for_the_questions_that_no_rule_makes():
+    facts_rows, questions_rows = 65536 // (30 + 128 + 512), 65536 // (30 + 512)  # texts with their answers
+    facts = 1600 * 150 / (facts_rows * 0.9) + 1600 / 256 * 150
+    for questions, share in (("rule", 0.36), ("splitter", 1.0), ("statement", 0.0)):
+        texts = 1600 * 10 * share
+        load = plan.claims_load(planned("02_claims", questions=questions))
+        assert load.steps == pytest.approx(facts + texts * 15 / (questions_rows * 0.9) + texts / 256 * 15)
+        assert load.sampled == 1600 * 150 + texts * 15
+    assert plan.claims_load(planned("02_claims", divide="whole")) == Load()
 
 
 def test_operations_of_a_step_are_counted_and_an_adapter_adds_to_them(configs):
@@ -240,10 +263,13 @@ def test_features_that_the_cache_cannot_hold_are_made_again(configs):
     p = stage_parameters(recipe, NOTEBOOKS)["05_dpo"]
     s = open_stage("05_dpo", p | {"cache_gb": 1000.0}, recipe, CARDS[24], Lengths(), configs)
     assert plan.features_bytes(s) == 576 * 4096 * 2
+    s.p["loader_workers"] = 0
     assert plan.dpo_load(s).pictures == 4000
     s.p["cache_gb"] = 0.5 * 4000 * 576 * 4096 * 2 / 1e9
-    pairs = 8000 * (1 + 0.1 * 16 + 0.9 * 4)
-    assert plan.dpo_load(s).pictures == pytest.approx(0.5 * 4000 + 0.5 * pairs)
+    rows = 8000 * (1 + 0.1 * 17 + 0.9 * 4)  # reference, dev pairs at the start and 16 times, four epochs
+    assert plan.dpo_load(s).pictures == pytest.approx(0.5 * 4000 + 0.5 * rows)
+    s.p["loader_workers"] = 4
+    assert plan.dpo_load(s).pictures == pytest.approx((0.5 * 4000 + 0.5 * rows) / 4)
 
 
 # Disk
