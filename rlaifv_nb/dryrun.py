@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['aten', 'is_tensor', 'on_meta', 'as_indices', 'emptied', 'Meter', 'placed', 'KernelAttention', 'attention_for',
            'varlen_stand_in', 'Unpacked', 'Dry4bit', 'nf4_bytes', 'DryModel', 'replace_4bit', 'open_dry', 'put_adapter',
-           'weight_bytes', 'dry_peak', 'fast_forward', 'sampling_work', 'scored', 'feedback_work', 'guided_work',
-           'claims_work', 'pair_row', 'has_deep_features', 'training_work', 'reference_work']
+           'weight_bytes', 'dry_peak', 'fast_forward', 'decoding_work', 'sampling_work', 'scored', 'feedback_work',
+           'guided_work', 'claims_work', 'pair_row', 'has_deep_features', 'training_work', 'reference_work']
 
 # %% ../nbs/09_dryrun.ipynb #edad6e64
 import inspect
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import attention
-from .attention import unsupported_layers, use_branch_attention
+from .attention import BLOCK, unsupported_layers, use_branch_attention
 from .caches import picture_tensors
 from .models import DTYPES, OpenModel, checked, lora_targets, prompt_positions, unquantised_modules
 from .packing import collate_rows, pack_by_budget, pack_row, row_logps, token_logps
-from .prefix import RoomLayer, generate_texts, grow, pick_tokens, read_prompts, score_branches
+from .prefix import ROWS, Answer, Sampler, SharedRows, generate_texts, grow, grow_texts, read_prompts, score_branches, whole_rows
 
 aten = torch.ops.aten
 
@@ -126,8 +126,8 @@ def attention_for(device):
             attn_mask = query.new_empty(attn_mask.shape)
         if device == "cuda" and enable_gqa and attn_mask is not None:
             n = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
-            return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ value
+            query, key, value = (t.float() for t in (query, key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)))
+            return ((query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ value).to(attn_mask.dtype)
         return KernelAttention.apply(query, key, value, attn_mask)
 
     return attend
@@ -223,29 +223,45 @@ def dry_peak(vlm, run, device="cpu"):
 
 # %% ../nbs/09_dryrun.ipynb #64593b23
 def fast_forward(branches, place):
-    "Sets growing branches to where they will be after `place` tokens."
+    "Sets growing branches to where they will be after `place` own tokens, before their buffers grow for the last time."
+    if isinstance(branches, SharedRows):
+        own = branches.own
+        own.make_room(max(own.longest, place - place % BLOCK))
+        for layer, pair in enumerate(own.buffers):
+            own.buffers[layer] = [t.new_empty(*t.shape[:2], own.width, t.shape[3]) for t in pair]
+        own.longest = place
+        return
     for layer in branches.cache.layers:
-        if isinstance(layer, RoomLayer):
-            layer.length = place
-        else:
-            layer.keys, layer.values = (t.new_empty(*t.shape[:2], t.shape[2] + place, t.shape[3]) for t in (layer.keys, layer.values))
-    if hasattr(branches, "mask"):
-        branches.mask = F.pad(branches.mask, (0, place), value=1)
+        layer.keys, layer.values = (t.new_empty(*t.shape[:2], t.shape[2] + place, t.shape[3]) for t in (layer.keys, layer.values))
+    branches.mask = F.pad(branches.mask, (0, place), value=1)
+
+
+def decoding_work(vlm, branches, answers, max_new_tokens, temperature, top_p, top_k=0):
+    "The first and the last step of `sample_rows`."
+    n_rows = len(branches.positions)
+    sampler = Sampler(vlm, n_rows, max_new_tokens, (1,), top_p, top_k)
+    sampler.seat(range(answers), [Answer(0, temperature) for _ in range(answers)])
+    longest = branches.own.longest if isinstance(branches, SharedRows) else 0
+    for place in (0, max(1, max_new_tokens - 2)):
+        tokens = sampler.draw(branches.hidden)  # noqa: F841, alive during the step
+        if place:
+            fast_forward(branches, longest + place)
+        branches.step(torch.ones(n_rows, dtype=torch.long))
 
 
 @torch.no_grad()
-def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0):
-    "`sample_branches` for `n` answers to each prompt of a prefix."
-    index = torch.arange(len(prefix.inputs)).repeat_interleave(n)
-    uniform, answers = torch.zeros(len(index), max_new_tokens, dtype=torch.float64), torch.zeros(len(index), max_new_tokens, dtype=torch.long)
-    branches = grow(vlm, prefix, index, max_new_tokens)
-    for place in (0, max(1, max_new_tokens - 2)):
-        logits = vlm.core.lm_head(branches.hidden).float()
-        answers[:, 0] = 1 + 0 * uniform[:, 0].long()
-        tokens = pick_tokens(logits, uniform[:, 0], temperature, top_p)  # noqa: F841, alive during the step
-        if place:
-            fast_forward(branches, place)
-        branches.step(answers[:, 0])
+def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0, top_k=0, refill=False):
+    """`n` answers to each prompt of a prefix. With `refill`, as a `SampleQueue` has it that goes on: rows for a part of the answers, and while all rows
+    are at their longest, a further prompt is read and takes the place of the first."""
+    refill = refill and not vlm.sharing and len(prefix.inputs) > 1
+    n_prompts = max(1, round(len(prefix.inputs) * ROWS)) if refill else len(prefix.inputs)
+    index = [k for k in range(n_prompts) for _ in range(n)]
+    branches = grow(vlm, prefix, whole_rows(index), max_new_tokens)
+    if refill:
+        branches.own.even = False
+    decoding_work(vlm, branches, len(index), max_new_tokens, temperature, top_p, top_k)
+    if refill:
+        branches.take([0], read_prompts(vlm, prefix.inputs[:1]))
 
 
 def scored(vlm, prefix, n_branches, n_tokens, max_tokens=16384):
@@ -275,12 +291,17 @@ def guided_work(vlm, prompts, n, max_new_tokens, temperature=0.7):
     token_logps(states[:2048], torch.ones(min(2048, len(states)), dtype=torch.long), vlm.core.lm_head)
 
 
-def claims_work(llm, n_rows, prompt_tokens, max_new_tokens):
-    "What `generate_texts` does for as many prompts of one length, or as many as it takes at a time."
-    most = inspect.signature(generate_texts).parameters["max_tokens"].default // prompt_tokens
-    prompts = [{"input_ids": torch.ones(1, prompt_tokens, dtype=torch.long)} for _ in range(min(n_rows, max(1, most)))]
-    with torch.no_grad():
-        sampling_work(llm, read_prompts(llm, prompts), 1, max_new_tokens, temperature=0)
+@torch.no_grad()
+def claims_work(llm, n_rows, prompt_tokens, max_new_tokens, instruction_tokens=0):
+    """What `generate_texts` does for as many prompts of one length, or as many as it takes at a time. `instruction_tokens` of each prompt are an
+    instruction that all share, `prompt_tokens` its own."""
+    if llm.sharing:
+        prompt_tokens += instruction_tokens
+        instruction_tokens = 0
+    most = inspect.signature(generate_texts).parameters["max_tokens"].default // (prompt_tokens + max_new_tokens)
+    rests = whole_rows([[1] * prompt_tokens] * min(n_rows, max(1, most)))
+    branches = grow_texts(llm, [1] * instruction_tokens, rests, max_new_tokens)
+    decoding_work(llm, branches, len(rests), max_new_tokens, 0, 1.0)
 
 
 def pair_row(vlm, prompt, answer_tokens, from_pixels=False):

@@ -326,8 +326,8 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
     from rlaifv_nb.claims import extract_claims
     from rlaifv_nb.models import open_llm, open_vlm
     from rlaifv_nb.prefix import generate_texts
-    from rlaifv_nb.records import Response
-    from rlaifv_nb.sampling import vlm_generator
+    from rlaifv_nb.records import Prompt, Response
+    from rlaifv_nb.sampling import Question, vlm_generator
 
     generate, ask = vlm_generator(open_vlm(policy), max_new_tokens=128), partial(generate_texts, open_llm(splitter), max_new_tokens=256)
     exact, total = 0, 0
@@ -335,7 +335,9 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
         scenes = [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
         questions = [random.Random(s.scene_id).choice(DESCRIBE) for s in scenes]
         seeds = [[n_samples * (first + k) + j for j in range(n_samples)] for k in range(len(scenes))]
-        texts = generate([draw_picture(s) for s in scenes], questions, seeds, [0.7] * n_samples)
+        asked = [Question(k, Prompt(s.scene_id, "", "", q), draw_picture(s), seeds[k], [0.7] * n_samples) for k, (s, q) in enumerate(zip(scenes, questions))]
+        answers = {question.number: texts for question, texts in generate(asked)}
+        texts = [answers[k] for k in range(len(scenes))]
         responses = [Response(f"{s.scene_id}-{j}", s.scene_id, j, 0, t, reason) for s, row in zip(scenes, texts) for j, (t, reason) in enumerate(row)]
         claims, *_ = extract_claims(responses, {s.scene_id: q for s, q in zip(scenes, questions)}, ask)
         found = {r.response_id: [] for r in responses}

@@ -21,7 +21,7 @@ from rlaifv_nb.packing import PER_TOKEN
 from rlaifv_nb.plan import CARDS, Card, Lengths, advise, config_folder, plan_stage, stage_parameters
 from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 from rlaifv_nb.records import YES_NO_SUFFIX, Pair, Prompt, package_folder
-from rlaifv_nb.sampling import vlm_generator
+from rlaifv_nb.sampling import Question, vlm_generator
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 from workload import SIZES, open_random  # noqa: E402
@@ -76,7 +76,8 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     weights = dry.weight_bytes(d.model)
     assert weights == sum(p.nbytes for p in vlm.model.parameters()) + sum(b.nbytes for b in vlm.model.buffers()) or vlm.quantisation == "nf4"
 
-    measured = allocated(lambda: vlm_generator(vlm, 1.0, ROOM)(pictures, [QUESTION] * 2, [[1] * N] * 2, [0.7] * N))
+    asked = [Question(k, Prompt(str(k), "", "", QUESTION), picture, [1] * N, [0.7] * N) for k, picture in enumerate(pictures)]
+    measured = allocated(lambda: list(vlm_generator(vlm, 1.0, ROOM)(asked)))
     within_a_tenth(dry.dry_peak(d, lambda: dry.sampling_work(d, dry.read_prompts(d, inputs), N, ROOM)), measured, weights)
 
     questions = [f"Is there a cat number {i}?" for i in range(6)]

@@ -12,7 +12,7 @@ from tiny_models import END_OF_TURN, SPLITTERS
 
 from rlaifv_nb.claims import Remark, fill, read_templates, run_claims, statement_question
 from rlaifv_nb.models import OpenModel, open_llm, prompt_text
-from rlaifv_nb.prefix import common_prefix_length, generate_texts, read_texts
+from rlaifv_nb.prefix import common_prefix_length, generate_texts, grow_texts
 from rlaifv_nb.records import Claim, Prompt, Response, SetAside, read_manifest, read_table, write_table
 
 TITLES = {name: build.__doc__.partition(":")[0] for name, build in SPLITTERS.items()}
@@ -153,13 +153,14 @@ def test_the_instruction_is_read_once_and_nothing_changes(name, saved, show):
     rows = [shared.tokenizer(prompt_text(shared, p, image=None), add_special_tokens=False).input_ids for p in prompts]
     n, tokens = common_prefix_length(rows), []
     hook = shared.core.model.embed_tokens.register_forward_pre_hook(lambda module, args: tokens.append(tuple(args[0].shape)))
-    prefix = read_texts(shared, rows)
-    hook.remove()
     if not shared.sharing:
-        assert n > 300 and tokens == [(1, n), (len(rows), max(map(len, rows)) - n)]
-        for row, hidden in zip(rows, prefix.last_hidden):
+        branches = grow_texts(shared, rows[0][:n], [row[n:] for row in rows], 12)
+        assert n > 300 and tokens == [(1, n), (1, sum(len(row) - n for row in rows))]
+        assert branches.own.lengths.tolist() == [len(row) - n for row in rows]
+        for row, hidden in zip(rows, branches.hidden):
             with torch.no_grad():
                 assert torch.allclose(hidden, plain.core.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1], atol=1e-4)
+    hook.remove()
     on, off = (generate_texts(llm, prompts, 12) for llm in (shared, plain))
     assert on == off == generate_texts(shared, prompts, 12, max_tokens=2 * len(rows[0])), "groups change nothing either"
     own = plain.model.generate(torch.tensor([rows[0]]), do_sample=False, max_new_tokens=12, eos_token_id=plain.end_id)[0, len(rows[0]) :]
