@@ -146,18 +146,20 @@ def is_done(step, run, notebooks, keep_code=False):
 # %% ../nbs/09_chain.ipynb #e9c00002
 EXAMPLE = "example"
 RUN_CALL = re.compile(r"^[^#\n]*\brun_\w+\(", re.MULTILINE)
-LEFT_OUT = ("*This is the program of `{name}` as the chain runs it: {n} cells that demonstrate or check something on the packaged examples are "
-            "left out. The whole notebook is `nbs/{name}` of rlaifv_nb {version}.*")
+LEFT_OUT = ("*This is the program of `{name}` as the chain runs it: {n} cells that demonstrate or check something on "
+            "the packaged examples are left out. The whole notebook is `nbs/{name}` of rlaifv_nb {version}.*")
 
 
-def heading_level(cell):
+def heading_level(cell: dict) -> int:
     "1 for a Markdown cell that begins with `#`, 2 for `##`, ...; 0 for any other cell."
     return len(re.match("#*", cell.source)[0]) if cell.cell_type == "markdown" else 0
 
 
-def introduced_code(cells, i):
-    "The code cells that Markdown cell `i` introduces: up to the next heading of its level or above, or for other text up to the next text."
-    level, found = heading_level(cells[i]), []
+def introduced_code(cells: list[dict], i: int) -> list[dict]:
+    """The code cells that Markdown cell `i` introduces: up to the next heading of its level or above, or for
+    other text up to the next text."""
+    level = heading_level(cells[i])
+    found = []
     for cell in cells[i + 1 :]:
         if cell.cell_type == "code":
             found.append(cell)
@@ -166,12 +168,12 @@ def introduced_code(cells, i):
     return found
 
 
-def is_example(cell):
+def is_example(cell: dict) -> bool:
     "Whether a cell is left out by the chain."
     return EXAMPLE in cell.metadata.get("tags", [])
 
 
-def is_program(cells, i):
+def is_program(cells: list[dict], i: int) -> bool:
     "Whether cell `i` of a notebook belongs to its program."
     if is_example(cells[i]) or cells[i].cell_type == "code":
         return not is_example(cells[i])
@@ -179,12 +181,12 @@ def is_program(cells, i):
     return not code or not all(map(is_example, code))
 
 
-def is_run_cell(cell):
+def is_run_cell(cell: dict) -> bool:
     "Whether a cell runs the stage: it calls a function `run_...` and is not exported."
     return cell.cell_type == "code" and not EXPORT.search(cell.source) and RUN_CALL.search(cell.source) is not None
 
 
-def program_of(nb, name):
+def program_of(nb: dict, name: str) -> dict:
     "The notebook without its examples; a line under its title says how many there are and where the whole is."
     import nbformat
 
@@ -201,7 +203,7 @@ def program_of(nb, name):
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
-def kernel_environment(environment, n_devices):
+def kernel_environment(environment: dict[str, str], n_devices: int) -> dict[str, str]:
     """The variables that kernels get in addition to those in `environment`, on a machine with `n_devices` graphics cards.
 
     Small models on few cores stall when the threads of two processes spin for the same core: a forward of 17 ms took 2 s."""
@@ -238,7 +240,7 @@ BAR = re.compile(r"([^\r\n|]*?):? *\d+%\|[^|\r\n]*\| *(\S+/\S+) \[")
 class Progress:
     "How far a step is: a file for the standard error of its notebook, whose last progress bar is kept. `folder` is the step's."
 
-    def __init__(self, folder=""):
+    def __init__(self, folder: str | Path = ""):
         self.folder = folder
         self.bar = ""
         self.result = ""
@@ -251,16 +253,20 @@ class Progress:
     def flush(self):
         "Nothing waits to be written."
 
-    def text(self):
+    def text(self) -> str:
         "What is known, in a few words; empty at the beginning."
-        steps = [int(path.name.rpartition("-")[2]) for path in Path(self.folder).glob("checkpoints/checkpoint-*")] if self.folder else []
+        checkpoints = Path(self.folder).glob("checkpoints/checkpoint-*") if self.folder else ()
+        steps = [int(path.name.rpartition("-")[2]) for path in checkpoints]
         return f"checkpoint after step {max(steps)}" if steps else self.bar
 
 
 @contextmanager
-def progress_line(label, folder=""):
-    "One line: what goes on, its time and `Progress` (running along in a terminal), and at the end the `result` that the caller has put there."
-    began, stop, progress = time.time(), threading.Event(), Progress(folder)
+def progress_line(label: str, folder: str | Path = ""):
+    """One line: what goes on, its time and `Progress` (running along in a terminal), and at the end the `result` that
+    the caller has put there."""
+    began = time.time()
+    stop = threading.Event()
+    progress = Progress(folder)
     in_terminal = sys.stdout.isatty()
     start, end = ("\r", "\x1b[K") if in_terminal else ("", "")
 
@@ -314,17 +320,21 @@ def failing_line(traceback):
     return f"`{lines[0].strip()}`" if lines else "(no message)"
 
 
-def last_cell_and_whether_it_ran(shown):
-    "The last cell that an executed notebook began, and whether the cell that runs the stage had come to its end by then."
+def last_cell_and_whether_it_ran(shown: Path) -> tuple[dict, bool]:
+    "The last cell that an executed notebook began, and whether the cell that runs the stage had ended by then."
     import nbformat
 
     cells = nbformat.read(shown, as_version=4).cells
-    begun = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")]
+    begun = []
+    for cell in cells:
+        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time"):
+            begun.append(cell)
     return begun[-1], any(map(is_run_cell, begun[:-1]))
 
 
-def execute_notebook(step, run, notebooks, progress=None):
-    """Executes the program of a step's notebook into its folder; returns which cell behind the finished stage failed and why, or an empty string.
+def execute_notebook(step, run: Path, notebooks: Path, progress: Progress | None = None) -> str:
+    """Executes the program of a step's notebook into its folder; returns which cell behind the finished stage failed
+    and why, or an empty string.
 
     Raises StepError in one paragraph when a cell fails or the kernel dies before the stage has finished."""
     import papermill
@@ -335,8 +345,9 @@ def execute_notebook(step, run, notebooks, progress=None):
     finished = shown.parent / "manifest.json"
     try:
         with environment_for_kernels():
-            papermill.execute_notebook(program, str(shown).replace("{", "{{").replace("}", "}}"), papermill_parameters(step, run), cwd=str(run),
-                                       progress_bar=False, stderr_file=progress, start_timeout=300, **kernel_settings())
+            papermill.execute_notebook(
+                program, str(shown).replace("{", "{{").replace("}", "}}"), papermill_parameters(step, run), cwd=str(run),
+                progress_bar=False, stderr_file=progress, start_timeout=300, **kernel_settings())
         problem = "" if finished.exists() else "the notebook ended without a manifest.json"
     except papermill.PapermillExecutionError as e:
         problem = f"{e.ename}: {' '.join(str(e.evalue).split()) or failing_line(e.traceback)}"

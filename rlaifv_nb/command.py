@@ -235,7 +235,7 @@ def command_plan(args):
     for one in recipe.variants.values() or [recipe]:
         check_amounts(one, notebooks)
         card, lengths, speeds = card_of(args.gpu), lengths_of(args.picture), speeds_of(args.speeds, args.tokens_per_second)
-        found = look_at_machine(plan_run(one), "cpu" if args.gpu else getattr(one, "device", "auto"), args.configs)
+        found = look_at_machine(plan_run(one), "cpu" if args.gpu else one.device, args.configs)
         try:
             print_plan(one, notebooks, card, lengths, args.configs, speeds, found.to_download, elsewhere=bool(args.gpu))
         except RecipeError as e:

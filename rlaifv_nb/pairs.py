@@ -6,7 +6,8 @@
 __all__ = ['ROUNDING', 'DRAWS', 'MANY', 'LIKELY', 'response_fault', 'score_responses', 'pair_id_of', 'check_scores',
            'candidate_pairs', 'compare_scores', 'most_different', 'sample_pairs', 'n_words', 'word_difference',
            'length_gap', 'official_length_filter', 'exchange_to_balance', 'drop_to_balance', 'balance_lengths',
-           'counted', 'set_aside_text', 'pair_warnings', 'why_no_pair', 'check_ids', 'run_pairs']
+           'counted', 'set_aside_text', 'prompts_warning', 'lengths_warning', 'pair_warnings', 'no_pair_reason',
+           'why_no_pair', 'check_ids', 'run_pairs']
 
 # %% ../nbs/04_pairs.ipynb #fe19103f
 import random
@@ -59,18 +60,19 @@ def pair_id_of(prompt_id, chosen_index, rejected_index):
     return f"{prompt_id}-{chosen_index:02d}-{rejected_index:02d}"
 
 
-def check_scores(scores, min_difference):
+def check_scores(scores: dict[str, float], min_difference: float):
     "Raises ValueError naming a response whose score is not a finite number, and for a `min_difference` that is not positive."
     if not min_difference > 0:
-        raise ValueError(f"min_difference={min_difference}: two answers of equal score are not a pair, so it must be more than 0")
+        raise ValueError(f"min_difference={min_difference}: it must be more than 0, for answers of equal score are not a pair")
     for response_id, score in scores.items():
         if not isfinite(score):
             raise ValueError(f"response {response_id} has the score {score}, which is not a number to compare")
 
 
-def candidate_pairs(responses, scores, min_difference=1.0):
-    """All pairs of a prompt's responses whose scores ({response_id: number}) differ by `min_difference` or more, and as `SetAside` rows
-    the useless ones. The paper takes 1, a rejected claim.
+def candidate_pairs(responses: list[Response], scores: dict[str, float],
+                    min_difference: float = 1.0) -> tuple[list[Pair], list[SetAside]]:
+    """All pairs of a prompt's responses whose scores ({response_id: number}) differ by `min_difference` or more (paper: 1,
+    a rejected claim), and as `SetAside` rows the useless ones.
 
     Raises ValueError as `check_scores` does."""
     check_scores(scores, min_difference)
@@ -82,8 +84,9 @@ def candidate_pairs(responses, scores, min_difference=1.0):
         for a, b in permutations(group, 2):
             if scores[a.response_id] - scores[b.response_id] < min_difference - ROUNDING:
                 continue
-            pair = Pair(pair_id_of(a.prompt_id, a.sample_index, b.sample_index), a.prompt_id, a.response_id, b.response_id,
-                        a.text, b.text, scores[a.response_id], scores[b.response_id])
+            pair_id = pair_id_of(a.prompt_id, a.sample_index, b.sample_index)
+            pair = Pair(pair_id, a.prompt_id, a.response_id, b.response_id, a.text, b.text,
+                        scores[a.response_id], scores[b.response_id])
             first = seen.setdefault((a.prompt_id, a.text.strip(), b.text.strip()), pair.pair_id)
             if a.text.strip() == b.text.strip():
                 set_aside.append(SetAside(pair.pair_id, "chosen equals rejected"))
@@ -94,29 +97,31 @@ def candidate_pairs(responses, scores, min_difference=1.0):
     return pairs, set_aside
 
 # %% ../nbs/04_pairs.ipynb #d1f0a002
-def compare_scores(responses, scores, min_difference=1.0):
-    """What the scores of usable responses allow, counted: every comparison of two answers to one prompt, and every prompt by the best of its
-    comparisons; and the largest difference of two scores.
+def compare_scores(responses: list[Response], scores: dict[str, float], min_difference: float = 1.0) -> dict:
+    """What the scores of usable responses allow, counted: `comparisons` of two answers to one prompt, `prompts` by the best
+    of their comparisons, and the `largest_difference` of two scores.
 
     Raises ValueError as `check_scores` does."""
     check_scores(scores, min_difference)
     scores_of = defaultdict(list)
     for r in responses:
         scores_of[r.prompt_id] += [scores[r.response_id]] if r.response_id in scores else []
-    comparisons = dict.fromkeys(("in", "equal scores", "difference too small", "candidates"), 0)
-    prompts = dict.fromkeys(("in", "no usable answer", "one usable answer", "equal scores", "difference too small", "candidates"), 0)
+    kinds = ("equal scores", "difference too small", "candidates")  # the best last
+    comparisons = dict.fromkeys(("in", *kinds), 0)
+    prompts = dict.fromkeys(("in", "no usable answer", "one usable answer", *kinds), 0)
     largest = 0.0
     for own in scores_of.values():
-        gaps = [abs(a - b) for a, b in combinations(own, 2)]
-        kinds = ["equal scores" if gap == 0 else "candidates" if gap >= min_difference - ROUNDING else "difference too small" for gap in gaps]
-        for kind in kinds:
+        best = "one usable answer" if own else "no usable answer"
+        for a, b in combinations(own, 2):
+            gap = abs(a - b)
+            enough = gap >= min_difference - ROUNDING
+            kind = "candidates" if enough else "difference too small" if gap else "equal scores"
+            best = kind if best not in kinds else max(best, kind, key=kinds.index)
             comparisons[kind] += 1
-        comparisons["in"] += len(kinds)
-        few = "one usable answer" if own else "no usable answer"
-        best = max(kinds, key=list(comparisons).index, default=few)
+            comparisons["in"] += 1
+            largest = max(largest, gap)
         prompts[best] += 1
         prompts["in"] += 1
-        largest = max([largest, *gaps])
     return {"comparisons": comparisons, "prompts": prompts, "largest_difference": largest}
 
 # %% ../nbs/04_pairs.ipynb #691d3014
@@ -225,74 +230,94 @@ def balance_lengths(pairs, spare=(), tolerance=0.02):
     return *drop_to_balance(exchanged, tolerance), n_exchanged
 
 # %% ../nbs/04_pairs.ipynb #d1f0a004
-MANY = 0.2  # of answers or pairs lost: more than that is worth a warning
-LIKELY = {"truncated": "they reach the token limit: raise 01_sampling.max_new_tokens",
-          "no claims": "02_claims found nothing to check in them, or set them aside itself: see its set-aside rows",
-          "missing verdict": "03_feedback set claims of theirs aside: see its set-aside rows",
-          "empty response": "the policy says nothing: check its chat template and end token"}
+MANY = 0.2  # our choice: of answers or pairs lost, more than that is worth a warning
+LIKELY = {
+    "truncated": "they reach the token limit: raise 01_sampling.max_new_tokens",
+    "no claims": "02_claims found nothing to check in them, or set them aside itself: see its set-aside rows",
+    "missing verdict": "03_feedback set claims of theirs aside: see its set-aside rows",
+    "empty response": "the policy says nothing: check its chat template and end token",
+}
 
 
-def counted(counts):
+def counted(counts: dict[str, int]) -> str:
     "`13 truncated, 3 no claims`, the largest first."
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n)
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{n} {reason}" for reason, n in rows if n)
 
 
-def set_aside_text(n_answers, unscored):
+def set_aside_text(n_answers: int, unscored: list[SetAside]) -> str:
     "How many of `n_answers` answers have no score, why, and what to do about the most frequent reason; empty for none."
     reasons = Counter(s.reason for s in unscored)
     if not reasons:
         return ""
     first = max(reasons, key=lambda reason: (reasons[reason], reason))
     share = len(unscored) / n_answers
-    return f"{len(unscored)} of {n_answers} answers ({share:.0%}) have no score: {counted(reasons)}. Likely reason: {LIKELY[first]}."
+    return (f"{len(unscored)} of {n_answers} answers ({share:.0%}) have no score: {counted(reasons)}. "
+            f"Likely reason: {LIKELY[first]}.")
 
 # %% ../nbs/04_pairs.ipynb #d1f0a005
-def pair_warnings(n_answers, unscored, compared, drawn, kept, length_tolerance):
-    """Sentences about what is correct and yet will not teach well: many answers without a score, few prompts with a pair, and lengths
-    that differ or cost many pairs. `compared` comes from `compare_scores`, `drawn` and `kept` are the pairs before and after the length balance."""
-    found = []
-    if len(unscored) > MANY * n_answers:
-        found.append(set_aside_text(n_answers, unscored))
+def prompts_warning(compared: dict, kept: list[Pair]) -> str:
+    "A sentence when fewer than half of the prompts have a pair, with the reasons of the others; else empty."
     prompts = compared["prompts"]
     n_with = len({p.prompt_id for p in kept})
-    if 2 * n_with < prompts["in"]:
-        without = {reason: n for reason, n in prompts.items() if reason not in ("in", "candidates")}
-        why = f" (of the others: {counted(without)})" if any(without.values()) else ""
-        found.append(f"Only {n_with} of {prompts['in']} prompts have a pair{why}: the adapter will see nothing but these.")
+    if 2 * n_with >= prompts["in"]:
+        return ""
+    without = counted({reason: n for reason, n in prompts.items() if reason not in ("in", "candidates")})
+    why = f" (of the others: {without})" if without else ""
+    return f"Only {n_with} of {prompts['in']} prompts have a pair{why}: the adapter will see nothing but these."
+
+
+def lengths_warning(drawn: list[Pair], kept: list[Pair], tolerance: float) -> str:
+    "A sentence when chosen and rejected differ in length, or when making them equal has cost many pairs; else empty."
     n_dropped = len(drawn) - len(kept)
-    if n_dropped > MANY * len(drawn):
-        found.append(f"The length balance dropped {n_dropped} of {len(drawn)} pairs: the answers that are preferred are of another length than "
-                     f"the others; more answers to a prompt (01_sampling.n_samples) leave more to exchange.")
     gap = length_gap(kept)
-    if abs(gap) > length_tolerance:
+    if n_dropped > MANY * len(drawn):
+        return (f"The length balance dropped {n_dropped} of {len(drawn)} pairs: answers that are preferred are of another "
+                "length than the others. More answers to a prompt (01_sampling.n_samples) leave more to exchange.")
+    if abs(gap) > tolerance:
         longer = "longer" if gap > 0 else "shorter"
-        found.append(f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
-                     "04_pairs.length_balance is off.")
-    return found
+        return (f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
+                "04_pairs.length_balance is off.")
+    return ""
+
+
+def pair_warnings(n_answers: int, unscored: list[SetAside], compared: dict, drawn: list[Pair], kept: list[Pair],
+                  length_tolerance: float) -> list[str]:
+    """Sentences about what is correct and yet will not teach well. `compared` comes from `compare_scores`; `drawn` and
+    `kept` are the pairs before and after the length balance."""
+    many = set_aside_text(n_answers, unscored) if len(unscored) > MANY * n_answers else ""
+    found = [many, prompts_warning(compared, kept), lengths_warning(drawn, kept, length_tolerance)]
+    return [sentence for sentence in found if sentence]
 
 # %% ../nbs/04_pairs.ipynb #d1f0a006
-def why_no_pair(n_answers, unscored, compared, n_useless, dropped, min_difference, length_tolerance):
-    "Why no pair is left, in counts, and which key of the recipe would change that."
+def no_pair_reason(compared: dict, n_useless: int, dropped: list[Pair], min_difference: float, length_tolerance: float) -> str:
+    "A sentence: where all pairs were lost, and which key of the recipe would change that."
     comparisons, prompts = compared["comparisons"], compared["prompts"]
-    facts = [f"no pair is left of {n_answers} answers to {prompts['in']} prompts.", set_aside_text(n_answers, unscored)]
     if not comparisons["in"]:
         few = counted({reason: n for reason, n in prompts.items() if reason != "in"})
-        facts.append(f"No prompt has two usable answers to compare ({few}): ask for more with 01_sampling.n_samples.")
-    elif comparisons["equal scores"] == comparisons["in"]:
-        facts.append(f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the labeler rejects as many claims "
-                     "in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or another labeler.")
-    elif not comparisons["candidates"]:
-        facts.append(f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} are of equal scores and "
-                     f"{comparisons['difference too small']} differ by less than min_difference={min_difference:g}, at most by "
-                     f"{compared['largest_difference']:g}: lower 04_pairs.min_difference to that.")
-    elif not dropped:
-        facts.append(f"All {n_useless} pairs of different scores are of equal texts: raise 01_sampling.temperature.")
-    else:
-        gap = length_gap(dropped)
-        facts.append(f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are {abs(gap):.0%} "
-                     f"{'longer' if gap > 0 else 'shorter'} than rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), "
-                     "or say 04_pairs.length_balance: false.")
-    return " ".join(filter(None, facts))
+        return f"No prompt has two usable answers to compare ({few}): ask for more with 01_sampling.n_samples."
+    if comparisons["equal scores"] == comparisons["in"]:
+        return (f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the labeler rejects "
+                "as many claims in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or "
+                "another labeler.")
+    if not comparisons["candidates"]:
+        return (f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} are of equal "
+                f"scores and {comparisons['difference too small']} differ by less than min_difference={min_difference:g}, at "
+                f"most by {compared['largest_difference']:g}: lower 04_pairs.min_difference to that.")
+    if not dropped:
+        return f"All {n_useless} pairs of different scores are of equal texts: raise 01_sampling.temperature."
+    gap = length_gap(dropped)
+    longer = "longer" if gap > 0 else "shorter"
+    return (f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are {abs(gap):.0%} {longer} than "
+            f"rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), or say 04_pairs.length_balance: false.")
+
+
+def why_no_pair(n_answers: int, unscored: list[SetAside], compared: dict, n_useless: int, dropped: list[Pair],
+                min_difference: float, length_tolerance: float) -> str:
+    "The error of a stage without a single pair: what came in, what was set aside, and what became of the rest."
+    first = f"no pair is left of {n_answers} answers to {compared['prompts']['in']} prompts."
+    reason = no_pair_reason(compared, n_useless, dropped, min_difference, length_tolerance)
+    return " ".join(filter(None, [first, set_aside_text(n_answers, unscored), reason]))
 
 # %% ../nbs/04_pairs.ipynb #b690096a
 def check_ids(rows, key, parent=None, parents=()):
@@ -308,13 +333,13 @@ def check_ids(rows, key, parent=None, parents=()):
     return ids
 
 
-def run_pairs(prompts, responses, claims, verdicts, out, max_pairs_per_prompt=2, draw="random", length_balance=True, length_tolerance=0.02, seed=0,
-              round=1, min_difference=1.0):
+def run_pairs(prompts, responses, claims, verdicts, out, max_pairs_per_prompt=2, draw="random", length_balance=True,
+              length_tolerance=0.02, seed=0, round=1, min_difference=1.0) -> list[Pair]:
     """Folders of four tables to a table of pairs in `out`; returns its rows.
 
     Raises ValueError for tables of different runs, and when no pair is left, saying why and which key to change."""
-    parameters = {"max_pairs_per_prompt": max_pairs_per_prompt, "draw": draw, "min_difference": min_difference, "length_balance": length_balance,
-                  "length_tolerance": length_tolerance, "seed": seed, "round": round}
+    parameters = {"max_pairs_per_prompt": max_pairs_per_prompt, "draw": draw, "min_difference": min_difference,
+                  "length_balance": length_balance, "length_tolerance": length_tolerance, "seed": seed, "round": round}
     places = {"prompts": (prompts, Prompt), "responses": (responses, Response), "claims": (claims, Claim), "verdicts": (verdicts, Verdict)}
     questions, answers, statements, judgements = (read_table(place, name, record) for name, (place, record) in places.items())
     response_ids = check_ids(answers, "response_id", "prompt_id", check_ids(questions, "prompt_id"))

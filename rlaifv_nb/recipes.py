@@ -6,11 +6,12 @@
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
            'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS', 'WORKING_PARAMETERS',
            'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge', 'changed',
-           'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'inherit', 'count_source',
+           'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'source_of', 'inherit', 'count_source',
            'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
            'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
            'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
-           'reach_problem', 'check_amounts', 'plumbing_warning', 'exported_cells', 'code_sha', 'check_library']
+           'ways_out', 'reach_problem', 'rows_problem', 'check_amounts', 'plumbing_warning', 'exported_cells',
+           'code_sha', 'check_library']
 
 # %% ../nbs/09_recipes.ipynb #331cc0d2
 import ast
@@ -184,25 +185,32 @@ def localise_parameters(raw, folder):
     return raw | ({"parameters": given | done} if done else {})
 
 
-def inherit(base, own):
-    """`own` merged into the recipe `base` that it extends. What that says about its prompts, and how it describes itself, is not true of a
-    recipe with another source: numbers, questions, columns and description are its own or none."""
-    sources = [raw["prompts"].get("source") if isinstance(raw.get("prompts"), dict) else None for raw in (base, own)]
-    if sources[1] and sources[1] != sources[0]:
-        base = base | {"prompts": {}, "description": f"prompts of its own, with the settings of {base.get('name', 'another recipe')}"}
+def source_of(raw: dict):
+    "The source of prompts that a recipe's keys name, or None."
+    return raw["prompts"].get("source") if isinstance(raw.get("prompts"), dict) else None
+
+
+def inherit(base: dict, own: dict) -> dict:
+    """`own` merged into the recipe `base` that it extends.
+
+    What that says about its prompts, and how it describes itself, is not true of a recipe with another source: numbers,
+    questions, columns and description are its own or none."""
+    if source_of(own) and source_of(own) != source_of(base):
+        description = f"prompts of its own, with the settings of {base.get('name', 'another recipe')}"
+        base = base | {"prompts": {}, "description": description}
     return changed(base, own)
 
 
-def count_source(source):
-    "Rows of a source on this machine; None for drawn pictures and datasets. Raises RecipeError for a source that cannot be read."
+def count_source(source: str) -> int | None:
+    "Rows of a source on this machine; None for drawn pictures and datasets. Raises RecipeError for one that cannot be read."
     try:
         return None if source == "iconworld" else count_rows(source)
     except ValueError as e:
         raise RecipeError(f"prompts.source: {e}") from e
 
 
-def with_all_rows(raw, where):
-    """A recipe's keys with `prompts.n_per_round` 0, which stands for all rows, where a source whose rows can be counted has none.
+def with_all_rows(raw: dict, where: str) -> dict:
+    """A recipe's keys with `prompts.n_per_round` 0, which stands for all rows, where a source that can be counted has none.
 
     Raises RecipeError for more than one round, naming the largest number that fits."""
     prompts, rounds = raw["prompts"], raw["rounds"]
@@ -210,8 +218,8 @@ def with_all_rows(raw, where):
         return raw
     n = count_source(prompts["source"])
     if n is not None and rounds > 1:
-        raise RecipeError(f"{where}: prompts.n_per_round: say how many rows each of the {rounds} rounds takes; {prompts['source']} has {n}, "
-                          f"so at most {n // rounds}")
+        raise RecipeError(f"{where}: prompts.n_per_round: say how many rows each of the {rounds} rounds takes; "
+                          f"{prompts['source']} has {n}, so at most {n // rounds}")
     return raw if n is None else raw | {"prompts": prompts | {"n_per_round": 0}}
 
 
@@ -420,95 +428,120 @@ def check_recipe(recipe, notebooks):
     return replace(recipe, parameters=checked, variants={v: check_recipe(r, notebooks) for v, r in recipe.variants.items()})
 
 # %% ../nbs/09_recipes.ipynb #e4c0a002
-def parameter_defaults(path):
+def parameter_defaults(path: Path) -> dict:
     "Parameter -> default of a notebook's parameters cell."
     cells = [cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
-    return {line.target.id: ast.literal_eval(line.value) for source in cells for line in ast.parse(source).body}
+    lines = [line for source in cells for line in ast.parse(source).body]
+    return {line.target.id: ast.literal_eval(line.value) for line in lines}
 
 
-def prompts_per_round(recipe):
+def prompts_per_round(recipe: Recipe) -> int:
     "How many prompts a round has at most: the recipe's number, or where it takes all, the rows of its source."
     return recipe.prompts["n_per_round"] or count_rows(recipe.prompts["source"])
 
 
 @dataclass(frozen=True)
 class Reach:
-    "The most that round `round` can give: prompts to train on, pairs of them, and steps of `batch_size` pairs in `epochs` passes; and how many must be."
+    "The most that a round can give, and how many steps there must be."
     round: int
-    prompts: int
+    prompts: int  # to train on
     pairs_per_prompt: int
     epochs: float
-    batch_size: int
+    batch_size: int  # pairs in each step
     min_steps: int
+    possible: int = 45  # different pairs that a prompt's answers could make
+    pairs_stage: str = "04_pairs"  # the notebook that draws them
 
     @property
-    def pairs(self):
+    def pairs(self) -> int:
         "Pairs, if every prompt gives all that it may."
         return self.prompts * self.pairs_per_prompt
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         "Optimiser steps of these pairs, as 05_dpo counts them."
         return math.ceil(self.pairs * self.epochs / self.batch_size)
 
 # %% ../nbs/09_recipes.ipynb #e4c0a003
-def reach_of(recipe, k, notebooks):
-    "The `Reach` of round `k` of a recipe, from its parameters and the defaults of the notebooks in a folder; None where these do not have them."
+def reach_of(recipe: Recipe, k: int, notebooks: Path) -> Reach | None:
+    "The `Reach` of round `k`, from the recipe and the defaults of the notebooks in a folder; None where these lack a number."
     pairs_stage = stages_of(recipe, k)[-2]
-    wanted = {pairs_stage: ("max_pairs_per_prompt",), "05_dpo": ("epochs", "batch_size", "min_steps"), "01_sampling": ("n_samples",)}
-    found = {}
-    for notebook, names in wanted.items():
-        given = parameter_defaults(Path(notebooks) / f"{notebook}.ipynb") | recipe.parameters.get(notebook, {})
-        found |= {name: given[name] for name in names if name in given}
-    if len(found) < sum(map(len, wanted.values())):
+    given = {}
+    for notebook in ("01_sampling", pairs_stage, "05_dpo"):
+        given |= parameter_defaults(Path(notebooks) / f"{notebook}.ipynb") | recipe.parameters.get(notebook, {})
+    if not {"n_samples", "max_pairs_per_prompt", "epochs", "batch_size", "min_steps"} <= set(given):
         return None
-    different = math.comb(found.pop("n_samples"), 2)
-    most = min(found.pop("max_pairs_per_prompt"), different) if pairs_stage == "04_pairs" else found.pop("max_pairs_per_prompt")
-    return Reach(k, prompts_per_round(recipe) - recipe.prompts.get("n_dev", 0), most, **found)
+    possible = given["max_pairs_per_prompt"]  # of the reward's pairs: as many as are asked for
+    if pairs_stage == "04_pairs":
+        one_each = given.get("draw") == "extremes"  # takes each answer once
+        possible = given["n_samples"] // 2 if one_each else math.comb(given["n_samples"], 2)
+    prompts = prompts_per_round(recipe) - recipe.prompts.get("n_dev", 0)
+    most = min(given["max_pairs_per_prompt"], possible)
+    return Reach(k, prompts, most, given["epochs"], given["batch_size"], given["min_steps"], possible, pairs_stage)
 
 
-def reach_problem(reach):
+def ways_out(reach: Reach) -> list[str]:
+    "The smallest change of each number that makes a round's steps enough."
+    before = reach.min_steps - 1  # steps that are one too few
+    pairs = math.floor(before * reach.batch_size / reach.epochs) + 1
+    ways = [f"prompts.n_per_round: at least {math.ceil(pairs / max(1, reach.pairs_per_prompt)) - reach.prompts} more"]
+    if not reach.pairs:
+        return ways
+    per_prompt = math.ceil(pairs / reach.prompts)
+    if per_prompt <= reach.possible:
+        ways.append(f"{reach.pairs_stage}.max_pairs_per_prompt: {per_prompt} or more")
+    ways.append(f"05_dpo.epochs: {math.floor(before * reach.batch_size / reach.pairs) + 1} or more")
+    smaller = math.ceil(reach.pairs * reach.epochs / before) - 1
+    if smaller >= 1:
+        ways.append(f"05_dpo.batch_size: {smaller} or less")
+    return ways
+
+
+def reach_problem(reach: Reach) -> str:
     "What is wrong with what a round can give at most, and which numbers would do; empty when it is enough."
     if reach.epochs <= 0 or reach.batch_size < 1:
         return f"05_dpo.epochs and batch_size must be positive, not {reach.epochs:g} and {reach.batch_size}"
     if reach.steps >= reach.min_steps:
         return ""
-    before = reach.min_steps - 1  # steps that are one too few: more than these are needed
-    pairs = math.floor(before * reach.batch_size / reach.epochs) + 1
-    prompts = math.ceil(pairs / max(1, reach.pairs_per_prompt))
-    ways = [f"prompts.n_per_round: at least {prompts - reach.prompts} more"]
-    if reach.pairs:
-        ways += [f"04_pairs.max_pairs_per_prompt: {math.ceil(pairs / reach.prompts)} or more",
-                 f"05_dpo.epochs: {math.floor(before * reach.batch_size / reach.pairs) + 1} or more"]
-        smaller = math.ceil(reach.pairs * reach.epochs / before) - 1
-        ways += [f"05_dpo.batch_size: {smaller} or less"] if smaller >= 1 else []
-    return (f"round {reach.round} can give at most {reach.pairs} pairs ({reach.prompts} prompts to train on, {reach.pairs_per_prompt} pairs each), and "
-            f"with epochs={reach.epochs:g} and batch_size={reach.batch_size} at most {reach.steps} steps: too few to learn from, {reach.min_steps} are "
-            f"needed. One of these would do: {'; '.join(ways)}. To see the stages work without learning anything: 05_dpo.min_steps: {max(1, reach.steps)}")
+    return (f"round {reach.round} can give at most {reach.pairs} pairs ({reach.prompts} prompts to train on, "
+            f"{reach.pairs_per_prompt} pairs each), and with epochs={reach.epochs:g} and batch_size={reach.batch_size} at most "
+            f"{reach.steps} steps: too few to learn from, {reach.min_steps} are needed. One of these would do: "
+            f"{'; '.join(ways_out(reach))}. To see the stages work without learning anything: "
+            f"05_dpo.min_steps: {max(1, reach.steps)}")
 
 # %% ../nbs/09_recipes.ipynb #e4c0a004
-def check_amounts(recipe, notebooks):
-    """Raises RecipeError when a recipe's numbers do not fit: more prompts than its source has rows, or in a round fewer steps than can
-    teach anything, naming the numbers that fit."""
-    source, n = recipe.prompts["source"], recipe.prompts["n_per_round"]
+def rows_problem(recipe: Recipe) -> str:
+    "What is wrong with a recipe's numbers of prompts for the rows that its source has; empty where they fit or are not known."
+    source, n, n_dev = recipe.prompts["source"], recipe.prompts["n_per_round"], recipe.prompts.get("n_dev", 0)
     rows = count_source(source)
-    if rows is not None and recipe.rounds * n > rows:
-        fits = f"say {rows} or less, or leave it out to take all" if recipe.rounds == 1 else f"say {rows // recipe.rounds} or less for each of {recipe.rounds} rounds"
-        raise RecipeError(f"{recipe.where}: prompts.n_per_round: {recipe.rounds * n} prompts are needed (rounds x n_per_round), {source} has {rows}: {fits}")
-    if rows is not None and not recipe.prompts.get("n_dev", 0) < rows:
-        raise RecipeError(f"{recipe.where}: prompts.n_dev: {recipe.prompts['n_dev']} rows cannot be kept from training, {source} has {rows}: at most {rows - 1}")
-    for k in range(1, recipe.rounds + 1):
-        reach = reach_of(recipe, k, notebooks)
-        if reach and (problem := reach_problem(reach)):
-            raise RecipeError(f"{recipe.where}: {problem}")
+    if rows is None:
+        return ""
+    if recipe.rounds * n > rows:
+        fits = f"say {rows} or less, or leave it out to take all"
+        if recipe.rounds > 1:
+            fits = f"say {rows // recipe.rounds} or less for each of {recipe.rounds} rounds"
+        needed = f"{recipe.rounds * n} prompts are needed (rounds x n_per_round)"
+        return f"prompts.n_per_round: {needed}, {source} has {rows}: {fits}"
+    if n_dev >= rows:
+        return f"prompts.n_dev: {n_dev} rows cannot be kept from training, {source} has {rows}: at most {rows - 1}"
+    return ""
+
+
+def check_amounts(recipe: Recipe, notebooks: Path):
+    """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its source has rows, or
+    in a round fewer steps than can teach anything."""
+    reaches = (reach_of(recipe, k, notebooks) for k in range(1, recipe.rounds + 1))
+    problem = rows_problem(recipe) or next(filter(None, (reach_problem(reach) for reach in reaches if reach)), "")
+    if problem:
+        raise RecipeError(f"{recipe.where}: {problem}")
 
 # %% ../nbs/09_recipes.ipynb #e4c0a006
-def plumbing_warning(policy, source):
-    "A sentence about the packaged model on pictures of another world than its own; empty for any other model, and for drawn pictures."
+def plumbing_warning(policy: str, source: str) -> str:
+    "A sentence about the packaged model on pictures of another world than its own; empty for any other."
     if source == "iconworld" or not policy.startswith("packaged:"):
         return ""
-    return (f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor do the verdicts "
-            "and the adapter that come of them. Name another policy and splitter.")
+    return (f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor "
+            "do the verdicts and the adapter that come of them. Name another policy and splitter.")
 
 # %% ../nbs/09_recipes.ipynb #ffc9eee4
 EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.MULTILINE)

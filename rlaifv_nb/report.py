@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['INK', 'COLOURS', 'MEASURES', 'VERDICT_CLASSES', 'page', 'source', 'html_table', 'picture', 'prompt_picture',
            'draw_panel', 'draw_chart', 'stage_warnings', 'failed_checks', 'stage_folders', 'show_warnings', 'Outcome',
-           'read_outcome', 'outcomes', 'read_dicts', 'loss_text', 'show_outcome', 'read_scores', 'plain', 'change_of',
-           'scores_table', 'show_headline', 'show_scores', 'facts_of', 'claim_list', 'case', 'show_before_after',
-           'read_feedback', 'lost_answers', 'verdict_table', 'show_feedback', 'show_pairs', 'show_training',
-           'show_guided', 'show_seconds', 'show_steps', 'show_setting', 'part', 'run_state', 'run_body',
-           'comparison_body', 'write_report']
+           'read_outcome', 'outcomes', 'read_dicts', 'loss_text', 'outcome_tiles', 'show_outcome', 'read_scores',
+           'plain', 'change_of', 'scores_table', 'show_headline', 'show_scores', 'facts_of', 'claim_list', 'case',
+           'show_before_after', 'read_feedback', 'lost_answers', 'verdict_table', 'show_feedback', 'show_pairs',
+           'show_training', 'show_guided', 'show_seconds', 'show_steps', 'show_setting', 'part', 'run_state',
+           'run_body', 'comparison_body', 'write_report']
 
 # %% ../nbs/09_report.ipynb #1cfe01fe
 import base64
@@ -61,12 +61,12 @@ def picture(data, longest=320):
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def prompt_picture(run, prompt):
-    "The picture of a prompt, or in its place why it cannot be shown: files of your own may have moved since."
+def prompt_picture(run: Path, prompt: Prompt) -> str:
+    "The picture of a prompt, or in its place that it cannot be shown: files of your own may have moved since."
     try:
         return picture((run / "prompts" / prompt.image_path).read_bytes())
     except (OSError, ValueError):
-        return f'<p class=missing>{html.escape(Path(prompt.image_path).name)} cannot be read any more</p>'
+        return f"<p class=missing>{html.escape(Path(prompt.image_path).name)} cannot be read any more</p>"
 
 # %% ../nbs/09_report.ipynb #72ffe89f
 INK, COLOURS = "#010203", ("#2a9d8f", "#4f86c6", "#d98a29", "#a15fa8", "#8a8f98")
@@ -110,35 +110,41 @@ def draw_chart(panels, caption):
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 # %% ../nbs/09_report.ipynb #f2d0a002
-def stage_warnings(folder):
+def stage_warnings(folder) -> list[str]:
     "The warnings of a stage, sentences; none for a stage that has none or is not done."
     path = Path(folder) / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")).get("warnings", []) if path.exists() else []
 
 
-def failed_checks(folder):
+def failed_checks(folder) -> list[str]:
     "What the chain noted about a cell that looks at a stage's results and failed, as a sentence of its own."
     path = Path(folder) / "step.json"
     failed = json.loads(path.read_text(encoding="utf-8")).get("failed_check", "") if path.exists() else ""
     return [f"a cell that looks at the results failed: {failed}"] if failed else []
 
 
-def stage_folders(run):
+def stage_folders(run: Path) -> list[Path]:
     "The folders of a run's steps in the order of the plan: prompts, the rounds, what comes after them."
-    found = [path.parent for name in ("step", "manifest") for path in run.glob(f"**/{name}.json") if path.parent != run]
-    return sorted(set(found), key=lambda folder: (folder.name != "prompts", not folder.parent.name.startswith("round_"), folder))
+    def place(folder):
+        return folder.name != "prompts", not folder.parent.name.startswith("round_"), folder
+
+    found = {path.parent for name in ("step", "manifest") for path in run.glob(f"**/{name}.json")} - {run}
+    return sorted(found, key=place)
 
 
-def show_warnings(run, recipe):
-    "What the recipe (a dict) and the stages warn about, with links to where that is said; empty where nothing does."
+def show_warnings(run: Path, recipe: dict) -> str:
+    "What the recipe and the stages warn about, with links to where that is said; empty where nothing does."
     from rlaifv_nb.recipes import plumbing_warning
 
     note = plumbing_warning(recipe.get("policy", ""), recipe.get("prompts", {}).get("source", "iconworld"))
-    items = [f'<li><a href="recipe.yaml">recipe</a> {html.escape(note)}</li>'] if note else []
+    items = [("recipe.yaml", "recipe", note)] if note else []
     for folder in stage_folders(run):
-        name = html.escape(folder.relative_to(run).as_posix())
-        items += [f'<li><a href="{name}/manifest.json">{name}</a> {html.escape(warning)}</li>' for warning in stage_warnings(folder) + failed_checks(folder)]
-    return f"<section class=warnings><h2 id=\"warnings\">Warnings</h2><ul>{''.join(items)}</ul></section>\n" if items else ""
+        name = folder.relative_to(run).as_posix()
+        items += [(f"{name}/manifest.json", name, text) for text in stage_warnings(folder) + failed_checks(folder)]
+    if not items:
+        return ""
+    rows = "".join(f'<li><a href="{html.escape(link)}">{html.escape(name)}</a> {html.escape(text)}</li>' for link, name, text in items)
+    return f'<section class=warnings><h2 id="warnings">Warnings</h2><ul>{rows}</ul></section>\n'
 
 # %% ../nbs/09_report.ipynb #f2d0a003
 @dataclass(frozen=True)
@@ -154,12 +160,12 @@ class Outcome:
     accuracy: float
 
     @property
-    def learned(self):
+    def learned(self) -> bool:
         "Whether the held-out loss fell; where the loss before training is not known, whether the held-out margin grew."
         return self.margin > 0 if self.loss_before is None else self.loss_best < self.loss_before
 
 
-def read_outcome(folder):
+def read_outcome(folder: Path) -> Outcome:
     "The `Outcome` of a finished 05_dpo. Raises FileNotFoundError when it is not finished, or holds no curve or no best step."
     curve = read_dicts(folder, "training")
     manifest = read_manifest(folder)
@@ -167,11 +173,12 @@ def read_outcome(folder):
         raise FileNotFoundError(f"no best_step in {folder / 'manifest.json'}")
     dev = [row for row in curve if row["split"] == "dev" and row["step"] == manifest["best_step"]]
     best = dev[-1] if dev else {"margin": 0.0, "accuracy": 0.0}
-    return Outcome(manifest["train_pairs"], manifest["dev_pairs"], manifest.get("steps", max(row["step"] for row in curve)), manifest["best_step"],
-                   manifest.get("dev_loss_before"), manifest["best_dev_loss"], best["margin"], best["accuracy"])
+    steps = manifest.get("steps", max(row["step"] for row in curve))
+    return Outcome(manifest["train_pairs"], manifest["dev_pairs"], steps, manifest["best_step"], manifest.get("dev_loss_before"),
+                   manifest["best_dev_loss"], best["margin"], best["accuracy"])
 
 
-def outcomes(run, rounds):
+def outcomes(run: Path, rounds) -> dict[int, Outcome]:
     "Round -> its `Outcome`, for the rounds whose training is finished."
     found = {}
     for k in rounds:
@@ -182,34 +189,40 @@ def outcomes(run, rounds):
     return found
 
 
-def read_dicts(folder, table):
+def read_dicts(folder: Path, table: str) -> list[dict]:
     "The rows of a table as dicts. Raises FileNotFoundError when the folder holds no shard of it."
     if not shard_paths(folder, table):
         raise FileNotFoundError(f"no {table}-*.jsonl in {folder}")
     return [json.loads(line) for p in shard_paths(folder, table) for line in p.read_text(encoding="utf-8").splitlines()]
 
 # %% ../nbs/09_report.ipynb #f2d0a004
-def loss_text(outcome):
+def loss_text(outcome: Outcome) -> str:
     "`0.938 → 0.930`: the held-out loss before training and at its best."
     before = "?" if outcome.loss_before is None else f"{outcome.loss_before:.3f}"
     return f"{before} → {outcome.loss_best:.3f}"
 
 
-def show_outcome(run, rounds):
+def outcome_tiles(outcome: Outcome) -> str:
+    "Five figures of a training."
+    figures = [(f"{outcome.train_pairs:,} + {outcome.dev_pairs:,}", "pairs to train on, and held out"),
+               (f"{outcome.steps:,}", "steps"),
+               (loss_text(outcome), "loss on held-out pairs, before and at its best"),
+               (f"{outcome.margin:.2f}", "margin on held-out pairs, nats"),
+               (f"{100 * outcome.accuracy:.0f}%", "held-out pairs with a positive margin")]
+    return "<div class=tiles>" + "".join(f"<div><strong>{value}</strong>{label}</div>" for value, label in figures) + "</div>"
+
+
+def show_outcome(run: Path, rounds) -> str:
     "The result of a run that evaluates nothing: what its last adapter learned, and that nothing more is known."
     done = outcomes(run, rounds)
-    unknown = "Nothing was evaluated: whether this helped on these pictures is not known."
     if not done:
-        return f"<h1>No adapter has been trained yet.</h1><p class=missing>Not there yet: a finished 05_dpo.</p>"
+        return "<h1>No adapter has been trained yet.</h1><p class=missing>Not there yet: a finished 05_dpo.</p>"
     last, outcome = list(done.items())[-1]
     folder = run / f"round_{last}" / "05_dpo"
     title = "An adapter was trained, and not evaluated." if outcome.learned else "The adapter learned nothing."
-    figures = [(f"{outcome.train_pairs:,} + {outcome.dev_pairs:,}", "pairs to train on, and held out"), (f"{outcome.steps:,}", "steps"),
-               (loss_text(outcome), "loss on held-out pairs, before and at its best"), (f"{outcome.margin:.2f}", "margin on held-out pairs, nats"),
-               (f"{100 * outcome.accuracy:.0f}%", "held-out pairs with a positive margin")]
-    tiles = "".join(f"<div><strong>{value}</strong>{label}</div>" for value, label in figures)
     why = "" if outcome.learned else " Its loss on held-out pairs never fell below the one it began with."
-    return (f"<h1>{title}</h1><p>{unknown}{why} Round {last}:</p><div class=tiles>{tiles}</div>"
+    unknown = "Nothing was evaluated: whether this helped on these pictures is not known."
+    return (f"<h1>{title}</h1><p>{unknown}{why} Round {last}:</p>{outcome_tiles(outcome)}"
             + source(run, folder / "manifest.json", *shard_paths(folder, "training")))
 
 # %% ../nbs/09_report.ipynb #cf215a43
@@ -356,10 +369,10 @@ def read_feedback(run, k):
     return prompts, responses, claims
 
 
-def lost_answers(here):
+def lost_answers(here: Path) -> dict[str, str]:
     "Response id -> why an answer of the round in the folder `here` has no claims: cut off, or set aside when it was divided."
-    found = {r.response_id: "cut off at the token limit" for r in read_table(here / "01_sampling", "responses", Response) if r.finish_reason == "length"}
-    aside = here / "02_claims"
+    responses, aside = read_table(here / "01_sampling", "responses", Response), here / "02_claims"
+    found = {r.response_id: "cut off at the token limit" for r in responses if r.finish_reason == "length"}
     rows = read_table(aside, "set_aside-claims", SetAside) if shard_paths(aside, "set_aside-claims") else []
     return found | {s.row_id: f"set aside: {s.reason}" for s in rows}
 
@@ -384,10 +397,12 @@ def show_feedback(run, k, n=4):
     cases = []
     for response in [r for r in responses.values() if r.sample_index == 0][:n]:
         prompt = prompts[response.prompt_id]
-        question = html.escape(prompt.question) + (f" · {html.escape(lost[response.response_id])}" if response.response_id in lost else "")
-        cases.append(case(prompt_picture(run, prompt), [(question, response.text, claims.get(response.response_id, []))]))
-    legend = ("green claims are true, red ones false, and an outlined one was judged wrongly" if n_known else
-              "the colours are the labeler's verdict: whether a claim is true is not known")
+        tag = " · ".join(filter(None, [prompt.question, lost.get(response.response_id, "")]))
+        judged = claims.get(response.response_id, [])
+        cases.append(case(prompt_picture(run, prompt), [(html.escape(tag), response.text, judged)]))
+    legend = "the colours are the labeler's verdict: whether a claim is true is not known"
+    if n_known:
+        legend = "green claims are true, red ones false, and an outlined one was judged wrongly"
     return (f"<p>{known}✓ accepted, ✗ rejected, ? abstained; {legend}.</p>"
             + verdict_table(counts) + "".join(cases)
             + source(run, *(run / f"round_{k}" / folder for folder in ("01_sampling", "02_claims", "03_feedback"))))
@@ -419,11 +434,16 @@ def show_training(run, rounds):
                                                         for k, style, part in parts]} for key in ("loss", "margin", "accuracy")]
     caption = ("DPO training: lines are training pairs, dots held-out pairs. Margin: implicit reward of chosen minus rejected; "
                "accuracy: share of pairs with a positive margin.")
-    rows = [[f"round {k}{'' if o.learned else ', learned nothing'}", f"{o.train_pairs:,} + {o.dev_pairs:,}", f"{o.steps:,}", f"{o.best_step:,}",
-             loss_text(o), f"{o.margin:.2f}", f"{100 * o.accuracy:.0f}%"] for k, o in outcomes(run, rounds).items()]
-    head = ["", "pairs", "steps", "best step", "loss", "margin", "accuracy"]
-    table = html_table(head, rows) + "<p>Pairs to train on and held out; loss before training and at the best step, margin (nats) and accuracy there, of held-out pairs.</p>"
-    return table * bool(rows) + draw_chart(panels, caption) + source(run, *(p for k in tables for p in shard_paths(run / f"round_{k}" / "05_dpo", "training")))
+    rows = []
+    for k, o in outcomes(run, rounds).items():
+        name = f"round {k}" if o.learned else f"round {k}, learned nothing"
+        rows.append([name, f"{o.train_pairs:,} + {o.dev_pairs:,}", f"{o.steps:,}", f"{o.best_step:,}", loss_text(o),
+                     f"{o.margin:.2f}", f"{100 * o.accuracy:.0f}%"])
+    table = html_table(["", "pairs", "steps", "best step", "loss", "margin", "accuracy"], rows)
+    table += ("<p>Pairs to train on and held out; of the held-out ones the loss before training and at the best step, and "
+              "margin (nats) and accuracy there.</p>")
+    shards = [path for k in tables for path in shard_paths(run / f"round_{k}" / "05_dpo", "training")]
+    return table * bool(rows) + draw_chart(panels, caption) + source(run, *shards)
 
 
 def show_guided(run):
@@ -488,7 +508,7 @@ def part(title, show, run, *args):
     return f"<section>{heading}{body}</section>\n"
 
 
-def run_state(run, rounds):
+def run_state(run: Path, rounds) -> str:
     "`finished`, `not finished`, or that a finished run has learned nothing."
     if not (run / "manifest.json").exists():
         return "not finished"
@@ -502,7 +522,8 @@ def run_body(run):
     rounds = range(1, recipe["rounds"] + 1)
     evaluate = recipe.get("evaluate", ["06_evaluation", "07_guided_decoding"])
     measured = "06_evaluation" in evaluate or bool(shard_paths(run / "06_evaluation", "scores"))
-    body = f"<p class=eyebrow>RLAIF-V run “{html.escape(recipe['name'])}”, {run_state(run, rounds)}: {html.escape(recipe['description'])}</p>"
+    name, description = html.escape(recipe["name"]), html.escape(recipe["description"])
+    body = f"<p class=eyebrow>RLAIF-V run “{name}”, {run_state(run, rounds)}: {description}</p>"
     body += part("", show_headline, run) if measured else part("", show_outcome, run, rounds)
     body += show_warnings(run, recipe)
     if measured:

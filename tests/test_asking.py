@@ -21,7 +21,8 @@ from rlaifv_nb.evaluate import Request, check_request
 from rlaifv_nb.models import (ask_with, answer_ids, chat_messages, lora_targets, open_vlm, padding_colour, prompt_inputs, prompt_text,
                               save_adapter, sibling_ids)
 from rlaifv_nb.pictures import load_image, pad_to_square, within_pixels
-from rlaifv_nb.records import read_manifest
+from rlaifv_nb.records import Prompt, read_manifest, sha256_of, write_table
+from rlaifv_nb.sampling import run_sampling
 
 LLAVA_V1 = ("A chat between a curious human and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the human's questions.")
@@ -286,3 +287,20 @@ def test_answers_to_a_benchmark_say_how_they_were_asked(tmp_path):
     for name, options in (("plain", {}), ("padded", {"pad_pictures": True})):
         run_answers(questions, tmp_path, tmp_path / name, llava(**options), max_new_tokens=4)
         assert {k: v for k, v in read_manifest(tmp_path / name)["parameters"].items() if k == "pad_pictures"} == options
+
+
+def test_a_stage_begun_with_one_way_of_asking_does_not_go_on_with_another(tmp_path):
+    picture = tmp_path / "prompts/images/0.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (90, 60), "red").save(picture)
+    write_table(tmp_path / "prompts", "prompts", [Prompt("0a", "images/0.png", sha256_of(picture.read_bytes()), QUESTION, "here", "train")])
+    asked = dict(system_prompt=LLAVA_V1, pad_pictures=True)
+
+    def sample(**options):
+        return run_sampling(str(tmp_path / "prompts"), str(tmp_path / "01"), llava(**options), n_samples=2, max_new_tokens=4, batch_size=1)
+
+    responses = sample(**asked)
+    assert len(responses) == 2 and read_manifest(tmp_path / "01")["parameters"].items() >= asked.items()
+    assert sample(**asked) == responses
+    with pytest.raises(ValueError, match="pad_pictures|system_prompt"):
+        sample()

@@ -53,7 +53,7 @@ NOT_SURE = [
     "The man wears a hat and is tall.", "The man who is tall smiles.", "The man who is tall is smiling.", "The woman is seated and holds a child.",
     "The man is tall, and the woman is short.", "The lights are on and the door is open.", "The boy laughs and his dog is behind him.",
     "The light shines and the light is red.", "Dogs run and cats are sleeping.", "There is a man and there is a woman.", "A man is standing, his arms are crossed.",
-    "Behind him is an archway.", "On the stove sits a kettle.", "Standing next to him is a dog.", "Seated at the table are three women.",
+    "The sign has lost a letter and now reads \"GAS LINE\".", "Behind him is an archway.", "On the stove sits a kettle.", "Standing next to him is a dog.", "Seated at the table are three women.",
     "Also present is a dog.", "What the man holds is a cup.", "The fact that he is smiling suggests joy.", "The surface the cup stands on is white.",
     "The metal stands in the hall are new.", "The man has rolled up sleeves.", "The man has never been there.", "The man does a trick.",
     "Is the dog red?", "There is a sign: it is red.", "There is a dog. It is red.", "Snow covers the peaks.", "Red", "3", "",
@@ -146,15 +146,27 @@ def test_a_cut_list_keeps_its_whole_items():
     assert [(r.response_id, "The do" in r.detail) for r in remarks if r.remark == c.CUT] == [("p-00", True), ("p-01", True)]
 
 
-def test_fragments_and_leaks_are_noted_and_an_answer_of_nothing_else_is_set_aside():
+def test_fragments_and_leaks_are_noted_and_cost_nothing_else():
     listed = '- The dog is red.\n- Red\n- They run fast.\n- The sign reads "NO PARKING 8-10 AM".\n- The cat may be old.'
-    claims, set_aside, remarks = divided(["A red dog and an old cat run.", "FORMULA"], replies={"A red dog": listed, "FORMULA": "- 3\n- 7"})
-    assert [x.text for x in claims] == ["The dog is red.", "They run fast.", "The cat may be old."]
+    claims, set_aside, remarks = divided(["A red dog and an old cat run."], replies={"A red dog": listed})
+    assert [x.text for x in claims] == ["The dog is red.", "They run fast.", "The cat may be old."] and not set_aside
     assert [x.claim_id for x in claims] == ["p-00-00", "p-00-01", "p-00-02"]
-    assert [(s.row_id, s.reason) for s in set_aside] == [("p-01", "no fact that can be judged")], "else it would count as an answer without a fault"
     found = {(r.fact, r.remark, r.claim_id) for r in remarks}
     assert found >= {("Red", c.FRAGMENT, ""), ("They run fast.", c.DEPENDENT, "p-00-01"), ("The cat may be old.", c.HEDGED, "p-00-02"),
                      ('The sign reads "NO PARKING 8-10 AM".', c.LEAKED, ""), ("They run fast.", c.BY_STATEMENT, "p-00-01")}
+
+
+def test_an_answer_of_words_alone_is_judged_as_an_answer():
+    claims, set_aside, remarks = divided(["Red and blue, 3 times."], "Which colours?", replies={"Red and": "- Red\n- Blue\n- 3\n- Purple"})
+    assert not set_aside and [x.text for x in claims] == ["Red", "Blue", "3"]
+    assert claims[0].question == 'The question about the image was: Which colours? Is "Red" a correct answer, or a part of one?'
+    assert {(r.fact, r.remark) for r in remarks} == {("Purple", c.LEAKED)} | {(x.text, c.BY_STATEMENT) for x in claims}
+
+
+def test_an_answer_that_keeps_no_fact_is_set_aside_and_not_taken_for_one_without_a_fault():
+    claims, set_aside, remarks = divided(["A red dog."], replies={"A red dog": "- The umbrella is open.\n- The woman was holding an umbrella."})
+    assert not claims and [(s.row_id, s.reason) for s in set_aside] == [("p-00", "no fact of its own")]
+    assert [r.remark for r in remarks] == [c.LEAKED] * 2
 
 
 # the stage
@@ -177,7 +189,7 @@ class FakeAsker:
         number = prompt.rpartition("word")[0].count("word")
         if "Fact:" in prompt:
             return "Does something sit?", "stop"
-        return f"- Number {number} is one word.\n- A word sits.\n- The dog is red.\n- 7\n- A word may be long.", "stop"
+        return f"- Number {number} is one word.\n- A word sits.\n- The dog is red.\n- Red\n- A word may be long.", "stop"
 
 
 class Llm:

@@ -1,4 +1,4 @@
-"""The whole tiny chain as it runs on a graphics card, bfloat16 on NF4 weights: stage by stage, and through the notebooks' programs."""
+"""The whole tiny chain as it runs on a card, in bfloat16 on NF4 weights: by functions, and by notebooks."""
 import json
 
 import numpy as np
@@ -18,7 +18,9 @@ from rlaifv_nb.recipes import check_recipe, load_recipe
 from rlaifv_nb.records import package_folder, read_manifest, read_table, Pair, RefLogp, Score
 from rlaifv_nb.sampling import run_sampling
 
-POLICY, SPLITTER, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-splitter", "packaged:iconworld-aligned"
+POLICY = "packaged:iconworld-vlm"
+SPLITTER = "packaged:iconworld-splitter"
+ADAPTER = "packaged:iconworld-aligned"
 HALF = {"dtype": "bfloat16", "quantisation": "nf4"}
 
 
@@ -41,12 +43,13 @@ def test_every_stage_runs_as_it_was_asked(run):
     for stage in ("01", "02", "03", "05"):
         manifest = read_manifest(run / stage)
         assert {key: manifest["parameters"][key] for key in HALF} == HALF, stage
-        assert manifest["parameters"]["sharing"] == "" and manifest["rows_out"] > 0, "branches share their prompt in 16 bits, too"
+        assert manifest["parameters"]["sharing"] == "", "branches share their prompt in 16 bits, too"
+        assert manifest["rows_out"] > 0
     assert read_manifest(run / "03")["warnings"] == [] and read_manifest(run / "03")["set_aside"] == {}
 
 
 def test_verdicts_in_16_bits_are_those_of_32(run, tmp_path):
-    """The same claims judged in float32 without quantisation: hardly a verdict differs, and P(yes) by little on average."""
+    """The same claims judged in float32 without quantisation: hardly a verdict differs."""
     half = run_feedback(run / "prompts", run / "01", run / "02", tmp_path / "again", open_vlm(POLICY, **HALF))
     whole = run_feedback(run / "prompts", run / "01", run / "02", tmp_path / "whole", open_vlm(POLICY))
     flips = np.array([a.label != b.label for a, b in zip(half, whole)])
@@ -64,7 +67,8 @@ def test_training_starts_where_the_reference_is_and_moves(run):
     weights = load_file(run / "05" / "adapter" / "adapter_model.safetensors")
     moved = [w.abs().max().item() for name, w in weights.items() if "lora_B" in name]
     assert len(moved) == 4 * 7 and min(moved) > 0 and all(w.isfinite().all() for w in weights.values())
-    assert len(read_table(run / "05", "reference", RefLogp)) == manifest["rows_out"] <= len(read_table(run / "04", "pairs", Pair))
+    n_pairs = len(read_table(run / "04", "pairs", Pair))
+    assert len(read_table(run / "05", "reference", RefLogp)) == manifest["rows_out"] <= n_pairs
     curve = [json.loads(line) for line in (run / "05" / "training-00000.jsonl").read_text().splitlines()]
     assert all(np.isfinite([row["loss"], row["margin"]]).all() for row in curve)
     train = [row["margin"] for row in curve if row["split"] == "train"]
@@ -72,18 +76,25 @@ def test_training_starts_where_the_reference_is_and_moves(run):
 
 
 def test_evaluation_in_16_bits(run, tmp_path):
-    run_evaluation(tmp_path, POLICY, f"aligned={run / '05' / 'adapter'}", n_scenes=10, max_new_tokens=80, **HALF)
+    adapters = f"aligned={run / '05' / 'adapter'}"
+    run_evaluation(tmp_path, POLICY, adapters, n_scenes=10, max_new_tokens=80, **HALF)
     scores = {(s.model, s.metric): s.value for s in read_table(tmp_path, "scores", Score)}
     assert {model for model, _ in scores} == {"base", "aligned"} and all(np.isfinite(list(scores.values())))
-    assert scores["base", "accuracy"] > 80 and scores["aligned", "accuracy"] > 80, "short answers survive 16 bits and 4-bit weights"
+    accuracy = min(scores[model, "accuracy"] for model in ("base", "aligned"))
+    assert accuracy > 80, "short answers survive 16 bits and 4-bit weights"
     assert all(len(read_cases(tmp_path, k)) == 10 for k in (0, 1))
     assert read_manifest(tmp_path)["parameters"]["quantisation"] == "nf4"
+
+
+def score(run, out, **options):
+    "Rewards of the responses of 01 under the packaged adapter."
+    run_guided_decoding(run / "prompts", out, POLICY, ADAPTER, responses=run / "01", **options)
 
 
 def test_rewards_in_16_bits(run, tmp_path):
     """Scored answers: the sum of a reward is noisy in 16 bits, its signed mean over all tokens is not."""
     for name, options in (("half", HALF), ("whole", {})):
-        run_guided_decoding(run / "prompts", tmp_path / name, POLICY, ADAPTER, responses=run / "01", **options)
+        score(run, tmp_path / name, **options)
     half, whole = ({c.response_id: c for c in read_candidates(tmp_path / name)} for name in ("half", "whole"))
     assert half.keys() == whole.keys() and len(half) == read_manifest(run / "01")["rows_out"]
     n_tokens = sum(c.n_tokens for c in half.values())
@@ -94,22 +105,38 @@ def test_rewards_in_16_bits(run, tmp_path):
     assert np.corrcoef(rewards.argsort().argsort())[0, 1] > 0.9, "candidates keep their order"
 
 
+def test_scores_in_16_bits_hardly_depend_on_the_batch(run, tmp_path):
+    """Measured: 2e-4 nats per token as a signed mean, 4e-3 for the worst answer (3e-7 in float32)."""
+    for name, batch_size in (("one", 1), ("many", 14)):
+        score(run, tmp_path / name, batch_size=batch_size, **HALF)
+    one, many = (read_candidates(tmp_path / name) for name in ("one", "many"))
+    n_tokens = np.array([c.n_tokens for c in one])
+    rewards = np.array([[reward_of(c, "reward_sum", 1.0) for c in found] for found in (one, many)])
+    moved = rewards[0] - rewards[1]
+    assert [c.response_id for c in one] == [c.response_id for c in many]
+    assert abs(moved.sum() / n_tokens.sum()) < 2e-3, "noise averages out over many tokens"
+    assert abs(moved / n_tokens).max() < 0.03
+
+
 def test_sampled_candidates_in_16_bits(run, tmp_path):
     write_prompts(tmp_path / "prompts", {"test": 3})
-    run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, str(run / "05" / "adapter"), n_candidates=4,
+    adapter = str(run / "05" / "adapter")
+    run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, adapter, n_candidates=4,
                         max_new_tokens=60, **HALF)
     candidates = read_candidates(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["rows_in"] == 24 == len(candidates) + sum(manifest["set_aside"].values()) and len(candidates) > 20
+    assert manifest["rows_in"] == 24 == len(candidates) + sum(manifest["set_aside"].values())
+    assert len(candidates) > 20
     assert any(abs(c.policy_sum_logp - c.reference_sum_logp) > 0.01 for c in candidates)
 
 
 def test_the_notebooks_programs_in_16_bits(tmp_path):
     """One round of the tiny recipe through papermill, with every model in bfloat16 and NF4."""
-    half = {stage: HALF for stage in ("01_sampling", "02_claims", "03_feedback", "05_dpo", "06_evaluation", "07_guided_decoding")}
-    recipe = load_recipe("tiny", {"rounds": 1, "prompts": {"n_per_round": 14, "n_dev": 4}, "parameters": {
-        **half, "01_sampling": {**HALF, "n_samples": 6, "max_new_tokens": 80}, "05_dpo": {**HALF, "epochs": 1.0, "batch_size": 4, "min_steps": 1},
-        "06_evaluation": {**HALF, "n_scenes": 6}, "07_guided_decoding": {**HALF, "n_scenes": 2, "n_candidates": 2}}})
+    own = {"01_sampling": {"n_samples": 6, "max_new_tokens": 80}, "02_claims": {}, "03_feedback": {},
+           "05_dpo": {"epochs": 1.0, "batch_size": 4, "min_steps": 1}, "06_evaluation": {"n_scenes": 6},
+           "07_guided_decoding": {"n_scenes": 2, "n_candidates": 2}}
+    recipe = load_recipe("tiny", {"rounds": 1, "prompts": {"n_per_round": 14, "n_dev": 4},
+                                  "parameters": {stage: HALF | options for stage, options in own.items()}})
     notebooks = package_folder("nbs")
     run_chain(check_recipe(recipe, notebooks), tmp_path / "run", notebooks)
     folders = [f"round_1/{stage}" for stage in ("01_sampling", "02_claims", "03_feedback", "05_dpo")]

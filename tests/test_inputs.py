@@ -203,7 +203,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(200)  # the head of a telep
 @pytest.mark.parametrize("name, says", [("IMG_1.HEIC", "IMG_1.HEIC is HEIC"), ("IMG_1.jpg", "IMG_1.jpg is HEIC"), ("DSC_1.CR2", "DSC_1.CR2 is CR2")])
 def test_photographs_that_are_not_read_say_what_to_do(pictures, tmp_path, name, says):
     """Telephones also call them .jpg; in a folder they must not be passed over in silence."""
-    (pictures / name).write_bytes(HEIC if says.endswith("HEIC") else b"II*\0" + bytes(100))
+    (pictures / name).write_bytes(HEIC if says.endswith("HEIC") else file_of(NOISE, "TIFF"))  # a raw file shows Pillow a thumbnail
     import_prompts(pictures, tmp_path / "out", question="What?")
     detail, = (s.detail for s in read_table(tmp_path / "out", "set_aside-prompts", SetAside) if s.row_id == name)
     assert says in detail and "convert it to JPEG" in detail

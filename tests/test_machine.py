@@ -1,6 +1,8 @@
-"""What keeps a run from starting is found before its first stage: models that cannot be had or opened, drivers, devices, disks.
+"""What keeps a run from starting is found before its first stage: models that cannot be had or opened,
+drivers, devices, disks.
 
 The Hub is a local server that answers as the real one does; `huggingface_hub` itself is the real one."""
+
 import hashlib
 import json
 import shutil
@@ -29,7 +31,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """A Hub with the models in `models` (id -> folder). Those in `gated` refuse everything but their listing; `sizes` overrides what files weigh."""
+    """A Hub with the models in `models` (id -> folder). Those in `gated` refuse everything but their
+    listing; `sizes` overrides what files weigh."""
 
     def __init__(self, models, gated=(), sizes=None):
         self.models, self.gated, self.sizes, self.asked = models, gated, sizes or {}, []
@@ -61,18 +64,40 @@ class HubRequest(BaseHTTPRequestHandler):
         parts = path.removeprefix("api/models/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
         if name not in hub.models:
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Invalid username or password.")
+            return self.answer(
+                401, X_Error_Code="RepoNotFound", X_Error_Message="Invalid username or password."
+            )
         files = {f.name: f for f in sorted(Path(hub.models[name]).iterdir()) if f.is_file()}
 
         def size(f):
             return hub.sizes.get(f.name, f.stat().st_size)
 
         if path.startswith("api/") and rest[0] == "revision":
-            return self.json({"id": name, "sha": SHA, "siblings": [{"rfilename": f} for f in files], "private": False, "gated": name in hub.gated})
+            return self.json(
+                {
+                    "id": name,
+                    "sha": SHA,
+                    "siblings": [{"rfilename": f} for f in files],
+                    "private": False,
+                    "gated": name in hub.gated,
+                }
+            )
         if name in hub.gated:
-            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message=f"Access to model {name} is restricted.")
+            return self.answer(
+                403, X_Error_Code="GatedRepo", X_Error_Message=f"Access to model {name} is restricted."
+            )
         if rest[0] == "tree":
-            return self.json([{"type": "file", "path": f.name, "size": size(f), "oid": hashlib.sha1(f.read_bytes()).hexdigest()} for f in files.values()])
+            return self.json(
+                [
+                    {
+                        "type": "file",
+                        "path": f.name,
+                        "size": size(f),
+                        "oid": hashlib.sha1(f.read_bytes()).hexdigest(),
+                    }
+                    for f in files.values()
+                ]
+            )
         file = files.get(rest[2])
         if file is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
@@ -94,7 +119,11 @@ def hub(tmp_path, monkeypatch):
     def open_hub(models=None, **options):
         hubs.append(Hub(models or {}, **options))
         monkeypatch.setattr(constants, "ENDPOINT", hubs[-1].url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hubs[-1].url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hubs[-1].url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         return hubs[-1]
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -115,17 +144,29 @@ def problems_of(recipe, device="auto"):
 
 # models
 
+
 def test_every_model_of_a_recipe_is_looked_at_once():
     names = [(m.name, m.is_vlm) for m in wanted_models(plan_run(load_recipe("llava15-7b-24gb")))]
-    assert names == [("llava-hf/llava-1.5-7b-hf", True), ("meta-llama/Meta-Llama-3-8B-Instruct", False), ("llava-hf/llava-v1.6-34b-hf", True)]
-    assert [m.name for m in wanted_models(plan_run(load_recipe("tiny")))] == ["packaged:iconworld-vlm", "packaged:iconworld-splitter"]
+    assert names == [
+        ("llava-hf/llava-1.5-7b-hf", True),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", False),
+        ("llava-hf/llava-v1.6-34b-hf", True),
+    ]
+    assert [m.name for m in wanted_models(plan_run(load_recipe("tiny")))] == [
+        "packaged:iconworld-vlm",
+        "packaged:iconworld-splitter",
+    ]
 
 
 def test_the_small_files_are_downloaded_and_the_weights_are_weighed(hub, tmp_path):
     opened = hub({"some-one/seer": VLM})
     folder, to_download = find_model("some-one/seer")
     weights = (VLM / "model.safetensors").stat().st_size
-    assert to_download >= weights and not (folder / "model.safetensors").exists() and (folder / "config.json").is_file()
+    assert (
+        to_download >= weights
+        and not (folder / "model.safetensors").exists()
+        and (folder / "config.json").is_file()
+    )
     assert not any(line.startswith("GET") and line.endswith("safetensors") for line in opened.asked)
     again, to_download = find_model("some-one/seer")
     assert again == folder and to_download == weights, "what is in the cache is not counted"
@@ -135,14 +176,21 @@ def test_the_small_files_are_downloaded_and_the_weights_are_weighed(hub, tmp_pat
 def test_a_gated_splitter_is_told_before_sampling(hub):
     opened = hub({"big-labs/llama": SPLITTER}, gated=["big-labs/llama"])
     (problem,) = problems_of(recipe_of(splitter="big-labs/llama"))
-    assert problem.startswith(f"big-labs/llama is gated: accept its terms at {opened.url}/big-labs/llama, then log in with `hf auth login`")
+    assert problem.startswith(
+        f"big-labs/llama is gated: accept its terms at {opened.url}/big-labs/llama, "
+        "then log in with `hf auth login`"
+    )
 
 
 @pytest.mark.parametrize("key", ["policy", "splitter", "labeler"])
 def test_an_unknown_model_is_named_whichever_it_is(hub, key):
     opened = hub()
     (problem,) = problems_of(recipe_of(**{key: "some-one/typo"}))
-    assert f"there is no model some-one/typo on the Hub, or it is private: check its name at {opened.url}/some-one/typo" in problem
+    assert (
+        "there is no model some-one/typo on the Hub, or it is private: "
+        f"check its name at {opened.url}/some-one/typo"
+        in problem
+    )
 
 
 def test_all_that_is_wrong_is_said_at_once_in_one_line(hub, capsys):
@@ -167,7 +215,10 @@ def test_without_the_hub_a_full_cache_will_do_and_half_of_one_will_not(hub, monk
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         assert problems_of(recipe_of(policy="some-one/seer")) == ()
         (problem,) = problems_of(recipe_of(policy="some-one/other", labeler="some-one/third"))
-        assert "cannot be reached" in problem and "`hf download some-one/other` and `hf download some-one/third` beforehand" in problem
+        assert (
+            "cannot be reached" in problem
+            and "`hf download some-one/other` and `hf download some-one/third` beforehand" in problem
+        )
 
 
 def test_a_gated_model_that_is_in_the_cache_will_do(hub):
@@ -190,16 +241,23 @@ def test_a_folder_or_a_model_of_the_hub_without_safetensors_is_refused(hub, tmp_
 
 def test_no_space_for_the_download(hub):
     hub({"some-one/large": VLM, "some-one/splitter": SPLITTER}, sizes={"model.safetensors": 4 * 10**15})
-    (problem,) = problems_of(recipe_of(policy="some-one/large", splitter="some-one/splitter", labeler="policy"))
-    assert problem.startswith("8000000.0 GB are still to be downloaded (some-one/large 4000000.0 GB, some-one/splitter 4000000.0 GB), and ")
+    (problem,) = problems_of(
+        recipe_of(policy="some-one/large", splitter="some-one/splitter", labeler="policy")
+    )
+    assert problem.startswith(
+        "8000000.0 GB are still to be downloaded "
+        "(some-one/large 4000000.0 GB, some-one/splitter 4000000.0 GB), and "
+    )
     assert "free: make room, or set HF_HOME" in problem
 
 
 # processors
 
+
 @pytest.fixture
 def no_processor(monkeypatch):
     """A function after which no processor opens, for want of a package."""
+
     def put(message):
         def missing(*args, **kwargs):
             raise ImportError(message)
@@ -214,19 +272,35 @@ def no_processor(monkeypatch):
 def test_a_processor_that_needs_a_package(no_processor):
     no_processor("This processor requires\nthe beans library")
     (problem,) = problems_of(load_recipe("tiny"))
-    assert problem == "packaged:iconworld-vlm: its processor cannot be opened: This processor requires the beans library"
+    assert (
+        problem
+        == "packaged:iconworld-vlm: its processor cannot be opened: This processor requires the beans library"
+    )
 
 
-@pytest.mark.parametrize("message, package", [
-    (transformers.utils.import_utils.TORCHVISION_IMPORT_ERROR.format("Qwen2VLVideoProcessor"), "torchvision"),
-    ("Package `num2words` is required to run SmolVLM processor. Install it with `pip install num2words`.", "num2words"),
-])
+@pytest.mark.parametrize(
+    "message, package",
+    [
+        (
+            transformers.utils.import_utils.TORCHVISION_IMPORT_ERROR.format("Qwen2VLVideoProcessor"),
+            "torchvision",
+        ),
+        (
+            "Package `num2words` is required to run SmolVLM processor. "
+            "Install it with `pip install num2words`.",
+            "num2words",
+        ),
+    ],
+)
 def test_the_package_that_real_processors_need_is_named_with_its_version(no_processor, message, package):
     if find_spec(package):
         pytest.skip(f"{package} is installed, so nothing is missing")
     no_processor(message)
     (problem,) = problems_of(load_recipe("tiny"))
-    assert f"its processor needs {package} for videos" in problem and f"pip install torchvision=={torchvision_for(torch.__version__)}" in problem
+    assert (
+        f"its processor needs {package} for videos" in problem
+        and f"pip install torchvision=={torchvision_for(torch.__version__)}" in problem
+    )
     assert "\n" not in problem
 
 
@@ -237,8 +311,15 @@ def test_qwens_own_processor_says_so(tmp_path):
         pytest.skip("torchvision is installed, so nothing is missing")
     save_published("qwen25_vl", tmp_path)
     (tmp_path / "processor_config.json").unlink()
-    published = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-                 "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    published = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
     stand_ins = transformers.models.auto.processing_auto.PROCESSOR_MAPPING._extra_content
     kept = dict(stand_ins)
@@ -251,14 +332,27 @@ def test_qwens_own_processor_says_so(tmp_path):
 
 
 def test_a_torchvision_that_does_not_fit_is_found_before_transformers_is_asked(monkeypatch):
-    monkeypatch.setattr("rlaifv_nb.pictures.torchvision_problem", lambda: "torchvision 0.2 does not work with PyTorch 2.13")
-    assert problems_of(recipe_of(policy="some-one/typo")) == ("torchvision 0.2 does not work with PyTorch 2.13",)
+    monkeypatch.setattr(
+        "rlaifv_nb.pictures.torchvision_problem", lambda: "torchvision 0.2 does not work with PyTorch 2.13"
+    )
+    assert problems_of(recipe_of(policy="some-one/typo")) == (
+        "torchvision 0.2 does not work with PyTorch 2.13",
+    )
 
 
-@pytest.mark.parametrize("file, text, says", [
-    ("config.json", "{", "its small files cannot be opened"), ("config.json", '{"model_type": "no_such"}', "its small files cannot be opened"),
-    ("chat_template.jinja", None, "it has no chat template"),
-])
+@pytest.mark.parametrize(
+    "file, text, says",
+    [
+        ("config.json", "{", "its small files cannot be opened"),
+        ("config.json", '{"model_type": "no_such"}', "its small files cannot be opened"),
+        ("chat_template.jinja", None, "it has no chat template"),
+        (
+            "config.json",
+            '{"model_type": "llama"}',
+            "its architecture llama is not one of a vision-language model",
+        ),
+    ],
+)
 def test_a_folder_that_cannot_be_opened(tmp_path, file, text, says):
     shutil.copytree(VLM, tmp_path / "model")
     (tmp_path / "model" / file).unlink()
@@ -270,9 +364,12 @@ def test_a_folder_that_cannot_be_opened(tmp_path, file, text, says):
 
 # devices
 
+
 @pytest.fixture
 def card(monkeypatch):
-    """A function that makes this machine one with a card, a CUDA build of PyTorch and a driver, as PyTorch sees them; CUDA never works."""
+    """A function that makes this machine one with a card, a CUDA build of PyTorch and a driver; CUDA never
+    works."""
+
     def put(cuda="13.0", driver="535.104.05", there=True):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -286,14 +383,22 @@ def card(monkeypatch):
 LARGE, SMALL = {"some-one/7b": 7 * 10**9}, {"packaged:iconworld-vlm": 10**6}
 
 
-@pytest.mark.parametrize("cuda, driver, says", [
-    ("13.0", "535.104.05", "was built for CUDA 13.0, which needs NVIDIA's driver 580 or newer, and this machine has 535.104.05: update the driver"),
-    ("13.0", "535.104.05", "--index-url https://download.pytorch.org/whl/cu126"),
-    ("12.6", "470.82", "needs NVIDIA's driver 525 or newer"),
-    ("13.0", "580.65.06", "cannot use the graphics card (driver 580.65.06): `nvidia-smi` must run"),
-    ("13.0", "", "cannot use the graphics card (driver not found)"),
-    (None, "580.65.06", "was built without CUDA"),
-])
+@pytest.mark.parametrize(
+    "cuda, driver, says",
+    [
+        (
+            "13.0",
+            "535.104.05",
+            "was built for CUDA 13.0, which needs NVIDIA's driver 580 or newer, "
+            "and this machine has 535.104.05: update the driver",
+        ),
+        ("13.0", "535.104.05", "--index-url https://download.pytorch.org/whl/cu126"),
+        ("12.6", "470.82", "needs NVIDIA's driver 525 or newer"),
+        ("13.0", "580.65.06", "cannot use the graphics card (driver 580.65.06): `nvidia-smi` must run"),
+        ("13.0", "", "cannot use the graphics card (driver not found)"),
+        (None, "580.65.06", "was built without CUDA"),
+    ],
+)
 def test_a_card_that_cuda_cannot_use(card, cuda, driver, says):
     card(cuda, driver)
     for device, sizes in (("auto", LARGE), ("cuda", SMALL)):
@@ -307,7 +412,10 @@ def test_a_card_that_cuda_cannot_use(card, cuda, driver, says):
 def test_billions_of_weights_do_not_start_on_a_cpu_unless_told_to(card):
     card(None, "", there=False)
     text, stops = device_problem("auto", LARGE | SMALL)
-    assert stops and text.startswith("some-one/7b (7.0 billion weights): too large for a CPU, and this machine has no CUDA device. `device: cpu` in the recipe")
+    assert stops and text.startswith(
+        "some-one/7b (7.0 billion weights): too large for a CPU, and this machine has no CUDA device. "
+        "`device: cpu` in the recipe"
+    )
     assert device_problem("auto", SMALL) == ("", False) and device_problem("cpu", LARGE) == ("", False)
     text, stops = device_problem("cuda", SMALL)
     assert stops and text == "the recipe says `device: cuda`, but this machine has no CUDA device"
@@ -339,11 +447,24 @@ def test_weights_are_counted_without_loading_them(card, tmp_path):
     assert problems_of(recipe_of(policy=str(tmp_path / "large")), device="cpu") == ()
 
 
-@pytest.mark.parametrize("proc, smi, version", [
-    ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.3.0", None, "535.104.05"),
-    ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)", None, "580.65.06"),
-    (None, "550.90\n", "550.90"), (None, None, ""),
-])
+@pytest.mark.parametrize(
+    "proc, smi, version",
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+            "GCC version:  gcc version 12.3.0",
+            None,
+            "535.104.05",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs)",
+            None,
+            "580.65.06",
+        ),
+        (None, "550.90\n", "550.90"),
+        (None, None, ""),
+    ],
+)
 def test_the_drivers_version(monkeypatch, proc, smi, version):
     def read(path, *args, **kwargs):
         if proc is None:
@@ -361,6 +482,7 @@ def test_the_drivers_version(monkeypatch, proc, smi, version):
 
 
 # the commands
+
 
 def own_recipe(folder, **changes):
     import yaml
@@ -386,7 +508,11 @@ def test_plan_shows_what_would_stop_a_run_and_plans_all_the_same(no_processor, c
     no_processor("no beans")
     assert main(["plan", "tiny"]) == 0
     out = capsys.readouterr().out
-    assert "01_sampling" in out and "before `rlaifv run` can start: packaged:iconworld-vlm: its processor cannot be opened: no beans" in out
+    assert (
+        "01_sampling" in out
+        and "before `rlaifv run` can start: packaged:iconworld-vlm: its processor cannot be opened: no beans"
+        in out
+    )
 
 
 def test_a_plan_for_another_card_does_not_ask_for_one_here(card, capsys):

@@ -1,4 +1,4 @@
-"""Numbers that are none, labelers that are not what they seem, and one open model at a time, in 03, 06 and 07."""
+"""Numbers that are none, labelers that are not what they seem, one open model at a time: 03, 06 and 07."""
 import ast
 import gc
 import importlib
@@ -19,8 +19,8 @@ from rlaifv_nb.feedback import judge_claims, label_of, labeler_warnings, run_fee
 from rlaifv_nb.guided_decoding import read_candidates, run_guided_decoding
 from rlaifv_nb.iconworld import balanced_claims, make_scene, question_text, write_prompts
 from rlaifv_nb.models import open_vlm, surface_ids
-from rlaifv_nb.records import (Claim, Prompt, Response, SetAside, Verdict, package_folder, read_manifest, read_table,
-                               write_table)
+from rlaifv_nb.records import (Claim, Prompt, Response, SetAside, Verdict, package_folder, read_manifest,
+                               read_table, write_table)
 
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
 EXAMPLE = package_folder("data") / "example"
@@ -73,8 +73,8 @@ def break_head(vlm):
 # 03
 
 @pytest.mark.parametrize("p_yes, p_no, mass, label", [
-    (0.0, 0.0, 0.0, "abstain"), (1e-9, 3e-8, 0.0, "abstain"), (3e-3, 1e-3, 0.0, "yes"), (3e-3, 1e-3, 0.1, "abstain"),
-    (0.5, 0.5, 0.1, "no")])
+    (0.0, 0.0, 0.0, "abstain"), (1e-9, 3e-8, 0.0, "abstain"), (3e-3, 1e-3, 0.0, "yes"),
+    (3e-3, 1e-3, 0.1, "abstain"), (0.5, 0.5, 0.1, "no")])
 def test_nothing_on_either_word_is_an_abstention(p_yes, p_no, mass, label):
     assert label_of(p_yes, p_no, mass) == label
 
@@ -86,7 +86,7 @@ def test_what_is_not_a_number_has_no_label(pair):
 
 
 def test_a_claim_without_a_number_is_set_aside_alone(some, tmp_path, capsys):
-    """NaN in a single word: the claims that contain it get no verdict, and their neighbours in the same rows keep theirs."""
+    """NaN in a single word: its claims get no verdict, and their neighbours in the same rows keep theirs."""
     healthy = {v.claim_id: v for v in judge(some, tmp_path / "healthy", open_vlm(POLICY))}
     claims = read_table(some, "claims", Claim)
     word, n = Counter(w for c in claims for w in re.findall(r"[a-z]{3,}", c.question)
@@ -103,14 +103,15 @@ def test_a_claim_without_a_number_is_set_aside_alone(some, tmp_path, capsys):
     assert {v.claim_id for v in verdicts} == {c.claim_id for c in claims} - without
     for v in verdicts:
         assert v.label == healthy[v.claim_id].label and abs(v.p_yes - healthy[v.claim_id].p_yes) < 1e-4
-    assert len(manifest["warnings"]) == 1 and f"{len(without)} of {len(claims)} rows are set aside" in manifest["warnings"][0]
-    assert f"WARNING: {manifest['warnings'][0]}" in capsys.readouterr().out
+    (warning,) = manifest["warnings"]
+    assert f"{len(without)} of {len(claims)} rows are set aside" in warning
+    assert f"WARNING: {warning}" in capsys.readouterr().out
 
 
 def test_a_labeler_without_numbers_stops_the_stage(some, tmp_path):
     vlm = open_vlm(POLICY)
     break_head(vlm)
-    with pytest.raises(ValueError, match="packaged:iconworld-vlm gives no numbers: all .* p_yes = nan.*float16 overflowed"):
+    with pytest.raises(ValueError, match="iconworld-vlm gives no numbers: all .*p_yes = nan.*float16"):
         judge(some, tmp_path, vlm)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -125,7 +126,8 @@ def test_it_stops_before_it_has_judged_everything(tmp_path):
     prompts = read_table(EXAMPLE / "prompts", "prompts", Prompt)
     claims = {p.prompt_id: [Claim(f"{p.prompt_id}-{k}", "", "", f"{k}?") for k in range(3)] for p in prompts}
     verdicts, set_aside = judge_claims(prompts[:2], claims, EXAMPLE / "prompts", broken)
-    assert not verdicts and len(set_aside) == 6 and len(asked) == 2, "a model without any number is not asked again"
+    assert not verdicts and len(set_aside) == 6
+    assert len(asked) == 2, "a model without any number is not asked again"
 
 
 def test_a_half_precision_overflow_is_named(some, tmp_path):
@@ -153,8 +155,8 @@ def without_yes(vlm):
 
 
 def another_template(vlm):
-    text = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"
-            "{% endif %}{% endfor %}{% endfor %}")
+    text = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+            "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}")
     vlm.processor.chat_template = text
     vlm.tokenizer.chat_template = text
 
@@ -181,7 +183,7 @@ def test_the_same_answer_about_every_picture_is_named():
     claims = [Claim(f"{p}{k}", p, "", f"Is there a thing {k}?") for p in "ab" for k in range(30)]
     prompt_of = {"a": "a", "b": "b"}
     unsure = [Verdict(c.claim_id, 0.3, 0.6, "no") for c in claims]
-    assert "the picture does not reach the labeler: 30 of 30" in labeler_warnings(unsure, claims, prompt_of)[0]
+    assert "picture does not reach the labeler: 30 of 30" in labeler_warnings(unsure, claims, prompt_of)[0]
     sure = [Verdict(c.claim_id, 0.0, 1.0, "no") for c in claims]
     assert "says no to everything" in labeler_warnings(sure, claims, prompt_of)[0]
     seeing = [Verdict(c.claim_id, 0.3 if c.response_id == "a" else 0.1, 0.6, "no") for c in claims]
@@ -237,7 +239,8 @@ def test_a_scene_without_numbers_is_set_aside(monkeypatch, tmp_path):
     healthy, broken = (read_cases(tmp_path / name, 0) for name in ("healthy", "broken"))
     manifest = read_manifest(tmp_path / "broken")
     n = manifest["set_aside"]["not a number"]
-    assert manifest["rows_in"] == 30 == manifest["rows_out"] + n and len(broken) == manifest["rows_out"] and 0 < n < 15
+    assert manifest["rows_in"] == 30 == manifest["rows_out"] + n and 0 < n < 15
+    assert len(broken) == manifest["rows_out"]
     kept = {c.scene_id for c in broken}
     assert [c.answers for c in broken] == [c.answers for c in healthy if c.scene_id in kept]
     assert "not a number" not in str(broken) and manifest["warnings"]
@@ -246,8 +249,9 @@ def test_a_scene_without_numbers_is_set_aside(monkeypatch, tmp_path):
 def test_guided_decoding_without_numbers_stops(monkeypatch, some, tmp_path):
     write_prompts(tmp_path / "prompts", {"test": 2})
     opened_broken(monkeypatch, break_head)
-    with pytest.raises(ValueError, match="not one candidate to choose from ..'empty response': 8.*or gives no numbers"):
-        run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2, max_new_tokens=8)
+    with pytest.raises(ValueError, match="not one candidate .*'empty response': 8.*gives no numbers"):
+        run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2,
+                            max_new_tokens=8)
     with pytest.raises(ValueError, match="gives no numbers: all .*policy_sum_logp = nan"):
         run_guided_decoding(some, tmp_path / "given", POLICY, ADAPTER, responses=some)
 
@@ -262,7 +266,8 @@ def test_a_candidate_without_a_number_is_set_aside_alone(monkeypatch, some, tmp_
     opened_broken(monkeypatch, lambda vlm: break_word(vlm, word))
     run_guided_decoding(some, tmp_path / "broken", POLICY, ADAPTER, **score)
     manifest = read_manifest(tmp_path / "broken")
-    healthy, broken = ({c.response_id: c for c in read_candidates(tmp_path / name)} for name in ("healthy", "broken"))
+    candidates = (read_candidates(tmp_path / name) for name in ("healthy", "broken"))
+    healthy, broken = ({c.response_id: c for c in found} for found in candidates)
     missing = {r.response_id for r in responses if word in re.findall(r"[a-z]+", r.text.lower())}
     assert set(healthy) - set(broken) == missing and len(missing) == 1
     assert manifest["set_aside"] == {"not a number": 1} and len(manifest["warnings"]) == 1
@@ -294,7 +299,8 @@ def test_one_model_is_open_at_a_time(stage, monkeypatch, tmp_path):
         run_evaluation(tmp_path / "out", POLICY, f"a={ADAPTER},b={ADAPTER}", n_scenes=2, max_new_tokens=8)
     else:
         write_prompts(tmp_path / "prompts", {"test": 2})
-        run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2, max_new_tokens=8)
+        run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2,
+                            max_new_tokens=8)
     assert most == [1, 1, 1] if stage == "06" else most == [1]
     gc.collect()
     assert not any(model() for model in alive), "nothing holds a model behind the stage"
@@ -303,13 +309,15 @@ def test_one_model_is_open_at_a_time(stage, monkeypatch, tmp_path):
 # parameters
 
 @pytest.mark.parametrize("notebook, function", [
-    ("03_feedback", "run_feedback"), ("06_evaluation", "run_evaluation"), ("07_guided_decoding", "run_guided_decoding")])
+    ("03_feedback", "run_feedback"), ("06_evaluation", "run_evaluation"),
+    ("07_guided_decoding", "run_guided_decoding")])
 def test_defaults_are_those_of_the_parameters_cell(notebook, function):
     cells = json.loads((NBS / f"{notebook}.ipynb").read_text())["cells"]
     (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     told = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
     module = importlib.import_module(f"rlaifv_nb.{notebook.partition('_')[2]}")
-    known = {name: p for name, p in inspect.signature(getattr(module, function)).parameters.items() if name in told}
+    parameters = inspect.signature(getattr(module, function)).parameters
+    known = {name: p for name, p in parameters.items() if name in told}
     defaults = {name: p.default for name, p in known.items() if p.default is not p.empty}
     assert len(defaults) >= 3 and defaults == {name: told[name] for name in defaults}
     options = [p for name, p in known.items() if name in defaults and name != "adapters"]
@@ -317,10 +325,12 @@ def test_defaults_are_those_of_the_parameters_cell(notebook, function):
 
 
 @pytest.mark.parametrize("call", [
-    lambda out: run_evaluation(out, POLICY, n_scenes=0), lambda out: run_evaluation(out, POLICY, batch_size=0),
+    lambda out: run_evaluation(out, POLICY, n_scenes=0),
+    lambda out: run_evaluation(out, POLICY, batch_size=0),
     lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, top_k=-1),
     lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, temperature=-1.0),
-    lambda out: run_feedback(out, out, out, out, None, abstain_mass=1.5), lambda out: run_feedback(out, out, out, out, None, batch_size=0)])
+    lambda out: run_feedback(out, out, out, out, None, abstain_mass=1.5),
+    lambda out: run_feedback(out, out, out, out, None, batch_size=0)])
 def test_senseless_options_are_refused_before_work(call, tmp_path):
     with pytest.raises(ValueError, match="need "):
         call(tmp_path)

@@ -23,28 +23,19 @@ POLICY = "packaged:iconworld-vlm"
 @pytest.fixture
 def card(monkeypatch):
     "A function that pretends that a CUDA card of a compute capability is there; (0, 0) is none."
-    def pretend(capability=(0, 0), cuda="13.0", driver=None, tmp_path=None):
+    def pretend(capability=(0, 0), cuda="13.0"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability > (0, 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(models, "DRIVER_FILE", (tmp_path or Path("/nowhere")) / "version")
-        if driver:
-            models.DRIVER_FILE.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Tue Apr  1 2025\nGCC version:  12.2.0\n")
 
     return pretend
 
 
-def test_no_cuda_is_said_with_its_likely_reason(card, tmp_path):
+def test_no_cuda_is_said_with_its_likely_reason(card):
     card(cuda=None)
-    assert "is a build without CUDA" in cuda_problem()
+    assert cuda_problem().endswith("was built without CUDA")
     card()
-    assert "there is no NVIDIA driver" in cuda_problem()
-    card(driver="550.54.15", tmp_path=tmp_path)
-    assert "the NVIDIA driver is 550.54, and PyTorch" in cuda_problem() and "for CUDA 13.0 needs 580 or newer: update the driver" in cuda_problem()
-    card(driver="580.65.06", tmp_path=tmp_path)
-    assert "CUDA_VISIBLE_DEVICES" in cuda_problem()
-    card(cuda="12.6", driver="550.54.15", tmp_path=tmp_path)
-    assert "CUDA_VISIBLE_DEVICES" in cuda_problem(), "that driver runs CUDA 12"
+    assert "built for CUDA 13.0, finds no card" in cuda_problem() and "CUDA 13 needs 580" in cuda_problem()
     card((8, 6))
     assert cuda_problem() == ""
 
@@ -53,7 +44,7 @@ def test_a_recipe_for_a_card_does_not_start_on_a_cpu(card):
     card()
     assert device_for("auto") == device_for("cpu") == "cpu"
     for open_model in (open_vlm, open_llm):
-        with pytest.raises(ValueError, match="device='cuda' cannot be had: there is no NVIDIA driver"):
+        with pytest.raises(ValueError, match="device='cuda' cannot be had: PyTorch .* finds no card"):
             open_model("packaged:iconworld-vlm", device="cuda")
     with pytest.raises(ValueError, match="device='gpu' is not supported: choose one of auto, cuda, cpu"):
         open_vlm(POLICY, device="gpu")

@@ -1,7 +1,7 @@
-"""Memory that runs out in the middle of a stage: smaller batches, the same rows, and nothing that was finished is lost.
+"""Memory that runs out in the middle of a stage: smaller batches, the same rows, nothing lost.
 
-The language model raises torch.OutOfMemoryError, as a graphics card would, whenever more than so many tokens go through it
-at once."""
+The language model raises torch.OutOfMemoryError, as a card would, whenever more than so many tokens go through
+it at once."""
 import inspect
 import json
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ from rlaifv_nb.evaluation import Case, run_evaluation
 from rlaifv_nb.feedback import PortionedAsker, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.models import open_llm, open_vlm
-from rlaifv_nb.records import Candidate, Claim, RefLogp, Response, Verdict, read_manifest, read_table, shard_paths
+from rlaifv_nb.records import (Candidate, Claim, RefLogp, Response, Verdict, read_manifest, read_table,
+                               shard_paths)
 from rlaifv_nb.sampling import run_sampling
 
 ADAPTER = "packaged:iconworld-aligned"
@@ -32,7 +33,8 @@ def divide(inputs, out, **sizes):
 
 
 def judge(inputs, out, **sizes):
-    run_feedback(inputs / "prompts", inputs / "01_sampling", inputs / "02_claims", out, open_vlm(POLICY), **sizes)
+    folders = (inputs / name for name in ("prompts", "01_sampling", "02_claims"))
+    run_feedback(*folders, out, open_vlm(POLICY), **sizes)
 
 
 def evaluate(inputs, out, **sizes):
@@ -43,29 +45,31 @@ def guide(inputs, out, **sizes):
     run_guided_decoding(inputs / "prompts", out, POLICY, ADAPTER, n_candidates=2, max_new_tokens=60, **sizes)
 
 
-# the stage, its function, a batch and a shard that make two shards or more, its tables, and the branch that it waits for
+# each stage as a function, the function that it calls, sizes that make two shards or more, and its tables
 STAGES = {
     "01_sampling": (sample, run_sampling, 8, 8, {"responses": Response}),
     "02_claims": (divide, run_claims, 32, 64, {"claims": Claim}),
     "03_feedback": (judge, run_feedback, 8, 8, {"verdicts": Verdict}),
     "06_evaluation": (evaluate, run_evaluation, 8, 8, {"cases-0": Case, "cases-1": Case}),
-    "07_guided_decoding": (guide, run_guided_decoding, 8, 8, {"candidates-base": Candidate, "candidates-aligned": Candidate}),
+    "07_guided_decoding": (guide, run_guided_decoding, 8, 8,
+                           {"candidates-base": Candidate, "candidates-aligned": Candidate}),
 }
 
 
 @contextmanager
 def memory_for(limit):
-    "Language models that run out of memory above `limit()` tokens; yields the numbers of tokens that they were given."
+    "Language models that run out of memory above `limit()` tokens; yields how many they were given."
     forward = LlamaModel.forward
     given = []
 
-    def limited(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                **kwargs):
+    def limited(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, **kwargs):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         given.append(tokens.shape[0] * tokens.shape[1])
         if given[-1] > limit():
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate room for {given[-1]} tokens")
-        return forward(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        others = (attention_mask, position_ids, past_key_values, inputs_embeds)
+        return forward(self, input_ids, *others, **kwargs)
 
     limited.__signature__ = inspect.signature(forward)
     LlamaModel.forward = limited
@@ -81,7 +85,7 @@ def rows_of(out, tables):
 
 
 def same_rows(some, others):
-    "Whether rows are equal: texts, ids, counts and labels exactly, rounded numbers within what another batch may change."
+    "Whether rows are equal: texts, counts and labels exactly, numbers within what a batch may change."
     assert len(some) == len(others) and some
     for one, other in zip(some, others):
         for name, value in vars(one).items():
@@ -94,7 +98,7 @@ def same_rows(some, others):
 
 @pytest.fixture(scope="module")
 def plenty(undisturbed, tmp_path_factory):
-    "Each stage with all the memory it wants: its folder, and the most tokens that went through a language model at once."
+    "Each stage with all the memory it wants: its folder, and the most tokens that a model got at once."
     found = {}
 
     def run(stage):
@@ -123,8 +127,8 @@ def test_a_batch_that_does_not_fit_is_halved(stage, plenty, undisturbed, tmp_pat
     before, after = read_manifest(whole), read_manifest(tmp_path)
     assert before["batch_size"] == {"asked": batch_size, "used": batch_size}
     assert after["batch_size"]["asked"] == batch_size and after["batch_size"]["used"] <= batch_size // 2
-    assert {k: before[k] for k in ("parameters", "inputs", "rows_in", "rows_out")} == {
-        k: after[k] for k in ("parameters", "inputs", "rows_in", "rows_out")}, "the batch size is not part of the identity"
+    for key in ("parameters", "inputs", "rows_in", "rows_out"):
+        assert before[key] == after[key], "the batch size is not part of the identity"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -151,7 +155,7 @@ def test_questions_about_one_picture_go_through_in_portions(plenty, undisturbed,
     whole, _ = plenty("03_feedback")
     with memory_for(lambda: 10**9) as given:
         judge(undisturbed, tmp_path / "one", batch_size=1, shard_size=8)
-    # a single picture's questions do not fit: fewer tokens at a time, with a batch that cannot be halved any more
+    # a single picture's questions do not fit, and its batch cannot be halved any more: fewer tokens at a time
     with memory_for(lambda: max(given) // 2) as limited:
         judge(undisturbed, tmp_path / "portions", batch_size=1, shard_size=8)
     assert max(limited) > max(given) // 2
@@ -159,7 +163,8 @@ def test_questions_about_one_picture_go_through_in_portions(plenty, undisturbed,
     assert manifest["batch_size"] == {"asked": 1, "used": 1}
     assert manifest["max_tokens"]["asked"] == 16384 > manifest["max_tokens"]["used"] >= 64
     assert "one picture's questions: going on with" in capsys.readouterr().out
-    assert same_rows(rows_of(whole, {"verdicts": Verdict}), rows_of(tmp_path / "portions", {"verdicts": Verdict}))
+    tables = {"verdicts": Verdict}
+    assert same_rows(rows_of(whole, tables), rows_of(tmp_path / "portions", tables))
 
 
 def test_another_error_is_not_taken_for_memory(undisturbed, tmp_path):
@@ -175,11 +180,11 @@ def test_another_error_is_not_taken_for_memory(undisturbed, tmp_path):
     assert asker.max_tokens == 4096
 
 
-# 05: the rows of a step hold several pairs, so it is `max_tokens` that becomes less; the batch of the optimiser stays
+# 05: a row holds several pairs, so it is `max_tokens` that becomes less; the batch of the optimiser stays
 
 def train(inputs, out, **sizes):
-    run_dpo(inputs / "prompts", inputs / "04_pairs", out, POLICY, learning_rate=5e-4, epochs=1.0, batch_size=2,
-            evaluations=1, min_steps=1, **sizes)
+    training = dict(learning_rate=5e-4, epochs=1.0, batch_size=2, evaluations=1, min_steps=1)
+    run_dpo(inputs / "prompts", inputs / "04_pairs", out, POLICY, **training, **sizes)
 
 
 def has_reference(out, rows):
@@ -190,7 +195,7 @@ def has_reference(out, rows):
 
 @pytest.fixture(scope="module")
 def trained(undisturbed, tmp_path_factory):
-    "05_dpo with all the memory it wants: its folder, and the most tokens at once in the reference and in training."
+    "05_dpo with all the memory it wants: its folder, its pairs, the most tokens in reference and training."
     out = tmp_path_factory.mktemp("05_dpo") / "plenty"
     sizes = {True: [], False: []}
     n_pairs = read_manifest(undisturbed / "05_dpo")["rows_out"]
@@ -208,9 +213,11 @@ def trained(undisturbed, tmp_path_factory):
 def same_training(some, others):
     "Whether two runs of 05_dpo have the same reference and, but for the order of sums, the same curve."
     assert same_rows(read_table(some, "reference", RefLogp), read_table(others, "reference", RefLogp))
-    curves = [[json.loads(line) for line in (out / "training-00000.jsonl").read_text().splitlines()] for out in (some, others)]
-    assert [(row["step"], row["split"]) for row in curves[0]] == [(row["step"], row["split"]) for row in curves[1]]
-    assert [row["loss"] for row in curves[0]] == pytest.approx([row["loss"] for row in curves[1]], abs=0.01)
+    texts = [(out / "training-00000.jsonl").read_text() for out in (some, others)]
+    curves = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    places = [[(row["step"], row["split"]) for row in curve] for curve in curves]
+    losses = [[row["loss"] for row in curve] for curve in curves]
+    assert places[0] == places[1] and losses[0] == pytest.approx(losses[1], abs=0.01)
     keys = ("parameters", "inputs", "rows_in", "rows_out", "train_pairs", "dev_pairs")
     assert {k: read_manifest(some)[k] for k in keys} == {k: read_manifest(others)[k] for k in keys}
     return True
@@ -234,7 +241,11 @@ def test_a_step_that_does_not_fit_goes_in_smaller_parts(phase, trained, undistur
 
 def test_a_reference_stays_when_nothing_fits_any_more(trained, undisturbed, tmp_path):
     whole, _, _, _ = trained
-    with memory_for(lambda: 0 if shard_paths(tmp_path, "reference") else 10**9), pytest.raises(RuntimeError, match="does not fit into memory"):
+
+    def limit():
+        return 0 if shard_paths(tmp_path, "reference") else 10**9
+
+    with memory_for(limit), pytest.raises(RuntimeError, match="does not fit into memory even alone"):
         train(undisturbed, tmp_path)
     finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob("*reference-*.jsonl")}
     assert len(shard_paths(tmp_path, "reference")) == 1 and not (tmp_path / "manifest.json").exists()

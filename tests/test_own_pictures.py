@@ -68,8 +68,12 @@ def test_the_most_that_a_round_can_give(home, notebooks):
     assert (reach.prompts, reach.pairs, reach.steps) == (10, 20, 5)
     two = replace(own, parameters={"01_sampling": {"n_samples": 2}, "04_pairs": {"max_pairs_per_prompt": 5}})
     assert reach_of(two, 1, notebooks).pairs == 10, "two answers make one pair"
+    once = replace(own, parameters={"01_sampling": {"n_samples": 7}, "04_pairs": {"max_pairs_per_prompt": 5, "draw": "extremes"}})
+    assert reach_of(once, 1, notebooks).pairs_per_prompt == 3, "extremes takes each answer once"
     later = replace(own, rounds=2, feedback=["claims", "reward"])
     assert reach_of(later, 2, notebooks).pairs == 30, "the reward's own number of pairs"
+    assert "04_pairs.max_pairs" not in reach_problem(replace(reach, possible=2)), "more pairs than there can be are no way out"
+    assert "04_reward_pairs.max" in reach_problem(replace(reach, pairs_stage="04_reward_pairs"))
     (notebooks / "05_dpo.ipynb").write_text(nbformat.writes(nbformat.v4.new_notebook()))
     assert reach_of(own, 1, notebooks) is None, "a notebook without these parameters does not train"
 

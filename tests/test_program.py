@@ -1,7 +1,11 @@
-"""Every stage notebook as the chain runs it and as a person runs it, with models other than the packaged ones.
+"""Every stage notebook as the chain runs it and as a person runs it, with models other than the packaged
+ones.
 
-Qwen2.5-VL has no `<image>` in its vocabulary, LLaVA-1.5 has its published chat template; both are tiny and have been taught a few captions, so that
-there are claims and pairs. A cell at the top of every notebook counts how many models are open at once that are not packaged: never two."""
+Qwen2.5-VL has no `<image>` in its vocabulary, LLaVA-1.5 has its published chat template; both are tiny and
+have been taught a few captions, so that there are claims and pairs. A cell at the top of every notebook
+counts how many models are open at once that are not packaged: never two.
+"""
+
 import ast
 import json
 import re
@@ -26,10 +30,24 @@ from rlaifv_nb.recipes import EXPORT, STAGES, Step, chain_parameters, load_recip
 from rlaifv_nb.records import Claim, Prompt, Response, package_folder, read_manifest, read_table, write_table
 
 TESTS, NOTEBOOKS = Path(__file__).resolve().parent, package_folder("nbs")
-COUNTED = "import sys\nsys.path.insert(0, {tests!r})\nimport counted_models\nimport published_models\ncounted_models.count_models({log!r})"
+COUNTED = """import sys
+sys.path.insert(0, {tests!r})
+import counted_models
+import published_models
+counted_models.count_models({log!r})"""
 PARAMETERS = {
-    "01_sampling": {"n_samples": 6, "max_new_tokens": 24}, "02_claims": {"max_new_tokens": 64}, "03_feedback": {},
-    "04_pairs": {"length_balance": False}, "05_dpo": {"batch_size": 2, "min_steps": 1, "evaluations": 1, "epochs": 1.0, "lora_rank": 2, "lora_alpha": 4},
+    "01_sampling": {"n_samples": 6, "max_new_tokens": 24},
+    "02_claims": {"max_new_tokens": 64},
+    "03_feedback": {},
+    "04_pairs": {"length_balance": False},
+    "05_dpo": {
+        "batch_size": 2,
+        "min_steps": 1,
+        "evaluations": 1,
+        "epochs": 1.0,
+        "lora_rank": 2,
+        "lora_alpha": 4,
+    },
     "06_evaluation": {"n_scenes": 2, "max_new_tokens": 16},
     "07_guided_decoding": {"n_candidates": 2, "n_scenes": 2, "max_new_tokens": 8},
     "04_reward_pairs": {"length_balance": False},
@@ -50,7 +68,8 @@ def counted_notebooks(folder, log):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    "A function from a name to a folder with that model, taught, a splitter that is not packaged, prompts, and the notebooks with their counting cells."
+    """A function from a name to a folder with that model, taught, a splitter that is not packaged, prompts,
+    and the notebooks with their counting cells."""
     made = {}
 
     def teach_one(name):
@@ -71,8 +90,19 @@ def taught(tmp_path_factory):
 
 def recipe_for(folder, evaluate):
     "One round with the models of a folder, its own prompts, and all that may follow."
-    recipe = replace(load_recipe("tiny"), policy=str(folder / "model"), splitter=str(folder / "splitter"), labeler="base", rounds=1, evaluate=evaluate)
-    return replace(recipe, prompts={"source": str(folder / "prompts"), "n_per_round": 4}, parameters={k: PARAMETERS[k] for k in PARAMETERS if k != "04_reward_pairs"})
+    recipe = replace(
+        load_recipe("tiny"),
+        policy=str(folder / "model"),
+        splitter=str(folder / "splitter"),
+        labeler="base",
+        rounds=1,
+        evaluate=evaluate,
+    )
+    return replace(
+        recipe,
+        prompts={"source": str(folder / "prompts"), "n_per_round": 4},
+        parameters={k: PARAMETERS[k] for k in PARAMETERS if k != "04_reward_pairs"},
+    )
 
 
 def reward_steps(recipe):
@@ -106,8 +136,10 @@ def ran(taught):
 
 def steps_of(run):
     "The step.json of all steps of a run but the prompts, by folder."
-    return {path.parent.relative_to(run).as_posix(): json.loads(path.read_text()) for path in run.glob("*/*/step.json")} | {
-        path.parent.name: json.loads(path.read_text()) for path in run.glob("0*/step.json")}
+    return {
+        path.parent.relative_to(run).as_posix(): json.loads(path.read_text())
+        for path in run.glob("*/*/step.json")
+    } | {path.parent.name: json.loads(path.read_text()) for path in run.glob("0*/step.json")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -118,15 +150,22 @@ def test_every_stage_notebook_runs_as_a_program(name, ran):
     for folder, step in steps.items():
         assert step["finished"] and "failed_check" not in step, (folder, step.get("failed_check"))
         shown = nbformat.read(run / folder / f"{step['stage']}.ipynb", as_version=4)
-        assert "This is the program of" in "".join(cell.source for cell in shown.cells[:2]) and not any(map(is_example, shown.cells))
-    assert read_manifest(run / "round_1/04_pairs")["rows_out"] > 1 and (run / "round_1/05_dpo/adapter/adapter_config.json").is_file()
+        assert "This is the program of" in "".join(cell.source for cell in shown.cells[:2]) and not any(
+            map(is_example, shown.cells)
+        )
+    assert (
+        read_manifest(run / "round_1/04_pairs")["rows_out"] > 1
+        and (run / "round_1/05_dpo/adapter/adapter_config.json").is_file()
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_at_most_one_large_model_is_open_at_a_time_in_a_program(name, ran):
     run = ran(name)
     opened = [json.loads(line) for line in (run.parent / "opened.jsonl").read_text().splitlines()]
-    assert len(opened) >= 7 and all(row["large"] for row in opened), "a program opens the recipe's models and no others"
+    assert len(opened) >= 7 and all(
+        row["large"] for row in opened
+    ), "a program opens the recipe's models and no others"
     assert max(row["alive"] for row in opened) == 1
 
 
@@ -144,14 +183,21 @@ def test_every_stage_notebook_runs_as_a_whole(stage, ran, tmp_path):
     nb = open_notebook(notebook)
     nb.cells[1].source = COUNTED.format(tests=str(TESTS), log=str(log))
     with chain.environment_for_kernels():
-        papermill.execute_notebook(nb, str(tmp_path / notebook.name), parameters_of(steps[stage], run, tmp_path / "out"), cwd=str(tmp_path),
-                                   progress_bar=False, **kernel_settings())
+        papermill.execute_notebook(
+            nb,
+            str(tmp_path / notebook.name),
+            parameters_of(steps[stage], run, tmp_path / "out"),
+            cwd=str(tmp_path),
+            progress_bar=False,
+            **kernel_settings(),
+        )
     opened = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     assert max([row["alive"] for row in opened], default=0) <= 1
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
 # what the notebooks look like
+
 
 @pytest.fixture(scope="module", params=STAGES)
 def notebook(request):
@@ -160,19 +206,31 @@ def notebook(request):
 
 def calls_in(cell):
     "Names of the functions that a cell calls."
-    return {node.func.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    return {
+        node.func.id
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
 
 
 def free_cells(nb):
     "The code cells that are not exported."
-    return [cell for cell in nb.cells if cell.cell_type == "code" and not EXPORT.search(cell.source) and not cell.source.startswith("#|")]
+    return [
+        cell
+        for cell in nb.cells
+        if cell.cell_type == "code" and not EXPORT.search(cell.source) and not cell.source.startswith("#|")
+    ]
 
 
 def test_only_the_run_cell_opens_a_model_or_runs_a_stage(notebook):
     stage, nb = notebook
     cells = [cell for cell in free_cells(nb) if not is_example(cell)]
-    opening = [cell for cell in cells if any(re.match("open_(vlm|llm)|run_", name) for name in calls_in(cell))]
-    assert [cell.id for cell in opening] == [cell.id for cell in cells if is_run_cell(cell)] and len(opening) == 1, stage
+    opening = [
+        cell for cell in cells if any(re.match("open_(vlm|llm)|run_", name) for name in calls_in(cell))
+    ]
+    assert [cell.id for cell in opening] == [cell.id for cell in cells if is_run_cell(cell)] and len(
+        opening
+    ) == 1, stage
 
 
 def test_examples_open_the_packaged_models_alone_and_let_them_go(notebook):
@@ -180,12 +238,22 @@ def test_examples_open_the_packaged_models_alone_and_let_them_go(notebook):
     held, program = set(), {"vlm", "llm"}
     for cell in filter(is_example, free_cells(nb)):
         for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") in ("open_vlm", "open_llm"):
-                assert all(isinstance(a, ast.Constant) and a.value.startswith("packaged:") for a in node.value.args), ast.unparse(node)
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Call)
+                and getattr(node.value.func, "id", "") in ("open_vlm", "open_llm")
+            ):
+                assert all(
+                    isinstance(a, ast.Constant) and a.value.startswith("packaged:") for a in node.value.args
+                ), ast.unparse(node)
                 held |= {target.id for target in node.targets}
             if isinstance(node, ast.Delete):
                 held -= {target.id for target in node.targets}
-    assert not held and not any(name in ast.unparse(ast.parse(c.source)).split() for c in filter(is_example, free_cells(nb)) for name in program), (stage, held)
+    assert not held and not any(
+        name in ast.unparse(ast.parse(c.source)).split()
+        for c in filter(is_example, free_cells(nb))
+        for name in program
+    ), (stage, held)
 
 
 def names_of(cell):
@@ -231,12 +299,18 @@ def test_a_program_has_no_heading_without_a_word_or_a_cell_below(notebook):
     for i, cell in enumerate(cells):
         following = cells[i + 1] if i + 1 < len(cells) else None
         if 0 < heading_level(cell) and cell.source.count("\n") == 0:
-            assert following is not None and not 0 < heading_level(following) <= heading_level(cell), (stage, cell.source)
+            assert following is not None and not 0 < heading_level(following) <= heading_level(cell), (
+                stage,
+                cell.source,
+            )
 
 
 def marks_of(path):
     "Id, tags and source of all cells."
-    return [(c["id"], c["metadata"].get("tags"), "".join(c["source"])) for c in json.loads(path.read_text())["cells"]]
+    return [
+        (c["id"], c["metadata"].get("tags"), "".join(c["source"]))
+        for c in json.loads(path.read_text())["cells"]
+    ]
 
 
 def test_tags_and_exports_survive_cleaning(tmp_path):
@@ -253,11 +327,17 @@ def test_tags_and_exports_survive_cleaning(tmp_path):
         nbdev_clean()
     for stage in STAGES:
         marks = marks_of(tmp_path / "nbs" / f"{stage}.ipynb")
-        assert marks == marks_of(NOTEBOOKS / f"{stage}.ipynb") and "collapsed" not in (tmp_path / "nbs" / f"{stage}.ipynb").read_text()
-        assert any(tags == ["example"] for _, tags, _ in marks) and any("#| export" in source for _, _, source in marks)
+        assert (
+            marks == marks_of(NOTEBOOKS / f"{stage}.ipynb")
+            and "collapsed" not in (tmp_path / "nbs" / f"{stage}.ipynb").read_text()
+        )
+        assert any(tags == ["example"] for _, tags, _ in marks) and any(
+            "#| export" in source for _, _, source in marks
+        )
 
 
 # tables that are empty, or short
+
 
 def run_cells(stage, **parameters):
     "Executes the program of a stage notebook in this process, with other parameters; returns its names."
@@ -272,7 +352,7 @@ def run_cells(stage, **parameters):
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
-    "Prompts of two photographs, one of which cannot be read, and a function that writes answers and claims about them."
+    "Prompts of two photographs, one unreadable, and a function that writes answers and claims about them."
     import matplotlib
 
     matplotlib.use("Agg")
@@ -280,7 +360,14 @@ def tables(tmp_path, monkeypatch):
     prompts.mkdir()
     Image.effect_noise((640, 480), 60).convert("RGB").save(prompts / "a.jpg")
     (prompts / "b.jpg").write_bytes(b"no picture")
-    write_table(prompts, "prompts", [Prompt("a" * 12, "a.jpg", "", "What is this?", "mine", "train"), Prompt("b" * 12, "b.jpg", "", "What is this?", "mine", "dev")])
+    write_table(
+        prompts,
+        "prompts",
+        [
+            Prompt("a" * 12, "a.jpg", "", "What is this?", "mine", "train"),
+            Prompt("b" * 12, "b.jpg", "", "What is this?", "mine", "dev"),
+        ],
+    )
 
     def write(stage, rows):
         write_table(tmp_path / stage, {"01": "responses", "02": "claims"}[stage], rows)
@@ -311,9 +398,17 @@ def test_sampling_where_no_picture_can_be_read(tables):
 
 def test_splitting_when_one_answer_of_two_gives_claims(tables):
     prompts, write, out = tables
-    responses = write("01", [response("a" * 12, ""), response("b" * 12, "Two red cats are in the top left. It is a lovely picture.")])
+    responses = write(
+        "01",
+        [
+            response("a" * 12, ""),
+            response("b" * 12, "Two red cats are in the top left. It is a lovely picture."),
+        ],
+    )
     found = run_cells("02_claims", prompts=prompts, responses=responses, out=out, max_new_tokens=64)
-    assert {c.response_id for c in found["claims"]} == {"b" * 12 + "-00"} and read_manifest(out)["rows_in"] == 2
+    assert {c.response_id for c in found["claims"]} == {"b" * 12 + "-00"} and read_manifest(out)[
+        "rows_in"
+    ] == 2
 
 
 @pytest.mark.parametrize("of_prompts", [(), ("a" * 12,), ("a" * 12, "b" * 12)])
@@ -331,7 +426,10 @@ def test_judging_no_claims_and_claims_that_are_set_aside(tables, of_prompts, cap
 def test_a_labeler_that_gives_nothing_to_yes_and_no(tables, monkeypatch):
     prompts, write, out = tables
     responses, claims = write("01", [response("a" * 12)]), write("02", [claim("a" * 12)])
-    monkeypatch.setattr("rlaifv_nb.prefix.next_token_sums", lambda vlm, prefix, index, branches, words, *more, **options: [zeros(index) for _ in words])
+    monkeypatch.setattr(
+        "rlaifv_nb.prefix.next_token_sums",
+        lambda vlm, prefix, index, branches, words, *more, **options: [zeros(index) for _ in words],
+    )
     found = run_cells("03_feedback", prompts=prompts, responses=responses, claims=claims, out=out)
     (verdict,) = found["verdicts"]
     assert (verdict.p_yes, verdict.p_no, verdict.label) == (0.0, 0.0, "abstain")
@@ -360,4 +458,8 @@ def test_pairs_whose_scores_are_shares_can_be_drawn_and_shown(tables, monkeypatc
 def test_guided_decoding_of_photographs_draws_no_curve(tables):
     prompts, _, out = tables
     found = run_cells("07_guided_decoding", prompts=prompts, out=out, n_candidates=2, max_new_tokens=4)
-    assert not found["icon_world"] and not list(Path(out).glob("curve-*")) and read_manifest(out)["set_aside"] == {"unreadable picture": 4}
+    assert (
+        not found["icon_world"]
+        and not list(Path(out).glob("curve-*"))
+        and read_manifest(out)["set_aside"] == {"unreadable picture": 4}
+    )

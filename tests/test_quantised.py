@@ -53,7 +53,7 @@ def relative_error(some, others):
 
 @pytest.mark.parametrize("dtype, limit, each", [("float32", 1e-5, 1e-3), ("bfloat16", 0.02, 0.1)])
 def test_gradients_of_4bit_equal_those_of_dequantised_weights(dtype, limit, each):
-    """Measured on a CPU with AVX512-BF16: a relative error of 0 in float32 and of 0.012 in bfloat16, which is its rounding;
+    """Measured on a CPU with AVX512-BF16: a relative error of 0 in float32 and of 0.012 in bfloat16, its rounding;
     1.006 in both where bitsandbytes may repack the weights, that is, another gradient altogether."""
     quantised, plain = quantised_and_plain(dtype)
     a, b = lora_gradients(quantised), lora_gradients(plain)
@@ -65,7 +65,7 @@ def test_gradients_of_4bit_equal_those_of_dequantised_weights(dtype, limit, each
 
 
 def test_16_bits_do_not_change_the_direction_of_a_step():
-    """The gradients of bfloat16 and NF4 against those of the same dequantised weights in float32; measured: 0.018."""
+    """Gradients of bfloat16 and NF4 against those of the same dequantised weights in float32; measured: 0.018."""
     half, _ = quantised_and_plain("bfloat16")
     _, whole = quantised_and_plain("float32")
     a, b = lora_gradients(half), lora_gradients(whole)
