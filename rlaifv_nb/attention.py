@@ -136,7 +136,7 @@ class SharedPrefix:
         scores = torch.cat([self.by_branch(scores, grouped.shape[2]), grouped @ key.transpose(-1, -2)], -1)
         if hidden is not None:
             scores.masked_fill_(hidden[:, None, None], -torch.inf)
-        weights = (scores.float() * scaling).softmax(-1).to(value.dtype)
+        weights = scores.float().mul_(scaling).softmax(-1).to(value.dtype)
         shared, own = weights.tensor_split([self.mask.shape[1]], -1)
         output = self.by_branch(self.by_prompt(shared) @ self.values[layer], grouped.shape[2]) + own @ value
         return output.reshape(query.shape)

@@ -7,11 +7,11 @@ __all__ = ['WHOLE_QUESTION', 'STATEMENT_QUESTION', 'PHRASE_QUESTION', 'WORD_QUES
            'DETERMINERS', 'RULE', 'BY_SPLITTER', 'BY_STATEMENT', 'FRAGMENT', 'LEAKED', 'CUT', 'HEDGED', 'DEPENDENT',
            'TOO_MANY', 'read_template', 'fill', 'Templates', 'read_templates', 'clean', 'listed', 'parse_facts',
            'says_no_facts', 'parse_question', 'written_out', 'words_of', 'is_fragment', 'is_hedged', 'stands_alone',
-           'stem', 'is_leaked', 'is_form', 'without_do', 'same_order', 'differences', 'content', 'question_problem',
-           'bare', 'is_noun_phrase', 'is_one_clause', 'is_perfect', 'move_verb', 'put_do', 'lower_first',
-           'question_by_rule', 'statement_question', 'Remark', 'split_responses', 'read_question', 'ask_questions',
-           'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'text_asker', 'run_claims',
-           'division_counts', 'finish_claims']
+           'beginnings', 'is_leaked', 'is_form', 'without_do', 'same_order', 'differences', 'content',
+           'question_problem', 'bare', 'is_noun_phrase', 'is_one_clause', 'is_perfect', 'move_verb', 'put_do',
+           'lower_first', 'question_by_rule', 'statement_question', 'Remark', 'split_responses', 'read_question',
+           'ask_questions', 'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'text_asker',
+           'run_claims', 'division_counts', 'finish_claims']
 
 # %% ../nbs/02_claims.ipynb #324a965c
 import re
@@ -208,9 +208,9 @@ def stands_alone(fact: str) -> bool:
     return not _PRONOUN.match(fact) or bool(_WEATHER.match(fact))
 
 
-def stem(word: str) -> str:
-    "The beginning of a word: `dog` and `dogs`, or `wears` and `wearing`, have the same."
-    return word[:4] if len(word) > 4 else word.removesuffix("s")
+def beginnings(words: set) -> set:
+    "Words, and their first three and four letters."
+    return words | {w[:n] for w in words for n in (3, 4) if len(w) >= n}
 
 
 def is_leaked(fact: str, source: str, examples=()) -> bool:
@@ -220,11 +220,10 @@ def is_leaked(fact: str, source: str, examples=()) -> bool:
     if any(re.sub(r"\W", "", q.casefold()) not in letters for q in quoted):
         return True
     plain, marked = words_of(source)
-    known = {stem(w) for w in plain} | {stem(w) for part in marked for w in words_of(part)[0]}
-    found = [stem(w) in known for w in words if w not in _EMPTY]
-    if not found:
-        return False
-    return not any(found) or fact.casefold() in examples and not all(found)
+    known = set(plain).union(*(words_of(part)[0] for part in marked))
+    starts = beginnings(known)
+    found = [w[:4] in starts or len(w) > 3 and w[:3] in known for w in words if w not in _EMPTY]  # `dogs` for `dog`, `running` for `run`
+    return len(found) > 1 and not any(found) or fact.casefold() in examples and not all(found)
 
 
 # %% ../nbs/02_claims.ipynb #b2d1e3f5
@@ -617,6 +616,7 @@ def division_warnings(rows, set_aside, counts: dict, questions: str, max_new_tok
     listed = counts["n_claims"] + counts["fragments"] + counts["leaked"]
     shares = [
         (counts["cut_lists"], len(words), f"lists of facts were cut at {max_new_tokens} tokens, so the ends of these answers go unjudged: raise max_new_tokens"),
+        (counts["without_claims"], len(rows) - len(lost), "answers have no claim at all: the splitter says that they state no fact"),
         (counts["fragments"] + counts["leaked"], listed, "facts are fragments, or come from the prompt's examples: the splitter does not follow its prompt"),
         (counts["by_statement"] * (questions != "statement"), counts["n_claims"], "questions are about the statement, which labelers judge less well"),
         (counts["hedged"], counts["n_claims"], "claims hedge (might, seems, likely), and are hardly ever wrong"),
@@ -630,11 +630,17 @@ def text_asker(llm, max_new_tokens: int, batch_size: int):
     "A function from prompts to (text, finish_reason) pairs in their order. Works in batches of prompts of like length; its `batch_size` is what fits."
     from rlaifv_nb.prefix import generate_texts
 
-    in_batches = HalvingWork(lambda prompts: (generate_texts(llm, prompts, max_new_tokens), []), batch_size)
+    limits = {"rows": batch_size}
+
+    def answer(prompts):
+        return generate_texts(llm, prompts, max_new_tokens, limits=limits), []
+
+    in_batches = HalvingWork(answer, batch_size)
 
     def ask(prompts):
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         answers, _ = in_batches([prompts[k] for k in order])
+        in_batches.batch_size = min(in_batches.batch_size, limits["rows"])  # the splitter works in smaller portions itself
         return [answer for _, answer in sorted(zip(order, answers))]
 
     return ask, in_batches
@@ -695,13 +701,12 @@ def finish_claims(stage, rows, name: str, **extra):
         first = f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}" if set_aside else ""
         raise ValueError(f"no claims in any of {len(rows)} responses{first}: is {name} a model that follows the splitting prompt?")
     kept = len(rows) - len(set_aside)
-    counts = {"n_claims": len(claims)}
+    counts = division_counts(claims, remarks) if stage.parameters["divide"] == "facts" else {"n_claims": len(claims)}
+    counts["without_claims"] = kept - len({c.response_id for c in claims})
     warnings = []
     if stage.parameters["divide"] == "facts":
-        counts = division_counts(claims, remarks)
         warnings = division_warnings(rows, set_aside, counts, stage.parameters["questions"], stage.parameters["max_new_tokens"])
     for sentence in warnings:
         print(f"Warning: {sentence}.")
-    stage.finish(len(rows), kept, ["claims"] + ["remarks"] * bool(remarks), set_aside, **counts,
-                 without_claims=kept - len({c.response_id for c in claims}), warnings=warnings, **extra)
+    stage.finish(len(rows), kept, ["claims"] + ["remarks"] * bool(remarks), set_aside, **counts, warnings=warnings, **extra)
 

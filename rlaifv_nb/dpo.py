@@ -56,8 +56,9 @@ def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
 # %% ../nbs/05_dpo.ipynb #d2004ac8
 @dataclass
 class RowMaker:
-    """Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`; without `features`, rows
-    bring pixels. `max_tokens` becomes less where memory runs out; so many `workers` prepare rows."""
+    """Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`.
+
+    Without `features`, rows bring pixels. `max_tokens` becomes less where memory runs out; so many `workers` prepare rows."""
     vlm: OpenModel
     prompts: dict
     folder: str
@@ -69,7 +70,8 @@ class RowMaker:
 
     def inputs(self, prompt) -> dict:
         "The prompt's tensors with its pixels."
-        return prompt_inputs(self.vlm, load_image(Path(self.folder) / prompt.image_path, prompt.image_sha), prompt.question)
+        picture = load_image(Path(self.folder) / prompt.image_path, prompt.image_sha)
+        return prompt_inputs(self.vlm, picture, prompt.question)
 
     def picture_sha(self, prompt) -> str:
         "SHA-256 of the prompt's picture file, as the table has it, else from the file."
@@ -97,7 +99,8 @@ class RowMaker:
         branches = self.tokens(pair)
         key = self.known(prompt)
         if key:
-            inputs, positions = question_inputs(self.vlm, self.features.get(key, without=("features",)), prompt.question)
+            entry = self.features.get(key, without=("features",))
+            inputs, positions = question_inputs(self.vlm, entry, prompt.question)
         else:
             inputs = self.inputs(prompt)
             positions = positions_of(self.vlm.core, inputs)
@@ -111,7 +114,8 @@ class RowMaker:
             features = self.features.get(row["picture"])["features"]
         else:
             features = picture_features(self.vlm, row["others"])
-        return row | {"others": {k: v for k, v in row["others"].items() if k in PER_TOKEN} | {"image_features": features}}
+        types = {k: v for k, v in row["others"].items() if k in PER_TOKEN}
+        return row | {"others": types | {"image_features": features}}
 
     def row(self, pair) -> dict:
         "The whole row of a pair."
@@ -124,7 +128,9 @@ class RowMaker:
 
 # %% ../nbs/05_dpo.ipynb #d9b40002
 def look_at(maker, prompt):
-    """A prompt's tensors with pixels (None where the cache knows its picture), and what is wrong with picture or question (empty: nothing)."""
+    """A prompt's tensors with pixels (None where the cache knows its picture), and what is wrong with picture or question.
+
+    What is wrong is an empty string where nothing is."""
     path = Path(maker.folder) / prompt.image_path
     try:
         key = maker.known(prompt)
@@ -145,11 +151,14 @@ def keep_picture(maker, prompt, inputs):
     if maker.features.skipped:
         maker.features.skipped += 1
     else:
-        maker.features.put({picture_key(maker.vlm, maker.picture_sha(prompt)): picture_entry(maker.vlm, inputs)})
+        key = picture_key(maker.vlm, maker.picture_sha(prompt))
+        maker.features.put({key: picture_entry(maker.vlm, inputs)})
 
 
 def picture_problems(maker, prompts) -> dict:
-    "What is wrong with the pictures (and questions) of prompts, by prompt id; fills the cache. A picture of several prompts is read once."
+    """What is wrong with the pictures (and questions) of prompts, by prompt id; fills the cache.
+
+    A picture of several prompts is read once."""
     by_picture = {}
     for prompt in prompts:
         by_picture.setdefault(prompt.image_path, []).append(prompt)
@@ -185,9 +194,9 @@ def usable_pairs(maker, pairs) -> tuple[list, list]:
 
 # %% ../nbs/05_dpo.ipynb #7c13746a
 def in_less_memory(maker, rows, run, undo=None):
-    """`run()`, which goes through `maker.batches(rows)`; when memory runs out, again (after `undo()`) with half of `maker.max_tokens`.
+    """`run()`, which goes through `maker.batches(rows)`; when memory runs out, again with half of `maker.max_tokens`.
 
-    Raises RuntimeError when a single pair does not fit."""
+    `undo()` comes before each further try. Raises RuntimeError when a single pair does not fit."""
     while True:
         try:
             return run()
@@ -197,8 +206,9 @@ def in_less_memory(maker, rows, run, undo=None):
         groups = pack_by_budget(rows, maker.max_tokens)
         if len(groups) == len(rows):
             longest = max(rows, key=n_tokens_of)
-            raise RuntimeError(f"the pair {longest['pair_id']} ({n_tokens_of(longest)} tokens) does not fit into memory even alone: smaller pictures "
-                               f"(max_pixels), quantisation='nf4' or gradient_checkpointing=True take less")
+            raise RuntimeError(
+                f"the pair {longest['pair_id']} ({n_tokens_of(longest)} tokens) does not fit into memory even alone: "
+                "smaller pictures (max_pixels), quantisation='nf4' or gradient_checkpointing=True take less")
         maker.max_tokens = max(sum(map(n_tokens_of, group)) for group in groups) // 2
         if undo is not None:
             undo()
@@ -209,25 +219,30 @@ def in_less_memory(maker, rows, run, undo=None):
 def reference_key(maker, pair, adapter_sha: str) -> str:
     "The key of a pair's reference: everything that decides it."
     prompt, vlm = maker.prompts[pair.prompt_id], maker.vlm
+    model = (vlm.sha, adapter_sha, vlm.quantisation, str(vlm.core.dtype), vlm.asked_sha)
     texts = (prompt.question, pair.chosen, pair.rejected)
-    return sha256_of(repr(("reference", vlm.sha, adapter_sha, vlm.quantisation, str(vlm.core.dtype), vlm.asked_sha, maker.picture_sha(prompt), texts)))
+    return sha256_of(repr(("reference", model, maker.picture_sha(prompt), texts)))
 
 
 @torch.no_grad()
 def row_sums(maker, rows) -> tuple[torch.Tensor, torch.Tensor]:
     "Summed log-probabilities (n, 2) in float64 of the answers of prepared rows, and their tokens (n, 2)."
     def run():
-        logps = [l for batch in maker.batches(rows) for l in row_logps(maker.vlm.core, to_device(batch, maker.vlm.device))]
-        return torch.tensor([l.sum().item() for l in logps], dtype=torch.float64), torch.tensor([len(l) for l in logps])
+        sums, n_tokens = [], []
+        for batch in maker.batches(rows):
+            for logps in row_logps(maker.vlm.core, to_device(batch, maker.vlm.device)):
+                sums.append(logps.sum().item())
+                n_tokens.append(len(logps))
+        return torch.tensor(sums, dtype=torch.float64), torch.tensor(n_tokens)
 
     sums, n_tokens = in_less_memory(maker, rows, run)
     return sums.view(-1, 2), n_tokens.view(-1, 2)
 
 
 def reference_logps(maker, pairs, cache=None, adapter_sha: str = "") -> list:
-    """`RefLogp` rows of a batch of pairs under the model as it is now (with the adapter of that hash), from the cache where it knows them.
+    """`RefLogp` rows of a batch of pairs under the model as it is now, from the cache where it knows them.
 
-    A pair whose numbers are not finite is not kept in the cache."""
+    `adapter_sha` is the hash of the model's adapter. A pair whose numbers are not finite is not kept in the cache."""
     by_key = {reference_key(maker, p, adapter_sha): p for p in pairs}
 
     def compute(keys):
@@ -248,26 +263,29 @@ def finite_references(maker, pairs, cache=None, adapter_sha: str = "") -> tuple[
     "`reference_logps`, and the pairs set aside because their numbers are not finite."
     found = reference_logps(maker, pairs, cache, adapter_sha)
     rows = [r for r in found if math.isfinite(r.chosen_sum_logp) and math.isfinite(r.rejected_sum_logp)]
-    cause = "the weights or activations overflow: float16 has a range of 65,504, use bfloat16 or float32; else a damaged picture or checkpoint"
+    cause = "an overflow in the model (bfloat16 and float32 have room), a damaged checkpoint, or a very unusual picture"
     bad = {r.pair_id for r in found} - {r.pair_id for r in rows}
-    return rows, [SetAside(p.pair_id, "log-probabilities that are not finite", cause) for p in pairs if p.pair_id in bad]
+    set_aside = [SetAside(p.pair_id, "log-probabilities that are not finite", cause) for p in pairs if p.pair_id in bad]
+    return rows, set_aside
 
 # %% ../nbs/05_dpo.ipynb #65586813
-DRIFT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats per token that pass for rounding
+DRIFT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats per token, of rounding
 
 
 def drift_of(differences, n_tokens) -> float:
-    """How far log-probabilities have moved, in nats per token, from the summed differences and the tokens of answers (n, 2: chosen, rejected).
+    """How far log-probabilities have moved, in nats per token: the signed mean over all tokens, of chosen or of rejected answers.
 
-    Of chosen and rejected, the one whose signed mean over all tokens is larger. Rounding goes either way and averages out, while another
-    adapter raises the one and lowers the other."""
+    Both arguments are (n, 2), chosen and rejected: an answer's summed difference, and its tokens. The larger mean counts.
+    Rounding goes either way and averages out, while another adapter raises the one and lowers the other."""
     return (differences.double().sum(0) / n_tokens.sum(0)).abs().max().item()
 
 
 @torch.no_grad()
 def preflight(maker, pairs, reference, tolerance: float | None = None) -> dict:
-    """Checks a few pairs and returns what it measured. Raises RuntimeError when policy and reference differ (`drift_of` above `tolerance`,
-    by default that of the model's dtype), when the image does not matter, or when image tokens and features do not match."""
+    """Checks a few pairs and returns what it measured.
+
+    Raises RuntimeError when policy and reference differ (`drift_of` above `tolerance`, by default that of the dtype), when
+    the image does not matter, or when image tokens and features do not match."""
     vlm = maker.vlm
     tolerance = DRIFT_TOLERANCE[vlm.core.dtype] if tolerance is None else tolerance
     fresh = replace(maker, features=None)
@@ -276,9 +294,12 @@ def preflight(maker, pairs, reference, tolerance: float | None = None) -> dict:
     refs = [reference[p.pair_id] for p in pairs]
     drift = drift_of(sums - torch.tensor([[r.chosen_sum_logp, r.rejected_sum_logp] for r in refs]), n_tokens)
     if not drift <= tolerance:
-        raise RuntimeError(f"policy and reference differ by {drift:.4f} nats a token before training (rounding explains {tolerance}): "
-                           "they are not the same model")
-    turned = [row | {"others": {k: v.flip(-1).flip(-2) if k == "pixel_values" else v for k, v in row["others"].items()}} for row in rows]
+        raise RuntimeError(f"policy and reference differ by {drift:.4f} nats a token before training "
+                           f"(rounding explains {tolerance}): they are not the same model")
+    turned = []
+    for row in rows:
+        others = {k: v.flip(-1).flip(-2) if k == "pixel_values" else v for k, v in row["others"].items()}
+        turned.append(row | {"others": others})
     image_effect = (sums - row_sums(fresh, turned)[0]).abs().max().item()
     if image_effect == 0:
         raise RuntimeError("turning the image upside down changes no log-probability: the image does not reach the model")
@@ -317,21 +338,24 @@ class PairDataset(torch.utils.data.Dataset):
         return {"n_pairs": torch.full((len(rows),), len(rows)), "rows": StepRows(rows)}
 
     def parts(self, rows):
-        "Yields the parts of a step, each with `reference` (b, 2), `n_tokens` (b, 2), the ids of its pairs and its `share` of the step's."
+        "Yields the parts of a step, each with `reference` and `n_tokens` (b, 2), `pair_ids`, and its `share` of the pairs."
         references = iter(torch.tensor([row["reference"] for row in rows]))
         ids = iter([row["pair_id"] for row in rows])
         for part in self.maker.batches(rows):
             n = len(part["lengths"]) // 2
-            yield part | {"reference": torch.stack([next(references) for _ in range(n)]), "n_tokens": torch.tensor(part["lengths"]).view(-1, 2),
-                          "pair_ids": [next(ids) for _ in range(n)], "share": n / len(rows)}
+            part["reference"] = torch.stack([next(references) for _ in range(n)])
+            part["n_tokens"] = torch.tensor(part["lengths"]).view(-1, 2)
+            part["pair_ids"] = [next(ids) for _ in range(n)]
+            part["share"] = n / len(rows)
+            yield part
 
 # %% ../nbs/05_dpo.ipynb #0a47b7e1
 def require_finite(tensors, what: str, pair_ids, step: int):
     "Raises FloatingPointError naming the pairs when a number is not finite."
     if not all(t.isfinite().all() for t in tensors):
         raise FloatingPointError(
-            f"step {step}: {what} not finite, with the pairs {', '.join(pair_ids)}: a smaller learning_rate, dtype='float32', or training "
-            "without these pairs may help; the last whole checkpoint is kept")
+            f"step {step}: {what} not finite, with the pairs {', '.join(pair_ids)}: a smaller learning_rate, dtype='float32', "
+            "or training without these pairs may help; the last complete checkpoint is kept")
 
 
 class PreferenceTrainer(Trainer):
@@ -351,8 +375,10 @@ class PreferenceTrainer(Trainer):
         per_token = logratio / inputs["n_tokens"] if self.loss_options["loss_type"] == "ipo" else logratio
         loss = preference_loss(per_token[:, 0] - per_token[:, 1], **self.loss_options).mean()
         loss = (loss + self.nll_weight * -(sums[:, 0] / inputs["n_tokens"][:, 0]).mean()) * inputs["share"]
-        require_finite([sums.detach(), loss.detach()], "log-probabilities or loss are", inputs["pair_ids"], self.state.global_step)
-        self.seen["train" if model.training else "eval"] += (logratio[:, 0] - logratio[:, 1]).detach().cpu().tolist()
+        numbers = [sums.detach(), loss.detach()]
+        require_finite(numbers, "log-probabilities or loss are", inputs["pair_ids"], self.state.global_step)
+        margins = (logratio[:, 0] - logratio[:, 1]).detach()
+        self.seen["train" if model.training else "eval"] += margins.cpu().tolist()
         return (loss, {}) if return_outputs else loss
 
     def all_parts(self, data, rows, split, run):
@@ -363,23 +389,31 @@ class PreferenceTrainer(Trainer):
             self.model.zero_grad()
             del self.seen[split][before:]
 
-        return in_less_memory(data.maker, rows, lambda: torch.stack([run(part) for part in data.parts(rows)]).sum(), undo)
+        def run_all():
+            return torch.stack([run(part) for part in data.parts(rows)]).sum()
+
+        return in_less_memory(data.maker, rows, run_all, undo)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Forward and backward of one part after the other; returns the mean loss of all pairs."
         rows = inputs["rows"].rows
         step = super().training_step
-        loss = self.all_parts(self.train_dataset, rows, "train", lambda part: step(model, part, num_items_in_batch))
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients)
-        require_finite([total], "the gradient is", [row["pair_id"] for row in rows], self.state.global_step)
+
+        def run(part):
+            return step(model, part, num_items_in_batch)
+
+        loss = self.all_parts(self.train_dataset, rows, "train", run)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        require_finite([norm], "the gradient is", [row["pair_id"] for row in rows], self.state.global_step)
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The loss alone; a preference has no labels to predict."
+        def run(part):
+            return self.compute_loss(model, self._prepare_inputs(part))
+
         with torch.no_grad():
-            loss = self.all_parts(self.eval_dataset, inputs["rows"].rows, "eval",
-                                  lambda part: self.compute_loss(model, self._prepare_inputs(part)))
+            loss = self.all_parts(self.eval_dataset, inputs["rows"].rows, "eval", run)
         return loss, None, None
 
     def log(self, logs, *args, **kwargs):
@@ -387,7 +421,8 @@ class PreferenceTrainer(Trainer):
         split = "eval" if "eval_loss" in logs else "train"
         margins, prefix = self.seen[split], "eval_" if split == "eval" else ""
         if margins and "train_runtime" not in logs:
-            logs |= {f"{prefix}margin": sum(margins) / len(margins), f"{prefix}accuracy": sum(m > 0 for m in margins) / len(margins)}
+            logs[f"{prefix}margin"] = sum(margins) / len(margins)
+            logs[f"{prefix}accuracy"] = sum(m > 0 for m in margins) / len(margins)
             self.seen[split] = []
         super().log(logs, *args, **kwargs)
 
@@ -419,7 +454,9 @@ def tenth_of(prompt_id: str) -> int:
 
 
 def split_pairs(pairs, prompts) -> tuple[list, list]:
-    """Training pairs and dev pairs, with no prompt in both: prompts of split `dev`, else every tenth one, else (of few) the first by hash.
+    """Training pairs and dev pairs, with no prompt in both.
+
+    Held out are prompts of split `dev`, else every tenth one, else (of few) the first by hash.
 
     Raises ValueError when one of the two is empty."""
     held_out = {p.prompt_id for p in pairs if prompts[p.prompt_id].split == "dev"}
@@ -428,7 +465,8 @@ def split_pairs(pairs, prompts) -> tuple[list, list]:
     train = [p for p in pairs if p.prompt_id not in held_out]
     dev = [p for p in pairs if p.prompt_id in held_out]
     if not train or not dev:
-        raise ValueError(f"{len(train)} training pairs and {len(dev)} dev pairs: pairs of at least two prompts are needed, of one prompt of each kind")
+        raise ValueError(f"{len(train)} training pairs and {len(dev)} dev pairs: pairs of at least two prompts are needed, "
+                         "one for training and one held out (split dev)")
     return train, dev
 
 
@@ -442,14 +480,17 @@ def require_steps(train, epochs: float, batch_size: int, min_steps: int):
     steps = steps_of(len(train), epochs, batch_size)
     if steps >= min_steps:
         return
+    seen = (min_steps - 1) * batch_size  # pairs, each as often as it is seen, that are still too few
     n_prompts = len({p.prompt_id for p in train})
-    needed = (min_steps - 1) * batch_size / epochs
-    wanted = math.floor(needed) + 1
+    more_prompts = math.ceil(n_prompts * (math.floor(seen / epochs) + 1) / len(train))
+    more_epochs = math.ceil(10 * seen / len(train) + 0.1) / 10
     smaller = math.ceil(len(train) * epochs / (min_steps - 1)) - 1
-    ways = [f"n_per_round so large that {math.ceil(n_prompts * wanted / len(train))} training prompts have pairs (these come from {n_prompts})",
-            f"epochs >= {math.ceil(10 * (min_steps - 1) * batch_size / len(train) + 0.1) / 10:g}", *([f"batch_size <= {smaller}"] if smaller else [])]
-    raise ValueError(f"{len(train)} training pairs make {steps} steps at batch_size {batch_size} and epochs {epochs:g}: too few to learn from "
-                     f"(min_steps {min_steps}). Use {', or '.join(ways)}")
+    ways = [f"n_per_round so large that {more_prompts} training prompts have pairs (these come from {n_prompts})",
+            f"epochs >= {more_epochs:g}"]
+    if smaller:
+        ways.append(f"batch_size <= {smaller}")
+    raise ValueError(f"{len(train)} training pairs make {steps} steps at batch_size {batch_size} and epochs {epochs:g}: "
+                     f"too few to learn from (min_steps {min_steps}). Use {', or '.join(ways)}")
 
 
 def training_rows(history) -> list:
@@ -458,7 +499,8 @@ def training_rows(history) -> list:
     for line in history:
         for split, prefix in (("train", ""), ("dev", "eval_")):
             if f"{prefix}loss" in line and f"{prefix}margin" in line:
-                rows.append({"step": line["step"], "split": split} | {k: line[prefix + k] for k in ("loss", "margin", "accuracy")})
+                measured = {k: line[prefix + k] for k in ("loss", "margin", "accuracy")}
+                rows.append({"step": line["step"], "split": split} | measured)
     return rows
 
 # %% ../nbs/05_dpo.ipynb #d9b40004
@@ -496,10 +538,11 @@ def adapter_state(model) -> str:
 
 
 def require_change(model, before: str):
-    "Raises RuntimeError when an adapter is what it was at the start, or a fresh one (its `lora_B` all zero) still does nothing."
+    "Raises RuntimeError when an adapter is what it was at the start, or does nothing at all (its `lora_B` are all zero)."
     last = [p for name, p in model.named_parameters() if "lora_B" in name]
     if adapter_state(model) == before or not any(p.any() for p in last):
-        raise RuntimeError("training has left the adapter as it was: it learned nothing. A larger learning_rate or more steps are needed")
+        raise RuntimeError("training has left the adapter as it was: it learned nothing. "
+                           "A larger learning_rate or more steps are needed")
 
 # %% ../nbs/05_dpo.ipynb #d9b40005
 @contextmanager
@@ -513,37 +556,44 @@ def tf32_products(wanted: bool):
         torch.set_float32_matmul_precision(before)
 
 
-def trainer_arguments(vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed, workers) -> TrainingArguments:
+def trainer_arguments(vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed,
+                      workers) -> TrainingArguments:
     "The trainer's settings: one process on one device, cosine schedule, a checkpoint with each evaluation."
     every = max(1, steps // evaluations)
     arguments = TrainingArguments(
-        output_dir=str(work), per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, max_steps=steps,
-        gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.01, seed=seed % 2**32, data_seed=seed % 2**32,
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, logging_steps=max(1, steps // 40),
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
-        dataloader_num_workers=workers, report_to=[], use_cpu=vlm.device.type == "cpu", bf16=vlm.core.dtype == torch.bfloat16, label_names=[])
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # as Trainer does for models that are spread over devices: no DataParallel, no larger batch
+        output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.01,
+        seed=seed % 2**32, data_seed=seed % 2**32, logging_steps=max(1, steps // 40),
+        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        dataloader_num_workers=workers, remove_unused_columns=False, label_names=[], report_to=[],
+        use_cpu=vlm.device.type == "cpu", bf16=vlm.core.dtype == torch.bfloat16)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel and no larger batch, as Trainer does for model parallelism
     return arguments
 
 
-def train_adapter(vlm, train, dev, work, loss, *, learning_rate: float, epochs: float, batch_size: int, gradient_checkpointing: bool = False,
-                  evaluations: int = 4, seed: int = 0) -> tuple[list, dict]:
-    """Trains the model's adapter and leaves the checkpoint with the lowest dev loss in it; returns the curves and what the manifest says of
-    them. `work` holds checkpoints. Raises RuntimeError when nothing was learned, FloatingPointError when a number is not finite."""
+def train_adapter(vlm, train, dev, work, loss, *, learning_rate: float, epochs: float, batch_size: int,
+                  gradient_checkpointing: bool = False, evaluations: int = 4, seed: int = 0) -> tuple[list, dict]:
+    """Trains the model's adapter and leaves the checkpoint with the lowest dev loss in it; `work` holds checkpoints.
+
+    Returns the curves and what the manifest says of them. Raises RuntimeError when nothing was learned, FloatingPointError
+    when a number is not finite."""
     steps = steps_of(len(train), epochs, batch_size)
-    arguments = trainer_arguments(vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed, train.maker.workers)
-    trainer = PreferenceTrainer(model=vlm.model, args=arguments, train_dataset=train, eval_dataset=dev, data_collator=train.collate,
-                                callbacks=[MarkWhole()], **loss)
-    before = adapter_state(vlm.model)
+    arguments = trainer_arguments(vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed,
+                                  train.maker.workers)
+    trainer = PreferenceTrainer(model=vlm.model, args=arguments, train_dataset=train, eval_dataset=dev,
+                                data_collator=train.collate, callbacks=[MarkWhole()], **loss)
+    untrained = adapter_state(vlm.model)
     start = trainer.evaluate()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
     vlm.model.eval()
-    require_change(vlm.model, before)
-    found = {"dev_loss_before": start["eval_loss"], "best_step": trainer.state.best_global_step, "best_dev_loss": trainer.state.best_metric}
-    found["warnings"] = []
-    if not found["best_dev_loss"] < start["eval_loss"]:
-        found["warnings"].append(f"training did not improve the dev loss: {start['eval_loss']:.4f} before, {found['best_dev_loss']:.4f} at its best")
+    require_change(vlm.model, untrained)
+    before, best = start["eval_loss"], trainer.state.best_metric
+    warnings = []
+    if not best < before:
+        warnings.append(f"training did not improve the dev loss: {before:.4f} before, {best:.4f} at its best")
+    found = {"dev_loss_before": before, "best_step": trainer.state.best_global_step, "best_dev_loss": best, "warnings": warnings}
     return training_rows([start | {"step": 0}, *trainer.state.log_history]), found
 
 # %% ../nbs/05_dpo.ipynb #2fd86686
@@ -560,18 +610,19 @@ def first_usable(maker, pairs):
 
 
 def training_maker(maker, pair, cache, cache_gb: float) -> tuple[RowMaker, dict]:
-    "The `RowMaker` with the layout and the cache of pictures that fit its model, and what was decided, with reasons."
+    "The `RowMaker` with the layout and the cache that fit its model, and what was decided, with reasons."
     vlm = maker.vlm
     problem = ""
     if maker.layout != "plain":
         problem = vlm.sharing if maker.layout == "packed" else ""
         problem = problem or layout_problem(vlm.core, maker.row(pair), maker.layout, maker.kernel, vlm.device)
-    engine = {"layout": "plain" if problem else maker.layout} | ({"layout_problem": problem} if problem else {})
+    engine = {"layout": "plain", "layout_problem": problem} if problem else {"layout": maker.layout}
     if engine["layout"] == "packed":
         engine["kernel"] = kernel_for(maker.kernel, vlm.device, vlm.core.dtype)
     prompt = maker.prompts[pair.prompt_id]
     problem = entry_problem(vlm, maker.inputs(prompt), prompt.question)
-    engine["image_features"] = f"from pixels in every step: {problem}" if problem else "cached" if cache_gb else "computed each time"
+    kept = "cached" if cache_gb else "computed each time"
+    engine["image_features"] = f"from pixels in every step: {problem}" if problem else kept
     features = None if problem else ContentCache(f"{cache}/features", 0.98 * cache_gb)
     return replace(maker, layout=engine["layout"], features=features), engine
 
@@ -588,7 +639,10 @@ def teach(stage, maker, pairs, adapter, adapter_sha, cache, cache_gb, loss, trai
     maker, engine = training_maker(maker, first, cache, cache_gb)
     good, set_aside = usable_pairs(maker, pairs)
     known = ContentCache(f"{cache}/reference", 0.02 * cache_gb) if cache_gb else None
-    work = lambda chunk: finite_references(maker, chunk, known, adapter_sha)
+
+    def work(chunk):
+        return finite_references(maker, chunk, known, adapter_sha)
+
     stage.map("reference", good, work, 8 * training["batch_size"])
     reference = {r.pair_id: r for r in read_table(stage.path, "reference", RefLogp)}
     set_aside += stage.set_aside("reference")
@@ -604,39 +658,42 @@ def teach(stage, maker, pairs, adapter, adapter_sha, cache, cache_gb, loss, trai
     engine["not_cached"] = sum(c.skipped for c in (maker.features, known) if c is not None)
     for sentence in best["warnings"]:
         print(f"warning: {sentence}")
-    return {"rows_out": len(good), "set_aside": set_aside, "preflight": checks, "engine": engine, "train_pairs": len(train), "dev_pairs": len(dev),
-            "max_tokens": {"asked": asked, "used": maker.max_tokens}, **best}
+    return {"rows_out": len(good), "set_aside": set_aside, "preflight": checks, "engine": engine, "train_pairs": len(train),
+            "dev_pairs": len(dev), "max_tokens": {"asked": asked, "used": maker.max_tokens}, **best}
 
 # %% ../nbs/05_dpo.ipynb #d9b40007
-def run_dpo(prompts, pairs, out, policy: str, adapter: str = "", *, quantisation: str = "nf4", dtype: str = "auto", attention: str = "auto",
-            device: str = "auto", system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0, loss_type: str = "sigmoid",
-            beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0, learning_rate: float = 5e-4, epochs: float = 2.0,
-            batch_size: int = 8, min_steps: int = 10, gradient_checkpointing: bool = False, evaluations: int = 4, lora_rank: int = 16,
-            lora_alpha: int = 32, lora_dropout: float = 0.0, tf32: bool = True, layout: str = "packed", kernel: str = "auto",
-            max_tokens: int = 8192, cache: str = "", cache_gb: float = 32.0, loader_workers: int = 0, seed: int = 0,
-            round: int = 1) -> StageFolder:
+def run_dpo(prompts, pairs, out, policy: str, adapter: str = "", *, quantisation: str = "nf4", dtype: str = "auto",
+            attention: str = "auto", device: str = "auto", system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0,
+            loss_type: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0,
+            learning_rate: float = 5e-4, epochs: float = 2.0, batch_size: int = 8, min_steps: int = 10,
+            layout: str = "packed", kernel: str = "auto", max_tokens: int = 8192, cache: str = "", cache_gb: float = 32.0,
+            loader_workers: int = 0, gradient_checkpointing: bool = False, evaluations: int = 4, lora_rank: int = 16,
+            lora_alpha: int = 32, lora_dropout: float = 0.0, tf32: bool = True, seed: int = 0, round: int = 1) -> StageFolder:
     """The stage: reference, preflight, training, adapter with lineage, manifest.
 
-    A layout that does not fit the model becomes `plain`, and a model whose image features cannot be cached keeps its pixels; the manifest
-    says why. Raises ValueError for an unknown option, float16, or too few pairs; RuntimeError when reference and policy differ or nothing
-    was learned; FloatingPointError for a loss or gradient that is not finite."""
+    A layout that does not fit the model becomes `plain`, and a model whose image features cannot be cached keeps its pixels; the
+    manifest says why. Raises ValueError for an unknown option, float16, or too few pairs; RuntimeError when reference and policy differ
+    or nothing was learned; FloatingPointError for a loss or gradient that is not finite."""
     preference_loss(torch.zeros(1), beta, loss_type, label_smoothing)
     checked(layout, LAYOUTS, "layout")
     checked(kernel, KERNELS, "kernel")
     if dtype == "float16":
-        raise ValueError("dtype='float16' cannot be trained here: its gradients vanish without loss scaling, which there is none; choose bfloat16 or float32")
+        raise ValueError("dtype='float16' cannot be trained: gradients vanish in it without loss scaling, which is not built in; "
+                         "choose bfloat16 or float32")
     by_id = {p.prompt_id: p for p in read_table(prompts, "prompts", Prompt)}
     rows = read_table(pairs, "pairs", Pair)
-    require_steps(split_pairs([p for p in rows if p.prompt_id in by_id], by_id)[0], epochs, batch_size, min_steps)
-    vlm = open_vlm(policy, adapter, dtype, quantisation, attention, trainable=True, share_prefix=layout != "plain", device=device,
-                   system_prompt=system_prompt, pad_pictures=pad_pictures, max_pixels=max_pixels)
+    known = [p for p in rows if p.prompt_id in by_id]
+    require_steps(split_pairs(known, by_id)[0], epochs, batch_size, min_steps)
+    vlm = open_vlm(policy, adapter, dtype, quantisation, attention, trainable=True, share_prefix=layout != "plain",
+                   device=device, system_prompt=system_prompt, pad_pictures=pad_pictures, max_pixels=max_pixels)
     loss = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight)
-    training = dict(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, gradient_checkpointing=gradient_checkpointing,
-                    evaluations=evaluations)
-    parameters = loss | vlm.settings | training | dict(lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, tf32=tf32,
-                                                       layout=layout, kernel=kernel, seed=seed, round=round)
+    training = dict(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size,
+                    gradient_checkpointing=gradient_checkpointing, evaluations=evaluations)
+    lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, tf32=tf32)
+    parameters = loss | vlm.settings | training | lora | dict(layout=layout, kernel=kernel, seed=seed, round=round)
     adapter_sha = folder_sha(Path(resolve_path(adapter))) if adapter else ""
-    inputs = {"prompts": table_sha(prompts, "prompts"), "pairs": table_sha(pairs, "pairs"), "policy": vlm.sha, "adapter": adapter_sha}
+    inputs = {"prompts": table_sha(prompts, "prompts"), "pairs": table_sha(pairs, "pairs"), "policy": vlm.sha,
+              "adapter": adapter_sha}
     stage = StageFolder(out, "dpo", parameters, inputs)
     if stage.is_done:
         write_adapter_card(Path(out) / "adapter", read_manifest(out))
@@ -649,8 +706,8 @@ def run_dpo(prompts, pairs, out, policy: str, adapter: str = "", *, quantisation
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes that fork
     maker = RowMaker(vlm, by_id, prompts, layout, kernel, max_tokens, workers=loader_workers)
     with tf32_products(tf32 and vlm.device.type == "cuda" and vlm.core.dtype != torch.float32):
-        found = teach(stage, maker, rows, adapter, adapter_sha, cache or f"{out}/cache", cache_gb, loss, training, min_steps,
-                      seed_of(seed, round, "dpo"))
+        found = teach(stage, maker, rows, adapter, adapter_sha, cache or f"{out}/cache", cache_gb, loss, training,
+                      min_steps, seed_of(seed, round, "dpo"))
     sources = dict(Counter(p.source.partition("/")[0] for p in by_id.values()))
     stage.finish(len(rows), found.pop("rows_out"), ["reference", "training"], found.pop("set_aside"), **found,
                  adapter_sha=folder_sha(Path(out) / "adapter"), sources=sources, **vlm.notes)

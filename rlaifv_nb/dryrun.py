@@ -23,7 +23,7 @@ from .attention import BLOCK, unsupported_layers, use_branch_attention
 from .caches import picture_tensors
 from .models import DTYPES, OpenModel, checked, lora_targets, prompt_positions, unquantised_modules
 from .packing import collate_rows, pack_by_budget, pack_row, row_logps, token_logps
-from .prefix import ROWS, Answer, Sampler, SharedRows, generate_texts, grow, grow_texts, read_prompts, score_branches, whole_rows
+from .prefix import ROWS, Answer, Sampler, SharedRows, generate_texts, grow, grow_texts, read_prompts, rows_for, score_branches, whole_rows
 
 aten = torch.ops.aten
 
@@ -253,9 +253,9 @@ def decoding_work(vlm, branches, answers, max_new_tokens, temperature, top_p, to
 def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0, top_k=0, refill=False):
     """`n` answers to each prompt of a prefix. With `refill`, as a `SampleQueue` has it that goes on: rows for a part of the answers, and while all rows
     are at their longest, a further prompt is read and takes the place of the first."""
-    refill = refill and not vlm.sharing and len(prefix.inputs) > 1
-    n_prompts = max(1, round(len(prefix.inputs) * ROWS)) if refill else len(prefix.inputs)
-    index = [k for k in range(n_prompts) for _ in range(n)]
+    refill = refill and not vlm.sharing
+    index = [k for k in range(len(prefix.inputs)) for _ in range(n)]
+    index = index[: rows_for(len(index), ROWS)] if refill else index
     branches = grow(vlm, prefix, whole_rows(index), max_new_tokens)
     if refill:
         branches.own.even = False

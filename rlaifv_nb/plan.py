@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'PROCESSOR_FILES', 'QWEN_PIXELS', 'TILE_TEXT',
            'DESCRIBE', 'PREPARING', 'UNKNOWN_PREPARING', 'DECODING', 'WITH_ADAPTER', 'LAYER_SECONDS', 'LAUNCH_SECONDS',
-           'FUSED_ROWS', 'PACKED_BYTES', 'UNPACKING_BYTES', 'LIKELY', 'SLOW', 'FAST', 'ROW_USE', 'TEXT_TOKENS',
-           'DEV_SHARE', 'COSTS', 'PICTURE_BYTES', 'ROW_BYTES', 'LOWERED', 'LEAST', 'Card', 'chip_of', 'nearest_card',
-           'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen', 'upright_size',
-           'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of', 'within',
-           'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens', 'flops_of',
-           'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches', 'step_launches',
-           'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of',
-           'decoding_steps', 'mean_answer', 'answer_steps', 'batch_words', 'sampling_memory', 'sampling_load',
-           'instruction_tokens', 'Asking', 'askings_of', 'rows_of_texts', 'claims_memory', 'claims_load',
-           'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes', 'cached_share',
-           'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory', 'guided_load',
-           'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem', 'StagePlan',
-           'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time', 'milder_to_stronger',
-           'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines', 'print_plan', 'time_line',
-           'missing_bytes', 'run_disk_problem']
+           'FUSED_ROWS', 'PACKED_BYTES', 'UNPACKING_BYTES', 'LIKELY', 'SLOW', 'FAST', 'ROW_USE', 'TEXT_USE',
+           'TEXT_TOKENS', 'DEV_SHARE', 'COSTS', 'PICTURE_BYTES', 'ROW_BYTES', 'LOWERED', 'LEAST', 'Card', 'chip_of',
+           'nearest_card', 'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen',
+           'upright_size', 'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of',
+           'within', 'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens',
+           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches',
+           'step_launches', 'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent',
+           'seconds_of', 'decoding_steps', 'mean_answer', 'answer_steps', 'batch_words', 'refills', 'sampling_memory',
+           'sampling_load', 'instruction_tokens', 'Asking', 'askings_of', 'rows_of_texts', 'claims_memory',
+           'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes',
+           'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
+           'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
+           'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
+           'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines',
+           'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
 import inspect
@@ -42,7 +42,7 @@ from .caches import picture_features
 from .inputs import HUB, input_kind, read_input
 from .machine import SMALL_FILES
 from .models import ask_with, pinned, prompt_inputs
-from .prefix import ROWS, generate_texts, grow, read, read_prompts
+from .prefix import ROWS, generate_texts, grow, read, read_prompts, rows_for
 from .recipes import (INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run,
                                prompts_per_round)
 from .records import Prompt, read_table, resolve_path
@@ -130,7 +130,7 @@ class Lengths:
     longest_answer: int = 280  # tokens of the longest answer of a batch
     claims: int = 10  # claims of an answer
     fact: int = 14  # tokens of a claim in a list, and of its question as the splitter writes it
-    claim: int = 28  # tokens of the question about a claim as the labeler is asked, the chat template's end included
+    claim: int = 28  # tokens of the question about a claim, with the request for yes or no and the template
     by_splitter: float = 0.25  # of the claims, those whose question no rule makes
     characters: int = 4  # characters a token of English text
     picture: tuple = (640, 480)  # an ordinary picture, where the recipe's own cannot be looked at
@@ -546,7 +546,7 @@ def step_floor(layers: int, launches: int) -> float:
 # %% ../nbs/09_plan.ipynb #6da0c2a4
 FUSED_ROWS = 64  # bitsandbytes 0.50, backends/cuda/ops.py: 8 to 256 by card and shape
 PACKED_BYTES = 0.55  # a 4-bit weight with its scales (dry.nf4_bytes: 0.516)
-UNPACKING_BYTES = 4.5
+UNPACKING_BYTES = 2.5  # half a byte read, two written
 
 
 @dataclass(frozen=True)
@@ -560,7 +560,7 @@ class Decoder:
 
     def moved(self, rows: int) -> float:
         "Bytes of weights that a step of so many rows moves."
-        packed = PACKED_BYTES if rows <= FUSED_ROWS else UNPACKING_BYTES
+        packed = PACKED_BYTES if rows <= FUSED_ROWS else UNPACKING_BYTES + 2
         return self.packed * packed + (self.weights - self.packed) * self.itemsize
 
 
@@ -642,16 +642,18 @@ def seconds_of(load: Load, decoder: Decoder, floor: float, preparing: float, car
     return Spent(reading, sampling, load.pictures * preparing)
 
 # %% ../nbs/09_plan.ipynb #6da0c2ac
-ROW_USE = 0.9  # of the rows of a queue that is long enough, measured with lengths like these
+ROW_USE = 0.82  # of the rows of a queue of prompts; see above
 
 
-def decoding_steps(answers: float, rows: float, mean: float, longest: float, queue: float) -> float:
+def decoding_steps(answers: float, rows: float, mean: float, longest: float, queue: float,
+                   use: float = ROW_USE) -> float:
     """Steps in which `rows` rows write `answers` answers of `mean` and at most `longest` tokens.
 
-    `queue`: answers that go to these rows before all wait for the last one; as many as rows: no refilling."""
+    `queue`: answers that go to these rows before all wait for the last one, with a share of `use` of the rows in
+    use; as many as rows: no refilling."""
     rows = min(rows, queue)
-    use = ROW_USE if queue > rows else 1.0
-    return answers * mean / (rows * use) + answers / queue * (longest - mean)
+    busy = rows * use if queue > rows else rows
+    return answers * mean / busy + answers / queue * (longest - mean)
 
 
 def mean_answer(s: Planned) -> float:
@@ -670,10 +672,15 @@ def batch_words(s: Planned, each: int) -> str:
     return f"{prompts} x {each} answers of {s.p['max_new_tokens']}"
 
 # %% ../nbs/09_plan.ipynb #6da0c2ae
+def refills(s: Planned) -> bool:
+    "Whether there are rows for a part of the answers only, which are refilled."
+    return s.shares and s.device == "cuda" and s.p["refill"]
+
+
 def sampling_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
     p, n = s.p, s.p["batch_size"]
-    options = {key: p[key] for key in ("temperature", "top_p", "top_k", "refill")}
+    options = {key: p[key] for key in ("temperature", "top_p", "top_k")} | {"refill": refills(s)}
 
     def sample():
         prefix = read_prompts(s.vlm, [s.prompts.longest] * n)
@@ -686,17 +693,17 @@ def sampling_load(s: Planned) -> Load:
     "A round of it."
     p, prompts, n = s.p, s.prompts, prompts_per_round(s.recipe)
     each, answer = p["n_samples"], mean_answer(s)
-    refills = s.shares and p["refill"]
-    rows = p["batch_size"] * each * (ROWS if refills else 1)
-    steps = answer_steps(s, n * each, rows, n * each if refills else rows)
+    rows = rows_for(p["batch_size"] * each, ROWS if refills(s) else 1)
+    steps = answer_steps(s, n * each, rows, n * each if refills(s) else rows)
     readings = 1 if s.shares else each
-    held = rows * answer + (p["batch_size"] if s.shares else rows) * prompts.tokens
-    at_once = max(1, p["batch_size"] // 8) if refills else p["batch_size"]  # prompts that are read together
+    held = rows * s.lengths.longest_answer + (p["batch_size"] if s.shares else rows) * prompts.tokens
+    at_once = max(1, p["batch_size"] // 8) if refills(s) else p["batch_size"]  # prompts that are read together
     return Load(read=prompts.tokens * n * readings, sampled=n * each * answer,
                 flops=prompts.flops * n * readings, passes=n / at_once, steps=steps, rows=rows, held=held,
                 pictures=n)
 
 # %% ../nbs/09_plan.ipynb #6da0c2af
+TEXT_USE = 0.9  # of the rows of a queue of texts, simulated in the same way
 TEXT_TOKENS = inspect.signature(generate_texts).parameters["max_tokens"].default  # of texts that go together
 
 
@@ -755,7 +762,7 @@ def claims_load(s: Planned) -> Load:
     read = sampled = passes = steps = rows_steps = held_steps = 0
     for a in askings_of(s) if p["divide"] == "facts" else []:
         rows, calls = rows_of_texts(p, a.rest), a.texts / p["batch_size"]
-        own = decoding_steps(a.texts, rows, a.written, a.longest_written, queue=p["batch_size"])
+        own = decoding_steps(a.texts, rows, a.written, a.longest_written, p["batch_size"], TEXT_USE)
         read += a.texts * a.rest + calls * a.instruction
         sampled += a.texts * a.written
         passes += 2 * calls

@@ -6,8 +6,8 @@
 __all__ = ['LOOK', 'ROWS', 'Prefix', 'on_device', 'stack_inputs', 'read', 'read_prompts', 'read_row', 'SharedRows', 'PlainRows',
            'grow', 'score_shared', 'score_plain', 'score_branches', 'branch_logps', 'next_token_sums', 'pick_tokens',
            'sample_tokens', 'uniform_numbers', 'whole_rows', 'Answer', 'RowUse', 'Sampler', 'sample_rows',
-           'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'SampleQueue', 'common_prefix_length',
-           'grow_texts', 'TextQueue', 'generate_texts', 'yes_no_asker']
+           'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'rows_for', 'SampleQueue',
+           'common_prefix_length', 'grow_texts', 'TextQueue', 'generate_texts', 'yes_no_asker']
 
 # %% ../nbs/00_prefix.ipynb #5964c238
 from collections import deque
@@ -516,17 +516,24 @@ def keep_trying(run, smaller):
         free_memory()  # only here are the error and all that it held gone
 
 # %% ../nbs/00_prefix.ipynb #d3f8a621
-ROWS = 2 / 3  # of the answers to `batch_size` prompts, so many have rows of their own while more prompts follow
+ROWS = 2 / 3  # of the answers to `batch_size` prompts, so many have rows at the same time while more prompts follow
+
+
+def rows_for(n_answers: int, share: float) -> int:
+    "Rows for a share of the answers, in fours."
+    return min(n_answers, len(whole_rows([0] * max(1, round(n_answers * share)))))
 
 
 class SampleQueue:
     """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each prompt when it is done, in no fixed order.
 
     With `refill`, rows and slots that become free are given to what waits; else, and where the model cannot share prompts, prompts are sampled in
-    batches. `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt that does not fit alone."""
+    batches. `rows`: see `ROWS`, which is what 0 means on a GPU; on a CPU, where a step takes as long as it has rows, it means 1.
+
+    `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt that does not fit alone."""
 
     def __init__(self, vlm, prompts: Iterable[QueuedPrompt], batch_size: int = 16, top_p: float = 1.0, top_k: int = 0, max_new_tokens: int = 512,
-                 never: Iterable[int] = (), refill: bool = True, look: int = 0):
+                 never: Iterable[int] = (), refill: bool = True, look: int = 0, rows: float = 0.0):
         self.vlm = vlm
         self.source = iter(prompts)
         self.again = []  # read from the source, but not begun or not finished
@@ -535,6 +542,7 @@ class SampleQueue:
         self.batch_size = batch_size
         self.answers_at_once = 0  # of a prompt that is alone; 0: all
         self.refill = refill and not vlm.sharing
+        self.rows = rows or (1.0 if vlm.device.type == "cpu" else ROWS)
         self.max_new_tokens = max_new_tokens
         self.use = RowUse()
         self.sampling = {"never": tuple(never), "top_p": top_p, "top_k": top_k, "look": look, "use": self.use}
@@ -578,41 +586,47 @@ class SampleQueue:
         self.again = self.alive + self.again
         self.alive = []
         while prompts := self.take(self.batch_size):
-            if self.refill and len(prompts) > 1 and self.has_more():  # as many as have rows; the others' turn comes when rows are free
-                n_begin = max(1, round(len(prompts) * ROWS))
+            n_answers = sum(not a.reason for p in prompts for a in p.answers)
+            n_rows = n_answers
+            if self.refill and self.has_more():
+                n_rows = rows_for(n_answers, self.rows)
+            if self.answers_at_once:
+                n_rows = min(n_rows, self.answers_at_once)
+            if self.refill:  # as many prompts as there are rows for; the others' turn comes when rows are free
+                n_begin = next(k for k in range(1, len(prompts) + 1) if sum(not a.reason for p in prompts[:k] for a in p.answers) >= n_rows)
                 self.again = prompts[n_begin:] + self.again
                 self.alive = prompts = prompts[:n_begin]
-            yield from self.sample(prompts)
+            yield from self.sample(prompts, n_rows)
 
     def smaller(self, error):
         "Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it when one answer is too much."
-        n = len(self.alive)
         unfinished = [a for p in self.alive for a in p.answers if not a.reason]
         for answer in unfinished:
             answer.tokens = []
+        n = self.batch_size if self.has_more() else min(self.batch_size, len(self.alive))
         if n > 1:
             self.batch_size = n // 2
             print(f"out of memory with {n} prompts at a time: going on with {self.batch_size}")
             return
         at_once = min(self.answers_at_once or len(unfinished), len(unfinished))
         if at_once < 2:
-            raise MemoryError(f"prompt {self.alive[0].name}: not enough memory even for one answer ({error})") from error
+            raise MemoryError(f"not enough memory for a single item: one answer to prompt {self.alive[0].name} ({error})") from error
         self.batch_size = 1
         self.answers_at_once = at_once // 2
         print(f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a time")
 
-    def sample(self, prompts):
-        "Samples the answers to these prompts and, with `refill`, to all that follow."
+    def sample(self, prompts, n_rows):
+        "Samples the answers to these prompts in so many rows and, with `refill`, to all that follow."
         slots = list(prompts)
         waiting = deque(self.begin(slots, range(len(slots))))
         prefix = read_prompts(self.vlm, [p.inputs for p in slots])
         while waiting:
-            n_rows = min(len(waiting), self.answers_at_once or len(waiting))
-            first = [waiting.popleft() for _ in range(n_rows)]
-            index = whole_rows([a.prompt for a in first])
+            first = [waiting.popleft() for _ in range(min(len(waiting), n_rows))]
+            index = [a.prompt for a in first]
+            index = index if self.answers_at_once else whole_rows(index)
             branches = grow(self.vlm, prefix, index, self.max_new_tokens)
             sampler = Sampler(self.vlm, len(index), self.max_new_tokens, **self.sampling)
-            sampler.seat(range(n_rows), first)
+            sampler.seat(range(len(first)), first)
             if not self.vlm.sharing:
                 prefix = None  # its tensors are the branches' now
 
@@ -679,7 +693,7 @@ class TextQueue:
         "Half as many at a time. Raises MemoryError when one is too much."
         n = min(self.n_rows, sum(not a.reason for a in self.answers))
         if n < 2:
-            raise MemoryError(f"not enough memory for one text of {max(len(a.rest) for a in self.answers)} tokens ({error})") from error
+            raise MemoryError(f"not enough memory for a single item: a text of {max(len(a.rest) for a in self.answers)} tokens ({error})") from error
         for answer in self.answers:
             answer.tokens = answer.tokens if answer.reason else []
         self.n_rows = n // 2
@@ -690,17 +704,20 @@ class TextQueue:
         waiting = deque(a for a in self.answers if not a.reason)
         while waiting:
             first = [waiting.popleft() for _ in range(min(len(waiting), self.n_rows))]
-            rests = whole_rows([a.rest for a in first])
+            rests = [a.rest for a in first]
+            rests = rests if len(first) == self.n_rows else whole_rows(rests)
             branches = grow_texts(self.llm, self.instruction, rests, self.max_new_tokens)
             sampler = Sampler(self.llm, len(rests), self.max_new_tokens, unsampled_ids(self.llm))
             sampler.seat(range(len(first)), first)
             yield from sample_rows(branches, sampler, waiting if self.instruction else deque(), at_least=1 + len(rests) // 8)
 
 
-def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536):
+def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
     """Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in the order of the prompts.
 
-    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that all begin with does not count."""
+    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that all begin with does not count.
+    `limits` may say `{"rows": n}`, no more than n at a time; where memory runs out, it then says how many fitted."""
+    limits = {} if limits is None else limits
     rows = [llm.tokenizer(prompt_text(llm, p, image=None), add_special_tokens=False).input_ids for p in prompts]
     shared = 0 if llm.sharing or len(rows) < 2 else common_prefix_length(rows)
     answers = [Answer(rest=row[shared:]) for row in rows]
@@ -711,8 +728,13 @@ def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536):
     longest_first = sorted(answers, key=size, reverse=True)
     for _, group in groupby(longest_first, key=lambda answer: size(answer).bit_length()):  # within a factor of two
         similar = list(group)
-        for _ in TextQueue(llm, rows[0][:shared], similar, max(1, max_tokens // size(similar[0])), max_new_tokens):
+        n_rows = max_tokens // size(similar[0])
+        n_rows = max(1, min(n_rows - n_rows % 4, limits.get("rows", n_rows)))
+        queue = TextQueue(llm, rows[0][:shared], similar, n_rows, max_new_tokens)
+        for _ in queue:
             pass
+        if queue.n_rows < n_rows:
+            limits["rows"] = queue.n_rows
     return [(llm.tokenizer.decode(a.tokens, skip_special_tokens=True).strip(), a.reason) for a in answers]
 
 # %% ../nbs/00_prefix.ipynb #b548dab8

@@ -82,7 +82,7 @@ MODEL_KEYS = {  # the parameter of a stage that names the model it opens
 
 # %% ../nbs/09_recipes.ipynb #a9c00002
 WORKING_PARAMETERS = {
-    "01_sampling": ("batch_size",),
+    "01_sampling": ("batch_size", "refill"),
     "02_claims": ("batch_size",),
     "03_feedback": ("batch_size", "max_tokens"),
     "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers"),

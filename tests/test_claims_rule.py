@@ -118,7 +118,7 @@ ANSWER = 'How many dogs?\nTwo brown dogs were running past a shop with the sign 
 @pytest.mark.parametrize("fact, leaked", [
     ('The sign reads "NO PARKING 8-10 AM".', True), ("The umbrella is open.", True), ("The woman was holding an umbrella.", True),
     ("The dogs are on a beach.", True), ("The dogs are running on a track.", False), ('The sign reads "JOE\'S BAKERY."', False),
-    ("There are 2 dogs.", False), ("There is a boy.", False), ("The boy's trousers are blue.", False), ("They are running.", False), ("It is there.", False),
+    ("There are 2 dogs.", False), ("There is a boy.", False), ("The boy's trousers are blue.", False), ("They are running.", False), ("They run.", False), ("They are watched.", False), ("It is there.", False),
 ])
 def test_leaks_of_the_examples_are_seen(fact, leaked):
     assert is_leaked(fact, ANSWER, {"the dogs are on a beach."}) == leaked
@@ -157,10 +157,10 @@ def test_fragments_and_leaks_are_noted_and_cost_nothing_else():
 
 
 def test_an_answer_of_words_alone_is_judged_as_an_answer():
-    claims, set_aside, remarks = divided(["Red and blue, 3 times."], "Which colours?", replies={"Red and": "- Red\n- Blue\n- 3\n- Purple"})
+    claims, set_aside, remarks = divided(["Red and blue, 3 times."], "Which colours?", replies={"Red and": "- Red\n- Blue\n- 3"})
     assert not set_aside and [x.text for x in claims] == ["Red", "Blue", "3"]
     assert claims[0].question == 'The question about the image was: Which colours? Is "Red" a correct answer, or a part of one?'
-    assert {(r.fact, r.remark) for r in remarks} == {("Purple", c.LEAKED)} | {(x.text, c.BY_STATEMENT) for x in claims}
+    assert {(r.fact, r.remark) for r in remarks} == {(x.text, c.BY_STATEMENT) for x in claims}
 
 
 def test_an_answer_that_keeps_no_fact_is_set_aside_and_not_taken_for_one_without_a_fault():
@@ -250,13 +250,13 @@ def test_an_unknown_option_names_the_known_ones(tmp_path, option):
 
 def test_what_is_lost_too_often_is_said():
     rows = [Response(f"p-{k:02d}", "p", k, 0, "word " * (30 + k + 60 * (k >= 10)), "stop") for k in range(20)]
-    counts = {"n_claims": 100, "by_statement": 0, "fragments": 0, "leaked": 0, "cut_lists": 0, "hedged": 0}
+    counts = {"n_claims": 100, "by_statement": 0, "fragments": 0, "leaked": 0, "cut_lists": 0, "hedged": 0, "without_claims": 0}
     long = [SetAside(r.response_id, "no list of facts") for r in rows[10:]]
     said = c.division_warnings(rows, long, counts, "rule", 512)
     assert len(said) == 2 and "10 of 20 answers were set aside, 10 of them as 'no list of facts'" in said[0]
     assert "kept have 34 words, those set aside 104" in said[1]
     assert c.division_warnings(rows, long[:4], counts, "rule", 512) == [], "a fifth is not too many"
     for name, words in (("by_statement", "about the statement"), ("fragments", "fragments"), ("leaked", "prompt's examples"), ("cut_lists", "raise max_new_tokens"),
-                        ("hedged", "hedge")):
+                        ("hedged", "hedge"), ("without_claims", "no claim at all")):
         assert [words in s for s in c.division_warnings(rows, [], counts | {name: 30}, "rule", 512)] == [True]
     assert c.division_warnings(rows, [], counts | {"by_statement": 100}, "statement", 512) == [], "this was asked for"

@@ -392,7 +392,7 @@ LARGE, SMALL = {"some-one/7b": 7 * 10**9}, {"packaged:iconworld-vlm": 10**6}
             "was built for CUDA 13.0, which needs NVIDIA's driver 580 or newer, "
             "and this machine has 535.104.05: update the driver",
         ),
-        ("13.0", "535.104.05", "--index-url https://download.pytorch.org/whl/cu126"),
+        ("13.0", "535.104.05", "a build for CUDA 12.6 (driver 525 or newer): the page"),
         ("12.6", "470.82", "needs NVIDIA's driver 525 or newer"),
         ("13.0", "580.65.06", "cannot use the graphics card (driver 580.65.06): `nvidia-smi` must run"),
         ("13.0", "", "cannot use the graphics card (driver not found)"),
