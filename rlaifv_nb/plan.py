@@ -649,8 +649,8 @@ def decoding_steps(answers: float, rows: float, mean: float, longest: float, que
                    use: float = ROW_USE) -> float:
     """Steps in which `rows` rows write `answers` answers of `mean` and at most `longest` tokens.
 
-    `queue`: answers that go to these rows before all wait for the last one, with a share of `use` of the rows in
-    use; as many as rows: no refilling."""
+    `queue`: answers that go to these rows before all wait for the last one, as many as rows where there is no
+    refilling; `use`: the share of rows in use till then."""
     rows = min(rows, queue)
     busy = rows * use if queue > rows else rows
     return answers * mean / busy + answers / queue * (longest - mean)
@@ -697,7 +697,7 @@ def sampling_load(s: Planned) -> Load:
     steps = answer_steps(s, n * each, rows, n * each if refills(s) else rows)
     readings = 1 if s.shares else each
     held = rows * s.lengths.longest_answer + (p["batch_size"] if s.shares else rows) * prompts.tokens
-    at_once = max(1, p["batch_size"] // 8) if refills(s) else p["batch_size"]  # prompts that are read together
+    at_once = max(1, p["batch_size"] // (8 if refills(s) else 1))  # prompts that are read together
     return Load(read=prompts.tokens * n * readings, sampled=n * each * answer,
                 flops=prompts.flops * n * readings, passes=n / at_once, steps=steps, rows=rows, held=held,
                 pictures=n)
@@ -1024,7 +1024,7 @@ def open_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengt
             known[key] = prompts_of(vlm, problem, pictures, lengths, planned.asked)
         planned.prompts = known[key]
     if notebook in WITH_ADAPTER:
-        dry.put_adapter(vlm, p["lora_rank"])
+        dry.put_adapter(vlm, p["lora_rank"], p.get("lora_dropout", 0.0) if notebook == "05_dpo" else 0.0)
         planned.adapter_launches = 0 if planned.merges else step_launches(vlm)
     return planned
 

@@ -302,13 +302,20 @@ def test_a_disk_without_room_is_refused_here_and_told_elsewhere(tmp_path, monkey
     usage = type("Usage", (), {"free": 10 * 10**9})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     assert disk_problem(4e9, 5e9, tmp_path, tmp_path / "not" / "there") == ""
-    assert disk_problem(6e9, 5e9, tmp_path, tmp_path) == "the Hub's cache and the run folder: 11.0 GB are needed, 10.0 are free"
-    usage.free = 1000
+    lacking = "the Hub's cache and the run folder: 11.0 GB are needed, 10.0 are free"
+    assert disk_problem(6e9, 5e9, tmp_path, tmp_path) == lacking
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["plan", "tiny"]) == 2
-    assert "tiny does not fit this machine's disk" in capsys.readouterr().err
-    assert main(["plan", "tiny", "--gpu", "4090"]) == 0
-    assert "if it is to run on this machine: the Hub's cache and the run folder" in capsys.readouterr().out
+    found = plan.StagePlan("05_dpo", "some/model", 0, 0, "", kept=3 * 10**9, meanwhile=2 * 10**9, download=7 * 10**9)
+    monkeypatch.setattr(plan, "plan_recipe", lambda *args: ([found], []))
+    recipe = load_recipe("tiny")
+    with pytest.raises(RecipeError, match="tiny does not fit this machine's disk: .*12.0 GB are needed"):
+        plan.print_plan(recipe, NOTEBOOKS, run=tmp_path / "run")
+    plan.print_plan(recipe, NOTEBOOKS, CARDS[24], run=tmp_path / "run", elsewhere=True)
+    assert "if it is to run on this machine: the Hub's cache and the run folder: 12.0 GB" in capsys.readouterr().out
+    plan.print_plan(recipe, NOTEBOOKS, to_download={"some/model": 0}, run=tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "downloads: 0.0 GB" in out and "run folder: 3.0 GB at the end, 2.0 more while a round trains" in out
 
 
 # Whole recipes
