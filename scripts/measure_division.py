@@ -7,13 +7,23 @@
 file with `question` and `answer`, with any language model, and counts what becomes of them. A model on a CPU takes long: what it
 has replied stands in REPLIES.jsonl and is not asked again.
 """
+
 import argparse
 import json
 import random
 from pathlib import Path
 
-from rlaifv_nb.claims import (QUESTIONS, STATEMENT_QUESTION, division_counts, extract_claims, fill, lower_first, question_by_rule, read_templates,
-                              statement_question)
+from rlaifv_nb.claims import (
+    QUESTIONS,
+    STATEMENT_QUESTION,
+    division_counts,
+    extract_claims,
+    fill,
+    lower_first,
+    question_by_rule,
+    read_templates,
+    statement_question,
+)
 from rlaifv_nb.models import open_llm, open_vlm
 from rlaifv_nb.prefix import generate_texts, yes_no_asker
 from rlaifv_nb.records import Response, sha256_of, write_json
@@ -23,9 +33,15 @@ PROMPTS = {"plain": ("facts", "question"), "few-shot": ("facts_fewshot", "questi
 FORMS = {  # forms of a question about a statement that were compared
     STATEMENT_QUESTION: lambda fact: statement_question(fact),
     "Is it true that ...?": lambda fact: f"Is it true that {lower_first(fact).rstrip('.')}?",
-    'Is this statement about the image true: "..."?': lambda fact: f'Is this statement about the image true: "{fact}"?',
-    "Is this statement about the image true? ...": lambda fact: f"Is this statement about the image true? {fact}",
-    "Is this description of the image correct? ...": lambda fact: f"Is this description of the image correct? {fact}",
+    'Is this statement about the image true: "..."?': lambda fact: (
+        f'Is this statement about the image true: "{fact}"?'
+    ),
+    "Is this statement about the image true? ...": lambda fact: (
+        f"Is this statement about the image true? {fact}"
+    ),
+    "Is this description of the image correct? ...": lambda fact: (
+        f"Is this description of the image correct? {fact}"
+    ),
 }
 
 
@@ -38,14 +54,19 @@ def measure_icons(n_scenes: int = 120) -> dict:
     facts = [[fact_text(claim) for claim, _ in group] for group in claims]
     llm = open_llm("packaged:iconworld-splitter")
     prompts = list({f: fill(read_templates().question, fact=f) for group in facts for f in group}.items())
-    by_splitter = dict(zip((f for f, _ in prompts), (text for text, _ in generate_texts(llm, [p for _, p in prompts], 64))))
+    by_splitter = dict(
+        zip((f for f, _ in prompts), (text for text, _ in generate_texts(llm, [p for _, p in prompts], 64)))
+    )
     forms = {"by rule": question_by_rule, "by the splitter": by_splitter.get, **FORMS}
     ask = yes_no_asker(open_vlm("packaged:iconworld-vlm"))
     found = {}
     for name, form in forms.items():
         right = []
         for k in range(0, n_scenes, 24):
-            answers = ask([draw_picture(s) for s in scenes[k : k + 24]], [[form(f) for f in group] for group in facts[k : k + 24]])
+            answers = ask(
+                [draw_picture(s) for s in scenes[k : k + 24]],
+                [[form(f) for f in group] for group in facts[k : k + 24]],
+            )
             for group, pairs in zip(claims[k : k + 24], answers):
                 right += [(p_yes > p_no) == truth for (_, truth), (p_yes, p_no) in zip(group, pairs)]
         found[name] = {"right": sum(right), "of": len(right)}
@@ -68,7 +89,13 @@ def remembering(llm, path, max_new_tokens: int, n_calls: list):
             known[sha256_of(p)] = answer
             if path:
                 with open(path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps({"prompt_sha": sha256_of(p), "reply": answer[0], "reason": answer[1]}, ensure_ascii=False) + "\n")
+                    f.write(
+                        json.dumps(
+                            {"prompt_sha": sha256_of(p), "reply": answer[0], "reason": answer[1]},
+                            ensure_ascii=False,
+                        )
+                        + "\n"
+                    )
         return [known[sha256_of(p)] for p in prompts]
 
     return ask
@@ -92,7 +119,12 @@ def measure_splitter(folder: str, answers: str, prompts: str, replies: str, ways
         n_calls = [0]
         ask = remembering(llm, replies, 512, n_calls)
         claims, set_aside, remarks = extract_claims(responses, question_of, ask, templates, questions=way)
-        found[way] = {"answers": len(rows), "set_aside": len(set_aside), **division_counts(claims, remarks), "calls": n_calls[0]}
+        found[way] = {
+            "answers": len(rows),
+            "set_aside": len(set_aside),
+            **division_counts(claims, remarks),
+            "calls": n_calls[0],
+        }
         print(way, found[way])
     words = [len(row["answer"].split()) for row in rows]
     return {"prompts": prompts, "words": [min(words), max(words)], "questions": found}
@@ -100,7 +132,9 @@ def measure_splitter(folder: str, answers: str, prompts: str, replies: str, ways
 
 def main():
     """Measure, and put the result beside those of before."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("icons")
     splitter = parts.add_parser("splitter")
@@ -115,7 +149,9 @@ def main():
     if args.part == "icons":
         stored["icon world"] = measure_icons()
     else:
-        stored[f"{args.name}, {args.prompts} prompts"] = measure_splitter(args.folder, args.answers, args.prompts, args.replies, args.ways)
+        stored[f"{args.name}, {args.prompts} prompts"] = measure_splitter(
+            args.folder, args.answers, args.prompts, args.replies, args.ways
+        )
     write_json(RESULTS, stored)
 
 
