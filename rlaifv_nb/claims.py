@@ -506,7 +506,8 @@ _UP = {
 _PARTICIPLES = set(
     "lost left let taken fallen risen put built written eaten broken grown made won caught begun worn "
     "set come seen found given shown "
-    "drawn thrown held brought cut shed hit".split()
+    "drawn thrown held brought cut shed hit chosen driven ridden hidden torn bought caught spent kept "
+    "met stood".split()
 )
 
 

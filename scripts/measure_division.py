@@ -1,11 +1,12 @@
-"""How well answers are divided, and claims judged: the numbers in nbs/02_claims.ipynb, kept in data/results/division.json.
+"""How well answers are divided, and claims judged: the numbers in nbs/02_claims.ipynb.
 
     python scripts/measure_division.py icons
-    python scripts/measure_division.py splitter FOLDER ANSWERS.jsonl --name NAME [--prompts plain] [--replies REPLIES.jsonl]
+    python scripts/measure_division.py splitter FOLDER ANSWERS.jsonl --name NAME [--prompts plain]
 
-`icons` judges true and false claims about scenes of the icon world with questions of every form. `splitter` divides real answers, a JSONL
-file with `question` and `answer`, with any language model, and counts what becomes of them. A model on a CPU takes long: what it
-has replied stands in REPLIES.jsonl and is not asked again.
+`icons` judges true and false claims about scenes of the icon world with questions of every form. `splitter`
+divides real answers, a JSONL file with `question` and `answer`, with any language model, and counts what
+becomes of them. Replies of a slow model are kept in the JSONL file `--replies`, and not asked for again.
+Results are kept in data/results/division.json.
 """
 
 import argparse
@@ -46,7 +47,8 @@ FORMS = {  # forms of a question about a statement that were compared
 
 
 def measure_icons(n_scenes: int = 120) -> dict:
-    "The share of right verdicts of the packaged labeler with each form of question, on balanced claims about unseen scenes."
+    """The share of right verdicts of the packaged labeler with each form of question, on balanced claims
+    about unseen scenes."""
     from rlaifv_nb.iconworld import balanced_claims, draw_picture, fact_text, make_scene
 
     scenes = [make_scene("test", 5_000_000 + i) for i in range(n_scenes)]
@@ -75,7 +77,8 @@ def measure_icons(n_scenes: int = 120) -> dict:
 
 
 def remembering(llm, path, max_new_tokens: int, n_calls: list):
-    "A function from prompts to (text, finish_reason) pairs that asks `llm` only for what is not in the file `path`, and counts prompts in `n_calls`."
+    """A function from prompts to (text, finish_reason) pairs that asks `llm` only for what is not in the
+    file `path`, and counts prompts in `n_calls`."""
     known = {}
     if path and Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8").splitlines():

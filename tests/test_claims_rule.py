@@ -1,4 +1,4 @@
-"""Questions made by code, facts that cannot be judged, what is counted and warned of: nothing is lost for a question, and nothing goes unsaid."""
+"""Questions made by code, facts that cannot be judged, and counts: nothing is lost or goes unsaid."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,6 @@ from rlaifv_nb.claims import (
 )
 from rlaifv_nb.iconworld import fact_text, question_text, read_claims
 from rlaifv_nb.records import (
-    Claim,
     Prompt,
     Response,
     SetAside,
@@ -198,7 +197,10 @@ def test_facts_that_do_not_stand_alone_are_seen(fact, alone):
     assert stands_alone(fact) == alone
 
 
-ANSWER = 'How many dogs?\nTwo brown dogs were running past a shop with the sign "Joe\'s  Bakery". A boy in blue trousers watches them.'
+ANSWER = (
+    'How many dogs?\nTwo brown dogs were running past a shop with the sign "Joe\'s  Bakery". '
+    "A boy in blue trousers watches them."
+)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,8 @@ def test_leaks_of_the_examples_are_seen(fact, leaked):
 
 
 def splitter(**replies):
-    "Answers facts prompts by the response they hold, (text, finish_reason) or a text, and every question prompt with nonsense."
+    """Answers facts prompts by the response they hold, (text, finish_reason) or a text, and every question
+    prompt with nonsense."""
 
     def ask(prompts):
         found = [next((reply for key, reply in replies.items() if key in p), "What?") for p in prompts]
@@ -253,7 +256,8 @@ def test_a_cut_list_keeps_its_whole_items():
 
 
 def test_fragments_and_leaks_are_noted_and_cost_nothing_else():
-    listed = '- The dog is red.\n- Red\n- They run fast.\n- The sign reads "NO PARKING 8-10 AM".\n- The cat may be old.'
+    sign = 'The sign reads "NO PARKING 8-10 AM".'
+    listed = f"- The dog is red.\n- Red\n- They run fast.\n- {sign}\n- The cat may be old."
     claims, set_aside, remarks = divided(["A red dog and an old cat run."], replies={"A red dog": listed})
     assert [x.text for x in claims] == [
         "The dog is red.",
@@ -266,7 +270,7 @@ def test_fragments_and_leaks_are_noted_and_cost_nothing_else():
         ("Red", c.FRAGMENT, ""),
         ("They run fast.", c.DEPENDENT, "p-00-01"),
         ("The cat may be old.", c.HEDGED, "p-00-02"),
-        ('The sign reads "NO PARKING 8-10 AM".', c.LEAKED, ""),
+        (sign, c.LEAKED, ""),
         ("They run fast.", c.BY_STATEMENT, "p-00-01"),
     }
 
@@ -293,7 +297,8 @@ def test_an_answer_that_keeps_no_fact_is_set_aside_and_not_taken_for_one_without
 
 # the stage
 class FakeAsker:
-    "Stands where the language model stands: `generate_texts` as a function, which may run out of memory or be interrupted."
+    """Stands where the language model stands: `generate_texts` as a function, which may run out of memory
+    or be interrupted."""
 
     def __init__(self, monkeypatch, most=1000, stop_at=None):
         self.calls, self.most, self.stop_at = [], most, stop_at
@@ -312,7 +317,8 @@ class FakeAsker:
         if "Fact:" in prompt:
             return "Does something sit?", "stop"
         return (
-            f"- Number {number} is one word.\n- A word sits.\n- The dog is red.\n- Red\n- A word may be long.",
+            f"- Number {number} is one word.\n- A word sits.\n- The dog is red.\n- Red\n- A word may be "
+            f"long.",
             "stop",
         )
 

@@ -1,7 +1,8 @@
-"""What real language models write, and what becomes of it: stored replies, and a model of one's own where there is one.
+"""What real language models write, and what becomes of it: stored replies, and a model of one's own.
 
-`data/real_splitter.jsonl` holds replies of Qwen2.5-Coder-1.5B-Instruct and SmolLM2-135M-Instruct (both Apache-2.0) to the packaged prompts about
-descriptions that were written for this project. To run the checks on a model itself, name its folder: RLAIFV_SPLITTER=FOLDER pytest tests/test_real_splitter.py"""
+`data/real_splitter.jsonl` holds replies of Qwen2.5-Coder-1.5B-Instruct and SmolLM2-135M-Instruct (both
+Apache-2.0) to the packaged prompts about descriptions that were written for this project. To check a model
+itself, name its folder: RLAIFV_SPLITTER=FOLDER pytest tests/test_real_splitter.py"""
 
 import json
 import os
