@@ -228,7 +228,8 @@ def fast_forward(branches, place):
         own = branches.own
         own.make_room(max(own.longest, place - place % BLOCK))
         for layer, pair in enumerate(own.buffers):
-            own.buffers[layer] = [t.new_empty(*t.shape[:2], own.width, t.shape[3]) for t in pair]
+            if pair[0].shape[2] < own.width:
+                own.buffers[layer] = [t.new_empty(*t.shape[:2], own.width, t.shape[3]) for t in pair]
         own.longest = place
         return
     for layer in branches.cache.layers:
