@@ -832,11 +832,17 @@ def text_asker(llm, max_new_tokens: int, batch_size: int):
     of like length; its `batch_size` is what fits."""
     from rlaifv_nb.prefix import generate_texts
 
-    in_batches = HalvingWork(lambda prompts: (generate_texts(llm, prompts, max_new_tokens), []), batch_size)
+    limits = {"rows": batch_size}
+
+    def answer(prompts):
+        return generate_texts(llm, prompts, max_new_tokens, limits=limits), []
+
+    in_batches = HalvingWork(answer, batch_size)
 
     def ask(prompts):
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         answers, _ = in_batches([prompts[k] for k in order])
+        in_batches.batch_size = min(in_batches.batch_size, limits["rows"])  # the splitter halves its portions itself
         return [answer for _, answer in sorted(zip(order, answers))]
 
     return ask, in_batches
