@@ -17,15 +17,27 @@ __all__ = ['WHOLE_QUESTION', 'STATEMENT_QUESTION', 'PHRASE_QUESTION', 'WORD_QUES
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import yaml
 
-from .records import (Claim, HalvingWork, Prompt, Response, SetAside, StageFolder, claim_id_of, read_rows, read_table, resolve_path,
-                               sha256_of, shard_paths, table_sha, write_rows)
-
+from rlaifv_nb.records import (
+    Claim,
+    HalvingWork,
+    Prompt,
+    Response,
+    SetAside,
+    StageFolder,
+    claim_id_of,
+    read_rows,
+    read_table,
+    resolve_path,
+    sha256_of,
+    shard_paths,
+    table_sha,
+    write_rows,
+)
 
 # %% ../nbs/02_claims.ipynb #0da3462c
 WHOLE_QUESTION = "Is everything in this description of the image correct? {response}"
@@ -40,7 +52,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 def read_template(name: str, placeholders: tuple) -> str:
     """The text of a prompt file (a path or `packaged:prompts/...`) without its last line end.
 
-    Raises ValueError naming the file when it is missing, or has not exactly the `placeholders`, such as `{fact}`."""
+    Raises ValueError naming the file when it is missing or has other placeholders than `placeholders`."""
     path = Path(resolve_path(name))
     wanted = set(placeholders)
     if not path.is_file():
@@ -48,46 +60,72 @@ def read_template(name: str, placeholders: tuple) -> str:
     text = path.read_text(encoding="utf-8").removesuffix("\n")
     found = set(_PLACEHOLDER.findall(text))
     if found != wanted:
-        wrong = [f"missing {{{p}}}" for p in sorted(wanted - found)] + [f"unknown {{{p}}}" for p in sorted(found - wanted)]
+        wrong = [f"missing {{{p}}}" for p in sorted(wanted - found)] + [
+            f"unknown {{{p}}}" for p in sorted(found - wanted)
+        ]
         listed = ", ".join(f"{{{p}}}" for p in placeholders)
         raise ValueError(f"the prompt file {path} has other placeholders than {listed}: {', '.join(wrong)}")
     return text
 
 
 def fill(template: str, **values: str) -> str:
-    "A template with its placeholders replaced, in one pass: what is filled in is never read as a placeholder."
+    "A template with its placeholders replaced in one pass: what is filled in is never read as a placeholder."
     return _PLACEHOLDER.sub(lambda m: values[m[1]], template)
 
 
 @dataclass(frozen=True)
 class Templates:
     "The texts that a splitter is asked with: for the facts of an answer, and for the question of a fact."
+
     facts: str
     question: str
 
     @property
     def sha(self) -> str:
         "Their hash, with that of the questions made by code."
-        return sha256_of("\n".join((self.facts, self.question, WHOLE_QUESTION, STATEMENT_QUESTION, PHRASE_QUESTION, WORD_QUESTION)))[:12]
+        return sha256_of(
+            "\n".join(
+                (
+                    self.facts,
+                    self.question,
+                    WHOLE_QUESTION,
+                    STATEMENT_QUESTION,
+                    PHRASE_QUESTION,
+                    WORD_QUESTION,
+                )
+            )
+        )[:12]
 
 
-def read_templates(facts_prompt: str = "packaged:prompts/facts.txt", question_prompt: str = "packaged:prompts/question.txt") -> Templates:
+def read_templates(
+    facts_prompt: str = "packaged:prompts/facts.txt", question_prompt: str = "packaged:prompts/question.txt"
+) -> Templates:
     "The two prompt files. Raises ValueError as `read_template` does."
-    return Templates(read_template(facts_prompt, ("question", "response")), read_template(question_prompt, ("fact",)))
-
+    return Templates(
+        read_template(facts_prompt, ("question", "response")), read_template(question_prompt, ("fact",))
+    )
 
 # %% ../nbs/02_claims.ipynb #b964557b
-_UNSAID = re.compile(r"^.*</think>|<think>.*|[\ufeff\u200b]", re.S)  # thoughts (some templates write their beginning), and invisible characters
-_ITEM = re.compile(r"""[\s>]*(?:
-    [-*+\u2013\u2014\uff0d\uff0a]\s+                                    # a bullet that may be something else needs a space
-    | [\u2022\u25cf\u25aa\u25a0\u25e6\u2023\u30fb\u00b7\u25cb\u25c6\u25ba\u25b6\u27a4\u2192\u2713\u2714\u2610\u2611\u2460-\u2473]\s*
-    | (?:fact\s|claim\s)?[(\[\uff08]?\d{1,3}[.):\]\u3001\uff0e\uff09\uff1a](?!\d)\s*     # 1. (1) [1] Fact 1: and full width, but not 3.5
+_UNSAID = re.compile(
+    r"^.*</think>|<think>.*|[\ufeff\u200b]", re.S
+)  # thoughts (some templates write their beginning), and invisible characters
+_ITEM = re.compile(
+    r"""[\s>]*(?:
+    [-*+\u2013\u2014\uff0d\uff0a]\s+              # a bullet that may be something else needs a space
+    | [\u2022\u25cf\u25aa\u25a0\u25e6\u2023\u30fb\u00b7\u25cb\u25c6]\s*
+    | [\u25ba\u25b6\u27a4\u2192\u2713\u2714\u2610\u2611\u2460-\u2473]\s*
+    | (?:fact\s|claim\s)?[(\[\uff08]?\d{1,3}[.):\]\u3001\uff0e\uff09\uff1a](?!\d)\s*  # 1. (1) [1], not 3.5
     | \(?[a-z]\)\s+ | \[[ x]?\]\s+                                     # a) and check boxes
-    )+(.*\S)""", re.I | re.X)
+    )+(.*\S)""",
+    re.I | re.X,
+)
 _LIST = re.compile(r"^\s*([\[{].*[\]}])\s*$", re.S | re.M)
 _LABEL = re.compile(r"^(?:fact|claim|question|q)\s*\d*\s*[:\uff1a]\s*", re.I)
-_NO_FACTS = re.compile(r"\b(?:no|any)\s+(?:\w+\s+){0,2}(?:facts?|claims?|statements?)\b|^\W*(?:none|nothing|n/a)\W*$", re.I | re.M)
-_PAIRS = ("\"\"", "''", "\u201c\u201d", "\u2018\u2019", "\u300c\u300d", "\u00ab\u00bb")
+_NO_FACTS = re.compile(
+    r"\b(?:no|any)\s+(?:\w+\s+){0,2}(?:facts?|claims?|statements?)\b|^\W*(?:none|nothing|n/a)\W*$",
+    re.I | re.M,
+)
+_PAIRS = ('""', "''", "\u201c\u201d", "\u2018\u2019", "\u300c\u300d", "\u00ab\u00bb")
 
 
 def clean(text):
@@ -100,7 +138,8 @@ def clean(text):
 
 
 def listed(text):
-    "The strings of a list that is written as in JSON, alone or as the one value of an object; nothing if there is none."
+    """The strings of a list that is written as in JSON, alone or as the one value of an object; nothing if
+    there is none."""
     try:
         value = yaml.safe_load(_LIST.search(text)[1])  # reads single quotes and a comma too many as well
     except (TypeError, yaml.YAMLError):
@@ -110,8 +149,11 @@ def listed(text):
 
 
 def parse_facts(text):
-    "The items of a list in a model's answer, in order, without bullets, numbers, emphasis, titles or repetition."
-    text = re.sub(r"(?<=\S)[ \t]*\r?\n[ \t]+(?=[^\W\d_][^)])", " ", _UNSAID.sub("", text))  # an item may go on in an indented line
+    """The items of a list in a model's answer, in order, without bullets, numbers, emphasis, titles or
+    repetition."""
+    text = re.sub(
+        r"(?<=\S)[ \t]*\r?\n[ \t]+(?=[^\W\d_][^)])", " ", _UNSAID.sub("", text)
+    )  # an item may go on in an indented line
     lines = listed(text) or [m[1] for m in map(_ITEM.match, re.sub(r"\*\*|__|`", "", text).splitlines()) if m]
     items = {}
     for item in map(clean, lines):
@@ -126,20 +168,29 @@ def says_no_facts(text):
 
 
 def parse_question(text):
-    "The first line that is a question, or None. What answers it in the same line, as in `Is it red? (yes/no)`, is left out."
+    """The first line that is a question, or None. What answers it in the same line, as in `Is it red?
+    (yes/no)`, is left out."""
     for line in _UNSAID.sub("", text).splitlines():
         item = _ITEM.match(line)
-        line = re.sub(r"([?\uff1f])\s*[(\[]?(?:yes|no)\b.*$", r"\1", clean(item[1] if item else line), flags=re.I)
+        line = re.sub(
+            r"([?\uff1f])\s*[(\[]?(?:yes|no)\b.*$", r"\1", clean(item[1] if item else line), flags=re.I
+        )
         if line.endswith(("?", "\uff1f")):
             return line
     return None
 
 # %% ../nbs/02_claims.ipynb #d1a00002
 PREPOSITIONS = set(
-    "about above across against along alongside amid among around at before behind below beneath beside between beyond by down during for "
-    "from in inside into near next of off on onto opposite outside over past to toward towards through throughout under underneath up upon "
-    "with within without".split())
-_COUNTS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+    "about above across against along alongside amid among around at before behind below beneath "
+    "beside between beyond by down during for "
+    "from in inside into near next of off on onto opposite outside over past to toward towards through "
+    "throughout under underneath up upon "
+    "with within without".split()
+)
+_COUNTS = {
+    word: str(n)
+    for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+}
 _WORD = re.compile(r"\d+(?:[.,:/-]\d+)*|\w+(?:['-]\w+)*")
 _QUOTED = re.compile(r"\"([^\"]+)\"|(?<!\w)'([^']+)'(?!\w)")
 _MARKS = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
@@ -159,7 +210,10 @@ _SAME = (  # what is said of the image as a whole, in one form
     (re.compile(rf"^does {_IMAGE} {_SHOW} "), "is there "),
     (re.compile(rf"^did {_IMAGE} {_SHOW} "), "was there "),
     (re.compile(rf",? ?\b(?:in|within|of) {_IMAGE}\b,?"), " "),
-    (re.compile(r"\b(there (?:is|are|was|were)|(?:is|are|was|were) there)((?: not)?) (?:some|any)\b"), r"\1\2"),
+    (
+        re.compile(r"\b(there (?:is|are|was|were)|(?:is|are|was|were) there)((?: not)?) (?:some|any)\b"),
+        r"\1\2",
+    ),
     (re.compile(r"\bany\b"), "some"),
 )
 
@@ -182,15 +236,26 @@ def words_of(text: str) -> tuple:
     words = (w.removesuffix("'s") for w in _WORD.findall(text))
     return [_COUNTS.get(word, word) for word in words], quoted
 
-
 # %% ../nbs/02_claims.ipynb #d1a00005
-_HEDGE = re.compile(r"\b(?:may|might|perhaps|maybe|possibl[ey]|probabl[ey]|presumably|apparently|likely|seem\w*|appears? (?:to|as|like)|suggest\w*"
-                    r"|indicat\w+|impl(?:y|ies|ying)|could (?:be|have)|must (?:be|have)|as if|looks? like)\b", re.I)
+_HEDGE = re.compile(
+    r"\b(?:may|might|perhaps|maybe|possibl[ey]|probabl[ey]|presumably|apparently|likely|seem\w*|suggest\w*"
+    r"|appears? (?:to|as|like)|indicat\w+|impl(?:y|ies|ying)|(?:could|must) (?:be|have)|as if|looks? like)\b",
+    re.I,
+)
 _PRONOUN = re.compile(r"(?:it|its|they|their|them|he|his|she|her)\b", re.I)
-_WEATHER = re.compile(r"it (?:is|was) (?:not )?(?:a |an )?(?:\w+ )?(?:rain\w*|snow\w*|sunny|cloudy|windy|foggy|day\w*|night\w*|evening|morning|"
-                      r"afternoon|summer|winter|spring|autumn|dark|likely|possible|clear) ?\b", re.I)
-_EMPTY = set("a an the this that these those there is are was were be been being am has have had do does did some and or not no it its image "
-             "picture photo photograph scene shown seen visible".split()) | PREPOSITIONS
+_WEATHER = re.compile(
+    r"it (?:is|was) (?:not )?(?:a |an )?(?:\w+ )?(?:rain\w*|snow\w*|sunny|cloudy|windy|foggy|dark|clear"
+    r"|day\w*|night\w*|evening|morning|afternoon|summer|winter|spring|autumn|likely|possible)\b",
+    re.I,
+)
+_EMPTY = (
+    set(
+        "a an the this that these those there is are was were be been being am has have had do does "
+        "did some and or not no it its image "
+        "picture photo photograph scene shown seen visible".split()
+    )
+    | PREPOSITIONS
+)
 
 
 def is_fragment(fact: str) -> bool:
@@ -204,7 +269,8 @@ def is_hedged(fact: str) -> bool:
 
 
 def stands_alone(fact: str) -> bool:
-    "Whether a fact begins without a pronoun (`It is snowing` has none that stands for something). English only."
+    """Whether a fact begins without a pronoun (`It is snowing` has none that stands for something).
+    English only."""
     return not _PRONOUN.match(fact) or bool(_WEATHER.match(fact))
 
 
@@ -214,7 +280,8 @@ def beginnings(words: set) -> set:
 
 
 def is_leaked(fact: str, source: str, examples=()) -> bool:
-    "Whether a fact comes from elsewhere than `source` (question and answer): from the `examples` of the prompt, for instance. English only."
+    """Whether a fact comes from elsewhere than `source` (question and answer): from the `examples` of the
+    prompt, for instance. English only."""
     words, quoted = words_of(fact)
     letters = re.sub(r"\W", "", source.casefold())
     if any(re.sub(r"\W", "", q.casefold()) not in letters for q in quoted):
@@ -222,9 +289,10 @@ def is_leaked(fact: str, source: str, examples=()) -> bool:
     plain, marked = words_of(source)
     known = set(plain).union(*(words_of(part)[0] for part in marked))
     starts = beginnings(known)
-    found = [w[:4] in starts or len(w) > 3 and w[:3] in known for w in words if w not in _EMPTY]  # `dogs` for `dog`, `running` for `run`
+    found = [
+        w[:4] in starts or len(w) > 3 and w[:3] in known for w in words if w not in _EMPTY
+    ]  # `dogs` for `dog`, `running` for `run`
     return len(found) > 1 and not any(found) or fact.casefold() in examples and not all(found)
-
 
 # %% ../nbs/02_claims.ipynb #b2d1e3f5
 _PRESENT = {"is", "are", "am", "has", "have", "do", "does"}
@@ -232,22 +300,35 @@ _PAST = {"was", "were", "had", "did"}
 _HAVE = {"has", "have", "had"}
 _MODALS = {"can", "could", "may", "might", "must", "shall", "should", "will", "would"}
 _FILLERS = _PRESENT | _PAST | set("a an the this that these those there shown seen visible".split())
-_IRREGULAR = dict(pair.split("/") for pair in (  # past form / verb
-    "had/have wore/wear sat/sit stood/stand held/hold ran/run ate/eat went/go lay/lie hung/hang drove/drive rode/ride flew/fly swam/swim drank/drink "
-    "slept/sleep threw/throw caught/catch broke/break fell/fall made/make took/take gave/give got/get came/come left/leave led/lead met/meet lit/light "
-    "wrote/write sang/sing spoke/speak grew/grow shone/shine built/build bore/bear said/say saw/see blew/blow bit/bite brought/bring bought/buy kept/keep "
-    "put/put cut/cut hit/hit set/set shut/shut read/read spread/spread").split())
+_IRREGULAR = dict(
+    pair.split("/")
+    for pair in (  # past form / verb
+        "had/have wore/wear sat/sit stood/stand held/hold ran/run ate/eat went/go lay/lie hung/hang "
+        "drove/drive rode/ride flew/fly swam/swim drank/drink "
+        "slept/sleep threw/throw caught/catch broke/break fell/fall made/make took/take gave/give "
+        "got/get came/come left/leave led/lead met/meet lit/light "
+        "wrote/write sang/sing spoke/speak grew/grow shone/shine built/build bore/bear said/say "
+        "saw/see blew/blow bit/bite brought/bring bought/buy kept/keep "
+        "put/put cut/cut hit/hit set/set shut/shut read/read spread/spread"
+    ).split()
+)
 
 
 def is_form(word: str, verb: str, past: bool) -> bool:
     "Whether a word is the past form of a verb, or else its form behind he, she, it."
     if past:
-        return _IRREGULAR.get(word) == verb or word in (verb + "ed", verb + "d", verb + verb[-1] + "ed", verb[:-1] + "ied")
+        return _IRREGULAR.get(word) == verb or word in (
+            verb + "ed",
+            verb + "d",
+            verb + verb[-1] + "ed",
+            verb[:-1] + "ied",
+        )
     return word in (verb + "s", verb + "es", verb[:-1] + "ies") or (word, verb) == ("has", "have")
 
 
 def without_do(said: list, asked: list):
-    "The words of a question without `do`, `does` or `did`, and the verb in the form it has in the fact; None if the fact has no such verb."
+    """The words of a question without `do`, `does` or `did`, and the verb in the form it has in the fact;
+    None if the fact has no such verb."""
     helper = next((w for w in ("did", "does", "do") if asked.count(w) > said.count(w)), None)
     if helper is None:
         return asked
@@ -257,14 +338,16 @@ def without_do(said: list, asked: list):
     lost = [w for w in said if said.count(w) > rest.count(w)]
     for k, verb in enumerate(rest):
         form = next((w for w in lost if is_form(w, verb, past)), None)
-        if form and rest.count(verb) > said.count(verb) and not {"a", "an", "the"} & set(rest[k - 1 : k]):  # behind an article stands a noun
+        if (
+            form and rest.count(verb) > said.count(verb) and not {"a", "an", "the"} & set(rest[k - 1 : k])
+        ):  # behind an article stands a noun
             return rest[:k] + [form] + rest[k + 1 :]
     return rest if helper == "do" or any(_IRREGULAR.get(w) == w for w in rest if past) else None
 
-
 # %% ../nbs/02_claims.ipynb #b2d1e3f6
 def same_order(said: list, asked: list) -> bool:
-    "Whether two lists of words are the same, but for a phrase with a preposition that went from one end to the other."
+    """Whether two lists of words are the same, but for a phrase with a preposition that went from one end
+    to the other."""
     if said == asked:
         return True
     turns = [k for k in range(1, len(said)) if said[k:] + said[:k] == asked]
@@ -288,7 +371,8 @@ def question_problem(fact: str, question: str) -> str:
     said, said_quoted = words_of(fact)
     asked, asked_quoted = words_of(question)
     if Counter(said_quoted) != Counter(asked_quoted):
-        return f"what stands in quotation marks differs: {', '.join(said_quoted) or 'nothing'} -> {', '.join(asked_quoted) or 'nothing'}"
+        before, after = (", ".join(quoted) or "nothing" for quoted in (said_quoted, asked_quoted))
+        return f"what stands in quotation marks differs: {before} -> {after}"
     if _QUOTED.sub("", question.translate(_MARKS)).count("?") > 1:
         return "it is more than one question"
     verb = next((k for k, w in enumerate(asked) if w in _PRESENT | _PAST | _MODALS), None)
@@ -304,30 +388,56 @@ def question_problem(fact: str, question: str) -> str:
         return "it has another tense or verb form"
     if sum(w in _HAVE for w in said) != sum(w in _HAVE for w in rest):
         return "it takes being for having, or having for being"
-    if not same_order([w for w in content(said) if w not in _MODALS], [w for w in content(rest) if w not in _MODALS]):
+    if not same_order(
+        [w for w in content(said) if w not in _MODALS], [w for w in content(rest) if w not in _MODALS]
+    ):
         return "its words stand in another order"
     if verb > 0 and asked[0] not in PREPOSITIONS:
         return "its verb does not come first"
     return ""
 
-
 # %% ../nbs/02_claims.ipynb #d1a00011
-DETERMINERS = set("a an the this that these those its his her their our your my some any no each every another".split())
-_PRONOUNS = set("it they he she this that these those both all some none one everyone everything someone something nobody nothing each most many "
-                "several others another".split())
-_CLAUSE = set("who that which whose whom where when while as because if what how than although though since until whether so".split())
+DETERMINERS = set(
+    "a an the this that these those its his her their our your my some any no each every another".split()
+)
+_PRONOUNS = set(
+    "it they he she this that these those both all some none one everyone everything someone something "
+    "nobody nothing each most many "
+    "several others another".split()
+)
+_CLAUSE = set(
+    "who that which whose whom where when while as because if what how than although though since "
+    "until whether so".split()
+)
 _AND = {"and", "or", "but"}
 _NUMBERS = set("one two three four five six seven eight nine ten eleven twelve several many".split())
-_NO_SUBJECT = PREPOSITIONS | _CLAUSE | set("also here only not why visible present seen seated shown located such due there".split())
+_NO_SUBJECT = (
+    PREPOSITIONS
+    | _CLAUSE
+    | set("also here only not why visible present seen seated shown located such due there".split())
+)
 _LOWERED = DETERMINERS | PREPOSITIONS | _PRONOUNS | _NUMBERS | set("there other few people we you".split())
-_SURE = {base + "s": base for base in (  # verbs of descriptions whose form behind he, she, it is no noun: that form -> verb
-    "depict convey contain include portray illustrate evoke indicate represent suggest wear sit hang lean belong consist extend appear seem add "
-    "give provide create overlook surround eat sleep lie pour pull weigh bring sell throw write sing bend climb build grow hug kneel enjoy feed "
-    "raise take keep wait talk float swim chat lick swing listen open close reveal obscure resemble accompany").split()}
-_SURE |= {"carries": "carry", "reaches": "reach", "watches": "watch", "stretches": "stretch", "pushes": "push", "touches": "touch", "flies": "fly"}
-_VERBS = _SURE | {base + "s": base for base in (  # verbs whose form may be a noun as well, as in "the metal stands"
-    "show display feature capture present read say hold stand look cover ride drive walk run drink smile fill play point stare gaze lead serve").split()}
-_MOVED = {"is", "are", "was", "were", "can", "could", "will", "would", "has", "have", "had", "do", "does", "did"}
+_SURE = {
+    base + "s": base
+    for base in (  # verbs of descriptions whose form behind he, she, it is no noun: that form -> verb
+        "depict convey contain include portray illustrate evoke indicate represent suggest wear sit "
+        "hang lean belong consist extend appear seem add "
+        "give provide create overlook surround eat sleep lie pour pull weigh bring sell throw write "
+        "sing bend climb build grow hug kneel enjoy feed "
+        "raise take keep wait talk float swim chat lick swing listen open close reveal obscure "
+        "resemble accompany"
+    ).split()
+}
+_ENDINGS = "carries/carry reaches/reach watches/watch stretches/stretch pushes/push touches/touch flies/fly"
+_SURE |= dict(pair.split("/") for pair in _ENDINGS.split())
+_VERBS = _SURE | {
+    base + "s": base
+    for base in (  # verbs whose form may be a noun as well, as in "the metal stands"
+        "show display feature capture present read say hold stand look cover ride drive walk run drink "
+        "smile fill play point stare gaze lead serve"
+    ).split()
+}
+_MOVED = set("is are was were can could will would has have had do does did".split())
 _FINITE = _MOVED | {"may", "might", "must", "shall", "should"}
 
 
@@ -343,14 +453,21 @@ def is_noun_phrase(words: list) -> bool:
         return False
     if len(low) == 1:
         return low[0] in _PRONOUNS or low[0] not in _NO_SUBJECT | DETERMINERS
-    if low[0] in _NO_SUBJECT - DETERMINERS or low[0].endswith(("ing", "ed")) or low[0] in ("it", "they", "he", "she"):
+    if (
+        low[0] in _NO_SUBJECT - DETERMINERS
+        or low[0].endswith(("ing", "ed"))
+        or low[0] in ("it", "they", "he", "she")
+    ):
         return False
     if low[-1] in PREPOSITIONS | DETERMINERS | _AND:
         return False
     if (_CLAUSE | {"not", "never"}) & set(low[1:]) or _VERBS.keys() & set(low):
         return False
     opening = PREPOSITIONS | _AND | {"both", "all", "half"}
-    if any(w in DETERMINERS and before not in opening and not before.endswith("ing") for before, w in zip(low, low[1:])):
+    if any(
+        w in DETERMINERS and before not in opening and not before.endswith("ing")
+        for before, w in zip(low, low[1:])
+    ):
         return False  # "The man wears a hat": an article in the middle follows a preposition, or else a verb
     if not _AND & set(low):
         return True
@@ -376,16 +493,26 @@ def is_one_clause(words: list) -> bool:
         before = [before[1], word]
     return True
 
-
 # %% ../nbs/02_claims.ipynb #d1a00014
 _OWNS = {"has": "does", "have": "do", "had": "did"}
-_UP = {"up", "down", "off", "over", "out", ""}  # "has rolled up sleeves" owns them, "has rolled up the sleeves" did it
-_PARTICIPLES = set("lost left let taken fallen risen put built written eaten broken grown made won caught begun worn set come seen found given shown "
-                   "drawn thrown held brought cut shed hit".split())
+_UP = {
+    "up",
+    "down",
+    "off",
+    "over",
+    "out",
+    "",
+}  # "has rolled up sleeves" owns them, "has rolled up the sleeves" did it
+_PARTICIPLES = set(
+    "lost left let taken fallen risen put built written eaten broken grown made won caught begun worn "
+    "set come seen found given shown "
+    "drawn thrown held brought cut shed hit chosen driven ridden hidden torn bought caught spent kept "
+    "met stood".split()
+)
 
 
 def is_perfect(words: list):
-    "Whether `has` before these words makes a tense (True), or means to own (False); None where that is not sure."
+    "Whether `has` before these words makes a tense (True) or means to own (False); None if not sure."
     first = bare(words[0])
     second = bare(words[1]) if len(words) > 1 else ""
     if first in ("been", "already", "just", "become", "gone"):
@@ -400,7 +527,8 @@ def is_perfect(words: list):
 
 
 def move_verb(words: list):
-    "Subject, verb to be put in front, and the rest (lists of words) of a sentence with is, can, has and the like; None where that is not sure."
+    """Subject, verb to be put in front, and the rest (lists of words) of a sentence with is, can, has and
+    the like; None where that is not sure."""
     k = next((k for k, w in enumerate(words) if bare(w) in _FINITE), len(words))
     subject, rest = words[:k], words[k + 1 :]
     if not rest or bare(words[k]) not in _MOVED or not is_one_clause(rest):
@@ -419,7 +547,8 @@ def move_verb(words: list):
 
 
 def put_do(words: list):
-    "The same for a sentence with one of the verbs that pictures are described with, such as `shows`, and do or does in front."
+    """The same for a sentence with one of the verbs that pictures are described with, such as `shows`, and
+    do or does in front."""
     verbs = [k for k, w in enumerate(words) if bare(w) in _VERBS or bare(w) in _VERBS.values()]
     k = next((k for k in verbs if is_noun_phrase(words[:k])), None)
     if k is None or not words[k + 1 :] or not is_one_clause(words[k + 1 :]):
@@ -427,10 +556,26 @@ def put_do(words: list):
     subject, rest = words[:k], words[k + 1 :]
     verb, noun, following = bare(words[k]), bare(subject[-1]), bare(rest[0])
     low = {bare(w) for w in rest}
-    if _FINITE & {bare(w) for w in subject} or (_VERBS.keys() | {"look", "seem", "appear"}) & low and not _CLAUSE & low:
+    if (
+        _FINITE & {bare(w) for w in subject}
+        or (_VERBS.keys() | {"look", "seem", "appear"}) & low
+        and not _CLAUSE & low
+    ):
         return None
-    the_image = len(subject) == 2 and noun in ("image", "picture", "photo", "photograph", "scene", "painting", "drawing")
-    opens = following in DETERMINERS | PREPOSITIONS | _NUMBERS | {"that", "like", "as"} or following[:1].isdigit() or rest[0].startswith("\x00")
+    the_image = len(subject) == 2 and noun in (
+        "image",
+        "picture",
+        "photo",
+        "photograph",
+        "scene",
+        "painting",
+        "drawing",
+    )
+    opens = (
+        following in DETERMINERS | PREPOSITIONS | _NUMBERS | {"that", "like", "as"}
+        or following[:1].isdigit()
+        or rest[0].startswith("\x00")
+    )
     if not (the_image or opens or verb in _SURE) or len(subject) == 1 and noun not in _PRONOUNS:
         return None  # "The metal stands are new": what follows a verb begins a phrase of its own
     people = noun in ("they", "people", "men", "women", "children")
@@ -439,7 +584,6 @@ def put_do(words: list):
     many = people or noun.endswith("s") and not noun.endswith("ss") or "and" in map(bare, subject)
     return (subject, "do", [verb, *rest]) if many else None
 
-
 # %% ../nbs/02_claims.ipynb #d1a00015
 def lower_first(text: str) -> str:
     "A sentence that no longer begins one: its first word in lower case, unless it may be a name."
@@ -447,7 +591,8 @@ def lower_first(text: str) -> str:
 
 
 def question_by_rule(fact: str) -> str:
-    "The question of a fact, made by moving its verb to the front; empty where that is not sure, or `question_problem` refuses it. English only."
+    """The question of a fact, made by moving its verb to the front; empty where that is not sure, or
+    `question_problem` refuses it. English only."""
     quoted = []
 
     def hide(match):
@@ -474,15 +619,14 @@ def question_by_rule(fact: str) -> str:
     question = re.sub(r"\x00(\d+)\x00", lambda m: quoted[int(m[1])], question[0].upper() + question[1:])
     return "" if question_problem(fact, question) else question
 
-
 # %% ../nbs/02_claims.ipynb #d1a00021
 def statement_question(fact: str) -> str:
-    "A question about a fact as it stands, whatever its words; a phrase without a verb is taken for something that the image shows."
+    """A question about a fact as it stands, whatever its words; a phrase without a verb is taken for
+    something that the image shows."""
     text = lower_first(fact.strip().removesuffix("."))
     words = [bare(w) for w in text.split()]
     has_verb = any(w in _FINITE or w in _VERBS or w in _VERBS.values() for w in words) or len(words) > 4
     return fill(STATEMENT_QUESTION, statement=text) if has_verb else fill(PHRASE_QUESTION, phrase=text)
-
 
 # %% ../nbs/02_claims.ipynb #c1645da6
 RULE = "question by rule"  # nothing to remark on
@@ -497,7 +641,9 @@ DEPENDENT = "does not stand alone"
 
 @dataclass(frozen=True)
 class Remark:
-    "Something to know about a fact: why it became no claim (`claim_id` is empty), how its question came about, or what to be careful with."
+    """Something to know about a fact: why it became no claim (`claim_id` is empty), how its question came
+    about, or what to be careful with."""
+
     response_id: str
     claim_id: str
     fact: str
@@ -518,37 +664,51 @@ def split_responses(responses, question_of, ask, templates, check=True):
         cut = reason == "length"
         if cut:
             text, _, rest = text.rpartition("\n")
-            remarks.append(Remark(r.response_id, "", "", CUT, f"no end within the token limit: {rest[-60:]!r}"))
+            remarks.append(
+                Remark(r.response_id, "", "", CUT, f"no end within the token limit: {rest[-60:]!r}")
+            )
         items = parse_facts(text)
         if not items and (cut or not says_no_facts(text)):
-            detail = f"no whole item within the token limit: {rest[-60:]!r}" if cut else f"the splitter wrote {text[:60]!r}"
+            detail = (
+                f"no whole item within the token limit: {rest[-60:]!r}"
+                if cut
+                else f"the splitter wrote {text[:60]!r}"
+            )
             set_aside.append(SetAside(r.response_id, "facts cut" if cut else "no list of facts", detail))
             continue
         source = f"{question_of[r.prompt_id]}\n{r.text}"
         dropped = {f: LEAKED for f in items if check and is_leaked(f, source, examples)}
         dropped |= {f: FRAGMENT for f in items if check and f not in dropped and is_fragment(f)}
         if items and FRAGMENT in dropped.values() and len(dropped) == len(items):
-            dropped = {f: why for f, why in dropped.items() if why != FRAGMENT}  # an answer of words alone: each answers the question
+            dropped = {
+                f: why for f, why in dropped.items() if why != FRAGMENT
+            }  # an answer of words alone: each answers the question
         remarks += [Remark(r.response_id, "", f, why) for f, why in dropped.items()]
         if items and len(dropped) == len(items):
-            set_aside.append(SetAside(r.response_id, "no fact of its own", f"the splitter listed {', '.join(items)[:60]!r}"))
+            set_aside.append(
+                SetAside(
+                    r.response_id, "no fact of its own", f"the splitter listed {', '.join(items)[:60]!r}"
+                )
+            )
         else:
             facts[r.response_id] = [f for f in items if f not in dropped]
     return facts, set_aside, remarks
-
 
 # %% ../nbs/02_claims.ipynb #c1645da7
 def read_question(fact: str, answer: tuple, check: bool) -> tuple:
     "The question in a splitter's answer, a (text, finish_reason) pair, and what is wrong with it."
     question = parse_question(answer[0]) if answer[1] == "stop" else None
     if question is None:
-        return "", "there was no question" if answer[1] == "stop" else "there was no end within the token limit"
+        return "", "there was no question" if answer[
+            1
+        ] == "stop" else "there was no end within the token limit"
     problem = question_problem(fact, question) if check else ""
     return question, problem and f"{question} ({problem})"
 
 
 def ask_questions(facts, ask, templates, check=True, questions="rule") -> dict:
-    "Of every distinct fact its question, who made it (one of the three names above), and what was wrong with the splitter's, by fact."
+    """Of every distinct fact its question, who made it (one of the three names above), and what was wrong
+    with the splitter's, by fact."""
     distinct = list(dict.fromkeys(facts))
     made = {f: question_by_rule(f) for f in distinct} if questions == "rule" else {}
     known = {f: (question, RULE, "") for f, question in made.items() if question}
@@ -556,38 +716,52 @@ def ask_questions(facts, ask, templates, check=True, questions="rule") -> dict:
     answers = ask([fill(templates.question, fact=f) for f in left]) if left else []
     for fact, answer in zip(left, answers):
         question, problem = read_question(fact, answer, check)
-        known[fact] = (statement_question(fact), BY_STATEMENT, problem) if problem else (question, BY_SPLITTER, "")
+        known[fact] = (
+            (statement_question(fact), BY_STATEMENT, problem) if problem else (question, BY_SPLITTER, "")
+        )
     return {f: known.get(f) or (statement_question(f), BY_STATEMENT, "") for f in distinct}
-
 
 # %% ../nbs/02_claims.ipynb #c1645da8
 def extract_claims(responses, question_of, ask, templates=None, check=True, questions="rule"):
-    "The claims of some responses, the responses set aside, and the remarks; `templates` are the packaged ones if not given."
+    """The claims of some responses, the responses set aside, and the remarks; `templates` are the packaged
+    ones if not given."""
     templates = templates or read_templates()
     facts, set_aside, remarks = split_responses(responses, question_of, ask, templates, check)
     words = {r for r, items in facts.items() if check and items and all(map(is_fragment, items))}
-    known = ask_questions([f for r, items in facts.items() if r not in words for f in items], ask, templates, check, questions)
+    known = ask_questions(
+        [f for r, items in facts.items() if r not in words for f in items], ask, templates, check, questions
+    )
     asked = {r.response_id: question_of[r.prompt_id] for r in responses}
     claims = []
     for response_id, items in facts.items():
         for k, fact in enumerate(items):
             if response_id in words:
-                question, made_by, detail = fill(WORD_QUESTION, question=asked[response_id], word=fact), BY_STATEMENT, "a word, asked about as an answer"
+                question, made_by, detail = (
+                    fill(WORD_QUESTION, question=asked[response_id], word=fact),
+                    BY_STATEMENT,
+                    "a word, asked about as an answer",
+                )
             else:
                 question, made_by, detail = known[fact]
             claim = Claim(claim_id_of(response_id, k), response_id, fact, question)
             claims.append(claim)
             notes = {made_by: made_by != RULE, HEDGED: is_hedged(fact), DEPENDENT: not stands_alone(fact)}
-            remarks += [Remark(response_id, claim.claim_id, fact, note, detail if note == made_by else "") for note, so in notes.items() if so]
+            remarks += [
+                Remark(response_id, claim.claim_id, fact, note, detail if note == made_by else "")
+                for note, so in notes.items()
+                if so
+            ]
     return claims, set_aside, remarks
 
 
 def whole_claims(responses):
     "Ablation: each response is one claim, and the question asks about all of it."
     texts = [r for r in responses if r.text.strip()]
-    claims = [Claim(claim_id_of(r.response_id, 0), r.response_id, r.text, fill(WHOLE_QUESTION, response=r.text)) for r in texts]
+    claims = [
+        Claim(claim_id_of(r.response_id, 0), r.response_id, r.text, fill(WHOLE_QUESTION, response=r.text))
+        for r in texts
+    ]
     return claims, [SetAside(r.response_id, "empty response") for r in responses if not r.text.strip()], []
-
 
 # %% ../nbs/02_claims.ipynb #d1a00031
 TOO_MANY = 0.2  # a share above which something is a warning
@@ -602,32 +776,60 @@ def lengths_differ(kept: list, lost: list) -> bool:
 
 
 def division_warnings(rows, set_aside, counts: dict, questions: str, max_new_tokens: int) -> list:
-    "Sentences on what went wrong too often while these responses were divided; `counts` are those of the manifest."
+    """Sentences on what went wrong too often while these responses were divided; `counts` are those of the
+    manifest."""
     found = []
     lost = {s.row_id for s in set_aside}
     if len(lost) > TOO_MANY * len(rows):
         reason, n = Counter(s.reason for s in set_aside).most_common(1)[0]
-        found.append(f"{len(lost)} of {len(rows)} answers were set aside, {n} of them as {reason!r}: what is learnt holds for the others only")
+        found.append(
+            f"{len(lost)} of {len(rows)} answers were set aside, {n} of them as {reason!r}: what is "
+            f"learnt holds for the others only"
+        )
     words = {r.response_id: len(r.text.split()) for r in rows if r.text.strip()}
     kept_words = [n for r, n in words.items() if r not in lost]
     lost_words = [n for r, n in words.items() if r in lost]
     if lengths_differ(kept_words, lost_words):
-        found.append(f"the answers that were kept have {mean(kept_words):.0f} words, those set aside {mean(lost_words):.0f}: length decides who is judged")
+        found.append(
+            f"the answers that were kept have {mean(kept_words):.0f} words, those set aside "
+            f"{mean(lost_words):.0f}: length decides who is judged"
+        )
     listed = counts["n_claims"] + counts["fragments"] + counts["leaked"]
     shares = [
-        (counts["cut_lists"], len(words), f"lists of facts were cut at {max_new_tokens} tokens, so the ends of these answers go unjudged: raise max_new_tokens"),
-        (counts["without_claims"], len(rows) - len(lost), "answers have no claim at all: the splitter says that they state no fact"),
-        (counts["fragments"] + counts["leaked"], listed, "facts are fragments, or come from the prompt's examples: the splitter does not follow its prompt"),
-        (counts["by_statement"] * (questions != "statement"), counts["n_claims"], "questions are about the statement, which labelers judge less well"),
-        (counts["hedged"], counts["n_claims"], "claims hedge (might, seems, likely), and are hardly ever wrong"),
+        (
+            counts["cut_lists"],
+            len(words),
+            f"lists of facts were cut at {max_new_tokens} tokens, so the ends of these answers go "
+            f"unjudged: raise max_new_tokens",
+        ),
+        (
+            counts["without_claims"],
+            len(rows) - len(lost),
+            "answers have no claim at all: the splitter says that they state no fact",
+        ),
+        (
+            counts["fragments"] + counts["leaked"],
+            listed,
+            "facts are fragments or come from the prompt's examples: the splitter does not follow it",
+        ),
+        (
+            counts["by_statement"] * (questions != "statement"),
+            counts["n_claims"],
+            "questions are about the statement, which labelers judge less well",
+        ),
+        (
+            counts["hedged"],
+            counts["n_claims"],
+            "claims hedge (might, seems, likely), and are hardly ever wrong",
+        ),
     ]
     found += [f"{n} of {total} {text}" for n, total, text in shares if n > TOO_MANY * total]
     return found
 
-
 # %% ../nbs/02_claims.ipynb #e09e875a
 def text_asker(llm, max_new_tokens: int, batch_size: int):
-    "A function from prompts to (text, finish_reason) pairs in their order. Works in batches of prompts of like length; its `batch_size` is what fits."
+    """A function from prompts to (text, finish_reason) pairs in their order. Works in batches of prompts
+    of like length; its `batch_size` is what fits."""
     from rlaifv_nb.prefix import generate_texts
 
     limits = {"rows": batch_size}
@@ -640,25 +842,47 @@ def text_asker(llm, max_new_tokens: int, batch_size: int):
     def ask(prompts):
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         answers, _ = in_batches([prompts[k] for k in order])
-        in_batches.batch_size = min(in_batches.batch_size, limits["rows"])  # the splitter works in smaller portions itself
+        in_batches.batch_size = min(in_batches.batch_size, limits["rows"])  # the splitter halves its portions itself
         return [answer for _, answer in sorted(zip(order, answers))]
 
     return ask, in_batches
 
 
-def run_claims(prompts: str, responses: str, out: str, llm, *, divide: str = "facts", questions: str = "rule", max_new_tokens: int = 512,
-               batch_size: int = 256, shard_size: int = 1024, templates: Templates = None, check_questions: bool = True) -> list:
-    """The stage: splits every response into claims with their questions, in shards of `shard_size` responses, and writes the manifest.
+def run_claims(
+    prompts: str,
+    responses: str,
+    out: str,
+    llm,
+    *,
+    divide: str = "facts",
+    questions: str = "rule",
+    max_new_tokens: int = 512,
+    batch_size: int = 256,
+    shard_size: int = 1024,
+    templates: Templates = None,
+    check_questions: bool = True,
+) -> list:
+    """The stage: splits every response into claims with their questions, and writes shards and the manifest.
 
-    The splitter reads `batch_size` texts at a time, fewer where memory runs out. Raises ValueError for an unknown option, and when no response
-    has a claim."""
+    A shard holds `shard_size` responses. The splitter reads `batch_size` texts at a time, fewer where memory
+    runs out. Raises ValueError for an unknown option, and when no response has a claim."""
     for name, value, known in (("divide", divide, DIVIDES), ("questions", questions, QUESTIONS)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(known)}")
     templates = templates or read_templates()
-    parameters = dict(divide=divide, questions=questions, max_new_tokens=max_new_tokens, prompt_sha=templates.sha, check_questions=check_questions,
-                      **llm.settings)
-    inputs = {"prompts": table_sha(prompts, "prompts"), "responses": table_sha(responses, "responses"), "splitter": llm.sha}
+    parameters = dict(
+        divide=divide,
+        questions=questions,
+        max_new_tokens=max_new_tokens,
+        prompt_sha=templates.sha,
+        check_questions=check_questions,
+        **llm.settings,
+    )
+    inputs = {
+        "prompts": table_sha(prompts, "prompts"),
+        "responses": table_sha(responses, "responses"),
+        "splitter": llm.sha,
+    }
     stage = StageFolder(out, "claims", parameters, inputs)
     rows = read_table(responses, "responses", Response)
     if not stage.is_done:
@@ -671,7 +895,9 @@ def run_claims(prompts: str, responses: str, out: str, llm, *, divide: str = "fa
             if divide == "whole":
                 claims, set_aside, remarks = whole_claims(chunk)
             else:
-                claims, set_aside, remarks = extract_claims(chunk, question_of, ask, templates, check_questions, questions)
+                claims, set_aside, remarks = extract_claims(
+                    chunk, question_of, ask, templates, check_questions, questions
+                )
             if remarks:
                 number = shard_of[chunk[0].response_id]
                 said[number] = said.get(number, []) + remarks
@@ -682,31 +908,57 @@ def run_claims(prompts: str, responses: str, out: str, llm, *, divide: str = "fa
         finish_claims(stage, rows, llm.name, batch_size={"asked": batch_size, "used": asking.batch_size})
     return read_table(out, "claims", Claim)
 
-
 # %% ../nbs/02_claims.ipynb #e09e875b
 def division_counts(claims, remarks) -> dict:
     "How many facts, claims, questions of each kind, and remarks there are."
     n = Counter(r.remark for r in remarks)
-    return {"n_claims": len(claims), "by_rule": len(claims) - n[BY_SPLITTER] - n[BY_STATEMENT], "by_splitter": n[BY_SPLITTER],
-            "by_statement": n[BY_STATEMENT], "fragments": n[FRAGMENT], "leaked": n[LEAKED], "hedged": n[HEDGED],
-            "not_alone": n[DEPENDENT], "cut_lists": n[CUT]}
+    return {
+        "n_claims": len(claims),
+        "by_rule": len(claims) - n[BY_SPLITTER] - n[BY_STATEMENT],
+        "by_splitter": n[BY_SPLITTER],
+        "by_statement": n[BY_STATEMENT],
+        "fragments": n[FRAGMENT],
+        "leaked": n[LEAKED],
+        "hedged": n[HEDGED],
+        "not_alone": n[DEPENDENT],
+        "cut_lists": n[CUT],
+    }
 
 
 def finish_claims(stage, rows, name: str, **extra):
-    "Writes the manifest with the counts of a division and its warnings. Raises ValueError when no response has a claim."
+    """Writes the manifest with the counts of a division and its warnings. Raises ValueError when no
+    response has a claim."""
     claims = read_table(stage.path, "claims", Claim)
     set_aside = stage.set_aside("claims")
     remarks = [r for path in shard_paths(stage.path, "remarks") for r in read_rows(path, Remark)]
     if not claims:
-        first = f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}" if set_aside else ""
-        raise ValueError(f"no claims in any of {len(rows)} responses{first}: is {name} a model that follows the splitting prompt?")
+        first = (
+            f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}" if set_aside else ""
+        )
+        raise ValueError(
+            f"no claims in any of {len(rows)} responses{first}: is {name} a model that follows the "
+            f"splitting prompt?"
+        )
     kept = len(rows) - len(set_aside)
-    counts = division_counts(claims, remarks) if stage.parameters["divide"] == "facts" else {"n_claims": len(claims)}
+    counts = (
+        division_counts(claims, remarks)
+        if stage.parameters["divide"] == "facts"
+        else {"n_claims": len(claims)}
+    )
     counts["without_claims"] = kept - len({c.response_id for c in claims})
     warnings = []
     if stage.parameters["divide"] == "facts":
-        warnings = division_warnings(rows, set_aside, counts, stage.parameters["questions"], stage.parameters["max_new_tokens"])
+        warnings = division_warnings(
+            rows, set_aside, counts, stage.parameters["questions"], stage.parameters["max_new_tokens"]
+        )
     for sentence in warnings:
         print(f"Warning: {sentence}.")
-    stage.finish(len(rows), kept, ["claims"] + ["remarks"] * bool(remarks), set_aside, **counts, warnings=warnings, **extra)
-
+    stage.finish(
+        len(rows),
+        kept,
+        ["claims"] + ["remarks"] * bool(remarks),
+        set_aside,
+        **counts,
+        warnings=warnings,
+        **extra,
+    )

@@ -198,12 +198,12 @@ def open_dry(config, processor=None, dtype="float32", quantisation="none", share
     return DryModel(model, processor, type(model).__name__, "", quantisation, problem)
 
 
-def put_adapter(vlm, rank):
+def put_adapter(vlm, rank, dropout=0.0):
     "Puts a LoRA adapter on the language model, as `new_adapter` does."
     from peft import LoraConfig, get_peft_model
 
     with torch.device("meta"):
-        vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, target_modules=lora_targets(vlm.core), lora_dropout=0.0)).to("meta")
+        vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, target_modules=lora_targets(vlm.core), lora_dropout=dropout)).to("meta")
     return vlm
 
 
@@ -228,7 +228,8 @@ def fast_forward(branches, place):
         own = branches.own
         own.make_room(max(own.longest, place - place % BLOCK))
         for layer, pair in enumerate(own.buffers):
-            own.buffers[layer] = [t.new_empty(*t.shape[:2], own.width, t.shape[3]) for t in pair]
+            if pair[0].shape[2] < own.width:
+                own.buffers[layer] = [t.new_empty(*t.shape[:2], own.width, t.shape[3]) for t in pair]
         own.longest = place
         return
     for layer in branches.cache.layers:
@@ -334,6 +335,8 @@ def training_work(vlm, prompt, answer_tokens, p, device):
     vlm.model.train()
     if p["gradient_checkpointing"]:
         vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        vlm.model.gradient_checkpointing_disable()
     for part in parts[:2]:
         sums = torch.stack([l.sum() for l in row_logps(vlm.core, part)]).view(-1, 2)
         torch.autograd.backward([-F.logsigmoid(p["beta"] * (sums[:, 0] - sums[:, 1])).mean()])

@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', 'PROCESSOR_FILES', 'QWEN_PIXELS', 'TILE_TEXT',
            'DESCRIBE', 'PREPARING', 'UNKNOWN_PREPARING', 'DECODING', 'WITH_ADAPTER', 'LAYER_SECONDS', 'LAUNCH_SECONDS',
-           'FUSED_ROWS', 'PACKED_BYTES', 'UNPACKING_BYTES', 'LIKELY', 'SLOW', 'FAST', 'ROW_USE', 'DEV_SHARE', 'STAGES',
-           'PICTURE_BYTES', 'ROW_BYTES', 'LOWERED', 'LEAST', 'Card', 'chip_of', 'nearest_card', 'detected_card',
-           'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen', 'upright_size', 'rows_of',
-           'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of', 'within', 'qwen_shapes',
-           'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens', 'flops_of',
-           'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches', 'step_launches',
-           'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'steps_of',
-           'mean_answer', 'sampling_memory', 'refills', 'batch_words', 'sampling_load', 'instruction_tokens',
-           'claims_memory', 'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory',
-           'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates',
-           'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes',
-           'disk_problem', 'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
+           'FUSED_ROWS', 'PACKED_BYTES', 'UNPACKING_BYTES', 'LIKELY', 'SLOW', 'FAST', 'ROW_USE', 'TEXT_USE',
+           'TEXT_TOKENS', 'DEV_SHARE', 'COSTS', 'PICTURE_BYTES', 'ROW_BYTES', 'LOWERED', 'LEAST', 'Card', 'chip_of',
+           'nearest_card', 'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen',
+           'upright_size', 'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of',
+           'within', 'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens',
+           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches',
+           'step_launches', 'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent',
+           'seconds_of', 'decoding_steps', 'mean_answer', 'answer_steps', 'batch_words', 'refills', 'sampling_memory',
+           'sampling_load', 'instruction_tokens', 'Asking', 'askings_of', 'rows_of_texts', 'claims_memory',
+           'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes',
+           'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
+           'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
+           'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
            'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines',
            'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../nbs/09_plan.ipynb #a11e33af
+import inspect
 import json
 import math
 import re
@@ -40,8 +42,9 @@ from .caches import picture_features
 from .inputs import HUB, input_kind, read_input
 from .machine import SMALL_FILES
 from .models import ask_with, pinned, prompt_inputs
-from .prefix import ROWS, grow, read, read_prompts, rows_for
-from .recipes import INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run, prompts_per_round
+from .prefix import ROWS, generate_texts, grow, read, read_prompts, rows_for
+from .recipes import (INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run,
+                               prompts_per_round)
 from .records import Prompt, read_table, resolve_path
 
 # %% ../nbs/09_plan.ipynb #c109cd79
@@ -126,7 +129,9 @@ class Lengths:
     answer: int = 130  # mean tokens of an answer
     longest_answer: int = 280  # tokens of the longest answer of a batch
     claims: int = 10  # claims of an answer
-    claim: int = 30  # tokens of the question about a claim
+    fact: int = 14  # tokens of a claim in a list, and of its question as the splitter writes it
+    claim: int = 28  # tokens of the question about a claim, with the request for yes or no and the template
+    by_splitter: float = 0.25  # of the claims, those whose question no rule makes
     characters: int = 4  # characters a token of English text
     picture: tuple = (640, 480)  # an ordinary picture, where the recipe's own cannot be looked at
     largest: tuple = ((4000, 3000), (3000, 4000), (3000, 3000), (4000, 2250))  # large ones in several shapes
@@ -198,7 +203,7 @@ def upright_size(image: bytes | Path) -> tuple[int, int]:
     Raises OSError for what is not a picture."""
     with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as picture:
         width, height = picture.size
-        no_note = picture.format == "PNG" and "exif" not in picture.info  # to look further would decode all of it
+        no_note = picture.format == "PNG" and "exif" not in picture.info  # looking further would decode it
         settled = no_note or picture.format == "TIFF"  # whose size Pillow has turned already
         turn = 1 if settled else picture.getexif().get(ExifTags.Base.Orientation, 1)
     return (height, width) if turn in (5, 6, 7, 8) else (width, height)
@@ -486,7 +491,8 @@ class Planned:
     @property
     def merges(self) -> bool:
         "Whether the adapter is merged into the weights while answers are sampled."
-        return self.notebook == "01_sampling" and self.p["quantisation"] == "none"
+        wanted = self.notebook == "01_sampling" and self.p["merge_adapter"]
+        return wanted and self.p["quantisation"] == "none" and self.vlm.core.dtype.itemsize == 2
 
     @property
     def shares(self) -> bool:
@@ -522,7 +528,9 @@ def step_launches(vlm) -> int:
 
     def step():
         prefix = read_prompts(vlm, [{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
-        branches = grow(vlm, prefix, torch.zeros(4, dtype=torch.long), 4)
+        branches = grow(vlm, prefix, [0] * 4, 4)
+        if not vlm.sharing:
+            branches.own.even = False  # as soon as rows are refilled
         with launches:
             branches.step(torch.ones(4, dtype=torch.long))
             vlm.core.lm_head(branches.hidden)
@@ -538,7 +546,7 @@ def step_floor(layers: int, launches: int) -> float:
 # %% ../nbs/09_plan.ipynb #6da0c2a4
 FUSED_ROWS = 64  # bitsandbytes 0.50, backends/cuda/ops.py: 8 to 256 by card and shape
 PACKED_BYTES = 0.55  # a 4-bit weight with its scales (dry.nf4_bytes: 0.516)
-UNPACKING_BYTES = 4.5
+UNPACKING_BYTES = 2.5  # half a byte read, two written
 
 
 @dataclass(frozen=True)
@@ -552,7 +560,7 @@ class Decoder:
 
     def moved(self, rows: int) -> float:
         "Bytes of weights that a step of so many rows moves."
-        packed = PACKED_BYTES if rows <= FUSED_ROWS else UNPACKING_BYTES
+        packed = PACKED_BYTES if rows <= FUSED_ROWS else UNPACKING_BYTES + 2
         return self.packed * packed + (self.weights - self.packed) * self.itemsize
 
 
@@ -577,7 +585,7 @@ class Pace:
     launches: float
 
 
-LIKELY = Pace(0.45, 0.7, 1.0)
+LIKELY = Pace(0.5, 0.7, 1.0)
 SLOW = Pace(0.35, 0.5, 1.3)
 FAST = Pace(0.6, 0.9, 0.8)
 
@@ -634,14 +642,18 @@ def seconds_of(load: Load, decoder: Decoder, floor: float, preparing: float, car
     return Spent(reading, sampling, load.pictures * preparing)
 
 # %% ../nbs/09_plan.ipynb #6da0c2ac
-def steps_of(answers: float, rows: int, lengths: Lengths, shard: float) -> float:
-    "Steps in which `rows` rows that are always busy write `answers` answers, in streams of `shard` answers that each end with their longest."
-    rows = min(rows, shard)
-    tail = lengths.longest_answer - lengths.answer
-    return answers * lengths.answer / rows + answers / shard * tail
+ROW_USE = 0.82  # of the rows of a queue of prompts; see above
 
 
-ROW_USE = 0.8  # of the rows' steps that give a token, with a queue of prompts that is refilled (simulated in 00_prefix: 0.81 to 0.83)
+def decoding_steps(answers: float, rows: float, mean: float, longest: float, queue: float,
+                   use: float = ROW_USE) -> float:
+    """Steps in which `rows` rows write `answers` answers of `mean` and at most `longest` tokens.
+
+    `queue`: answers that go to these rows before all wait for the last one, as many as rows where there is no
+    refilling; `use`: the share of rows in use till then."""
+    rows = min(rows, queue)
+    busy = rows * use if queue > rows else rows
+    return answers * mean / busy + answers / queue * (longest - mean)
 
 
 def mean_answer(s: Planned) -> float:
@@ -649,21 +661,9 @@ def mean_answer(s: Planned) -> float:
     return min(s.lengths.answer, s.p["answer"])
 
 
-def sampling_memory(s: Planned) -> tuple[int, str]:
-    "Bytes of work and the longest batch in words."
-    p, n = s.p, s.p["batch_size"]
-    prompts, options = [s.prompts.longest] * n, [p[key] for key in ("temperature", "top_p")]
-
-    def sample():
-        prefix = read_prompts(s.vlm, prompts)
-        dry.sampling_work(s.vlm, prefix, p["n_samples"], p["max_new_tokens"], *options, refill=refills(s))
-
-    return s.peak(sample), batch_words(s, p["n_samples"])
-
-
-def refills(s: Planned) -> bool:
-    "Whether there are rows for a part of the answers only, which are refilled."
-    return s.shares and s.device == "cuda" and s.p["refill"]
+def answer_steps(s: Planned, answers: float, rows: float, queue: float) -> float:
+    "`decoding_steps` answers of a stage."
+    return decoding_steps(answers, rows, mean_answer(s), min(s.lengths.longest_answer, s.p["answer"]), queue)
 
 
 def batch_words(s: Planned, each: int) -> str:
@@ -671,50 +671,108 @@ def batch_words(s: Planned, each: int) -> str:
     prompts = f"{s.p['batch_size']} prompts of {n_tokens(s.prompts.longest)}"
     return f"{prompts} x {each} answers of {s.p['max_new_tokens']}"
 
+# %% ../nbs/09_plan.ipynb #6da0c2ae
+def refills(s: Planned) -> bool:
+    "Whether there are rows for a part of the answers only, which are refilled."
+    return s.shares and s.device == "cuda" and s.p["refill"]
+
+
+def sampling_memory(s: Planned) -> tuple[int, str]:
+    "Bytes of work and the longest batch in words."
+    p, n = s.p, s.p["batch_size"]
+    options = {key: p[key] for key in ("temperature", "top_p", "top_k")} | {"refill": refills(s)}
+
+    def sample():
+        prefix = read_prompts(s.vlm, [s.prompts.longest] * n)
+        dry.sampling_work(s.vlm, prefix, p["n_samples"], p["max_new_tokens"], **options)
+
+    return s.peak(sample), batch_words(s, p["n_samples"])
+
 
 def sampling_load(s: Planned) -> Load:
     "A round of it."
     p, prompts, n = s.p, s.prompts, prompts_per_round(s.recipe)
     each, answer = p["n_samples"], mean_answer(s)
+    rows = rows_for(p["batch_size"] * each, ROWS if refills(s) else 1)
+    steps = answer_steps(s, n * each, rows, n * each if refills(s) else rows)
     readings = 1 if s.shares else each
-    rows = p["batch_size"] * each
-    if refills(s):
-        rows = rows_for(rows, ROWS)
-        steps = steps_of(n * each, rows * ROW_USE, s.lengths, n * each)
-    else:
-        steps = steps_of(n * each, rows, s.lengths, rows)
-    alive = p["batch_size"] if s.shares else rows
-    held = rows * s.lengths.longest_answer + alive * prompts.tokens
+    held = rows * s.lengths.longest_answer + (p["batch_size"] if s.shares else rows) * prompts.tokens
+    at_once = max(1, p["batch_size"] // (8 if refills(s) else 1))  # prompts that are read together
     return Load(read=prompts.tokens * n * readings, sampled=n * each * answer,
-                flops=prompts.flops * n * readings, passes=n / p["batch_size"], steps=steps, rows=rows,
-                held=held, pictures=n)
+                flops=prompts.flops * n * readings, passes=n / at_once, steps=steps, rows=rows, held=held,
+                pictures=n)
 
 # %% ../nbs/09_plan.ipynb #6da0c2af
+TEXT_USE = 0.9  # of the rows of a queue of texts, simulated in the same way
+TEXT_TOKENS = inspect.signature(generate_texts).parameters["max_tokens"].default  # of texts that go together
+
+
 def instruction_tokens(prompt_file: str, lengths: Lengths) -> int:
     "About how many tokens a prompt file of the splitter has."
     return len(Path(resolve_path(prompt_file)).read_text(encoding="utf-8")) // lengths.characters
 
 
+@dataclass(frozen=True)
+class Asking:
+    "One of the two things that a splitter is asked: how many texts in a round, and tokens of each."
+    texts: float
+    instruction: int
+    rest: int  # of a text behind the instruction, on average
+    longest: int  # of such a text
+    written: int  # of what is written, on average
+    longest_written: int
+
+
+def askings_of(s: Planned) -> list[Asking]:
+    "What a round asks: for facts, then for questions."
+    p, lengths = s.p, s.lengths
+    answers = prompts_per_round(s.recipe) * p["n_samples"]
+    share = {"rule": lengths.by_splitter, "splitter": 1.0, "statement": 0.0}[p["questions"]]
+    instructions = [instruction_tokens(p[key], lengths) for key in ("facts_prompt", "question_prompt")]
+    limit, listed = p["max_new_tokens"], lengths.claims * lengths.fact
+    around = lengths.claim  # tokens of what was asked, or of the fact, and of the chat template
+    facts = Asking(answers, instructions[0], around + int(mean_answer(s)), around + p["answer"],
+                   min(limit, listed), min(limit, 2 * listed))
+    questions = Asking(answers * lengths.claims * share, instructions[1], around, around,
+                       min(limit, lengths.fact), min(limit, 2 * lengths.fact))
+    return [facts, questions] if share else [facts]
+
+
+def rows_of_texts(p: dict, rest: int) -> int:
+    "Texts that are read at a time behind an instruction."
+    return max(1, min(p["batch_size"], TEXT_TOKENS // (rest + p["max_new_tokens"])))
+
+# %% ../nbs/09_plan.ipynb #6da0c2be
 def claims_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
-    p, n, lengths = s.p, s.p["batch_size"], s.lengths
-    rows = [(n, p["answer"], p["max_new_tokens"], instruction_tokens(p["facts_prompt"], lengths)),
-            (n * lengths.claims, lengths.claim, p["max_new_tokens"], instruction_tokens(p["question_prompt"], lengths))]
-    work = max(s.peak(lambda row=row: dry.claims_work(s.vlm, *row)) for row in rows)
-    return work, f"{n} answers of {p['answer']} tokens, then {n * lengths.claims} facts"
+    p = s.p
+    askings = askings_of(s)
+
+    def ask(a):
+        dry.claims_work(s.vlm, p["batch_size"], a.longest, p["max_new_tokens"], a.instruction)
+
+    work = max(s.peak(lambda a=a: ask(a)) for a in askings)
+    rows = rows_of_texts(p, askings[0].longest)
+    return work, f"{rows} texts of {askings[0].longest} and lists of {p['max_new_tokens']}"
 
 
 def claims_load(s: Planned) -> Load:
     "A round of it."
-    p, lengths, decoder = s.p, s.lengths, decoder_of(s.vlm)
-    answers = prompts_per_round(s.recipe) * p["n_samples"]
-    batches = -(-answers // p["batch_size"])
-    listed = lengths.claims * lengths.claim // 2
-    read = answers * (mean_answer(s) + lengths.claims * lengths.claim)
-    read += batches * sum(instruction_tokens(p[key], lengths) for key in ("facts_prompt", "question_prompt"))
-    steps = 2 * batches * min(p["max_new_tokens"], listed)
-    return Load(read=read, sampled=2 * answers * listed, flops=2 * decoder.weights * read, passes=2 * batches,
-                steps=steps, rows=p["batch_size"], held=p["batch_size"] * lengths.claims * lengths.claim)
+    p, decoder = s.p, decoder_of(s.vlm)
+    read = sampled = passes = steps = rows_steps = held_steps = 0
+    for a in askings_of(s) if p["divide"] == "facts" else []:
+        rows, calls = rows_of_texts(p, a.rest), a.texts / p["batch_size"]
+        own = decoding_steps(a.texts, rows, a.written, a.longest_written, p["batch_size"], TEXT_USE)
+        read += a.texts * a.rest + calls * a.instruction
+        sampled += a.texts * a.written
+        passes += 2 * calls
+        steps += own
+        rows_steps += rows * own
+        held_steps += (rows * (a.rest + a.written) + a.instruction) * own
+    if not steps:
+        return Load()
+    return Load(read=read, sampled=sampled, flops=2 * decoder.weights * read, passes=passes, steps=steps,
+                rows=rows_steps / steps, held=held_steps / steps)
 
 # %% ../nbs/09_plan.ipynb #6da0c2b1
 def feedback_memory(s: Planned) -> tuple[int, str]:
@@ -775,7 +833,7 @@ def dpo_load(s: Planned) -> Load:
     pairs = n * p["n_pairs"]
     dev = s.recipe.prompts["n_dev"] / n if "n_dev" in s.recipe.prompts else DEV_SHARE
     row = prompts.tokens * (1 if s.shares else 2) + 2 * mean_answer(s)
-    read = pairs * (1 + dev * p["evaluations"])
+    read = pairs * (1 + dev * (1 + p["evaluations"]))
     trained = pairs * (1 - dev) * p["epochs"]
     backwards = 3 if p["gradient_checkpointing"] else 2
     cached = cached_share(s)
@@ -784,7 +842,8 @@ def dpo_load(s: Planned) -> Load:
     rows = max(1, min(p["batch_size"], p["max_tokens"] // row))
     parts = trained / p["batch_size"] * -(-p["batch_size"] // rows)
     passes = read / rows + backwards * parts
-    return Load(read=read * row, trained=trained * row, flops=flops, passes=passes, pictures=seen)
+    prepared = seen / max(1, p["loader_workers"])
+    return Load(read=read * row, trained=trained * row, flops=flops, passes=passes, pictures=prepared)
 
 # %% ../nbs/09_plan.ipynb #6da0c2b5
 def evaluation_memory(s: Planned) -> tuple[int, str]:
@@ -804,7 +863,7 @@ def evaluation_load(s: Planned) -> Load:
     p, prompts, n = s.p, s.prompts, s.p["n_scenes"] * (1 + s.recipe.rounds)
     answer, rows = mean_answer(s), min(p["batch_size"], n)
     asked = questions_load(s, n, s.lengths.claims)
-    steps = steps_of(n, rows, s.lengths, rows)
+    steps = answer_steps(s, n, rows, rows)
     return replace(asked, read=asked.read + n * prompts.tokens, flops=asked.flops + n * prompts.flops,
                    sampled=n * answer, passes=asked.passes + n / rows, steps=steps, rows=rows,
                    held=rows * (answer + prompts.tokens), pictures=2 * n)
@@ -834,12 +893,12 @@ def guided_load(s: Planned) -> Load:
     load = Load(read=2 * n * prompts.tokens + scored, flops=flops, passes=4 * n / batch, pictures=n)
     if given:
         return load
-    steps = steps_of(n * each, rows, s.lengths, rows)
+    steps = answer_steps(s, n * each, rows, rows)
     return replace(load, sampled=n * each * answer, steps=steps, rows=rows,
                    held=rows * answer + batch * prompts.tokens)
 
 # %% ../nbs/09_plan.ipynb #6da0c2b6
-STAGES = {
+COSTS = {
     "01_sampling": (sampling_memory, sampling_load),
     "02_claims": (claims_memory, claims_load),
     "03_feedback": (feedback_memory, feedback_load),
@@ -965,7 +1024,7 @@ def open_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengt
             known[key] = prompts_of(vlm, problem, pictures, lengths, planned.asked)
         planned.prompts = known[key]
     if notebook in WITH_ADAPTER:
-        dry.put_adapter(vlm, p["lora_rank"])
+        dry.put_adapter(vlm, p["lora_rank"], p.get("lora_dropout", 0.0) if notebook == "05_dpo" else 0.0)
         planned.adapter_launches = 0 if planned.merges else step_launches(vlm)
     return planned
 
@@ -986,7 +1045,7 @@ def plan_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengt
     `speed`: measured tokens a second, all kinds together; `planned`: the stage, if it is open already.
     Raises RecipeError for a model without a configuration."""
     s = planned or open_stage(notebook, p, recipe, card, lengths, configs)
-    memory, load_of = STAGES[notebook]
+    memory, load_of = COSTS[notebook]
     load = load_of(s)
     name = str(p[MODEL_KEYS[notebook]])
     work, batch = memory(s)
@@ -1068,7 +1127,7 @@ def advise(notebook: str, p: dict, recipe, card: Card, lengths: Lengths, configs
         s = open_stage(notebook, p | quantised, recipe, card, lengths, configs)
 
         def fits(changed):
-            work, batch = STAGES[notebook][0](replace(s, p=p | changed))
+            work, batch = COSTS[notebook][0](replace(s, p=p | changed))
             plan = StagePlan(notebook, "", dry.weight_bytes(s.vlm.model), work, batch)
             return plan.gib(card) <= card.gib
 

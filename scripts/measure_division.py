@@ -1,19 +1,30 @@
-"""How well answers are divided, and claims judged: the numbers in nbs/02_claims.ipynb, kept in data/results/division.json.
+"""How well answers are divided, and claims judged: the numbers in nbs/02_claims.ipynb.
 
     python scripts/measure_division.py icons
-    python scripts/measure_division.py splitter FOLDER ANSWERS.jsonl --name NAME [--prompts plain] [--replies REPLIES.jsonl]
+    python scripts/measure_division.py splitter FOLDER ANSWERS.jsonl --name NAME [--prompts plain]
 
-`icons` judges true and false claims about scenes of the icon world with questions of every form. `splitter` divides real answers, a JSONL
-file with `question` and `answer`, with any language model, and counts what becomes of them. A model on a CPU takes long: what it
-has replied stands in REPLIES.jsonl and is not asked again.
+`icons` judges true and false claims about scenes of the icon world with questions of every form. `splitter`
+divides real answers, a JSONL file with `question` and `answer`, with any language model, and counts what
+becomes of them. Replies of a slow model are kept in the JSONL file `--replies`, and not asked for again.
+Results are kept in data/results/division.json.
 """
+
 import argparse
 import json
 import random
 from pathlib import Path
 
-from rlaifv_nb.claims import (QUESTIONS, STATEMENT_QUESTION, division_counts, extract_claims, fill, lower_first, question_by_rule, read_templates,
-                              statement_question)
+from rlaifv_nb.claims import (
+    QUESTIONS,
+    STATEMENT_QUESTION,
+    division_counts,
+    extract_claims,
+    fill,
+    lower_first,
+    question_by_rule,
+    read_templates,
+    statement_question,
+)
 from rlaifv_nb.models import open_llm, open_vlm
 from rlaifv_nb.prefix import generate_texts, yes_no_asker
 from rlaifv_nb.records import Response, sha256_of, write_json
@@ -23,14 +34,21 @@ PROMPTS = {"plain": ("facts", "question"), "few-shot": ("facts_fewshot", "questi
 FORMS = {  # forms of a question about a statement that were compared
     STATEMENT_QUESTION: lambda fact: statement_question(fact),
     "Is it true that ...?": lambda fact: f"Is it true that {lower_first(fact).rstrip('.')}?",
-    'Is this statement about the image true: "..."?': lambda fact: f'Is this statement about the image true: "{fact}"?',
-    "Is this statement about the image true? ...": lambda fact: f"Is this statement about the image true? {fact}",
-    "Is this description of the image correct? ...": lambda fact: f"Is this description of the image correct? {fact}",
+    'Is this statement about the image true: "..."?': lambda fact: (
+        f'Is this statement about the image true: "{fact}"?'
+    ),
+    "Is this statement about the image true? ...": lambda fact: (
+        f"Is this statement about the image true? {fact}"
+    ),
+    "Is this description of the image correct? ...": lambda fact: (
+        f"Is this description of the image correct? {fact}"
+    ),
 }
 
 
 def measure_icons(n_scenes: int = 120) -> dict:
-    "The share of right verdicts of the packaged labeler with each form of question, on balanced claims about unseen scenes."
+    """The share of right verdicts of the packaged labeler with each form of question, on balanced claims
+    about unseen scenes."""
     from rlaifv_nb.iconworld import balanced_claims, draw_picture, fact_text, make_scene
 
     scenes = [make_scene("test", 5_000_000 + i) for i in range(n_scenes)]
@@ -38,14 +56,19 @@ def measure_icons(n_scenes: int = 120) -> dict:
     facts = [[fact_text(claim) for claim, _ in group] for group in claims]
     llm = open_llm("packaged:iconworld-splitter")
     prompts = list({f: fill(read_templates().question, fact=f) for group in facts for f in group}.items())
-    by_splitter = dict(zip((f for f, _ in prompts), (text for text, _ in generate_texts(llm, [p for _, p in prompts], 64))))
+    by_splitter = dict(
+        zip((f for f, _ in prompts), (text for text, _ in generate_texts(llm, [p for _, p in prompts], 64)))
+    )
     forms = {"by rule": question_by_rule, "by the splitter": by_splitter.get, **FORMS}
     ask = yes_no_asker(open_vlm("packaged:iconworld-vlm"))
     found = {}
     for name, form in forms.items():
         right = []
         for k in range(0, n_scenes, 24):
-            answers = ask([draw_picture(s) for s in scenes[k : k + 24]], [[form(f) for f in group] for group in facts[k : k + 24]])
+            answers = ask(
+                [draw_picture(s) for s in scenes[k : k + 24]],
+                [[form(f) for f in group] for group in facts[k : k + 24]],
+            )
             for group, pairs in zip(claims[k : k + 24], answers):
                 right += [(p_yes > p_no) == truth for (_, truth), (p_yes, p_no) in zip(group, pairs)]
         found[name] = {"right": sum(right), "of": len(right)}
@@ -54,7 +77,8 @@ def measure_icons(n_scenes: int = 120) -> dict:
 
 
 def remembering(llm, path, max_new_tokens: int, n_calls: list):
-    "A function from prompts to (text, finish_reason) pairs that asks `llm` only for what is not in the file `path`, and counts prompts in `n_calls`."
+    """A function from prompts to (text, finish_reason) pairs that asks `llm` only for what is not in the
+    file `path`, and counts prompts in `n_calls`."""
     known = {}
     if path and Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -68,7 +92,13 @@ def remembering(llm, path, max_new_tokens: int, n_calls: list):
             known[sha256_of(p)] = answer
             if path:
                 with open(path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps({"prompt_sha": sha256_of(p), "reply": answer[0], "reason": answer[1]}, ensure_ascii=False) + "\n")
+                    f.write(
+                        json.dumps(
+                            {"prompt_sha": sha256_of(p), "reply": answer[0], "reason": answer[1]},
+                            ensure_ascii=False,
+                        )
+                        + "\n"
+                    )
         return [known[sha256_of(p)] for p in prompts]
 
     return ask
@@ -92,7 +122,12 @@ def measure_splitter(folder: str, answers: str, prompts: str, replies: str, ways
         n_calls = [0]
         ask = remembering(llm, replies, 512, n_calls)
         claims, set_aside, remarks = extract_claims(responses, question_of, ask, templates, questions=way)
-        found[way] = {"answers": len(rows), "set_aside": len(set_aside), **division_counts(claims, remarks), "calls": n_calls[0]}
+        found[way] = {
+            "answers": len(rows),
+            "set_aside": len(set_aside),
+            **division_counts(claims, remarks),
+            "calls": n_calls[0],
+        }
         print(way, found[way])
     words = [len(row["answer"].split()) for row in rows]
     return {"prompts": prompts, "words": [min(words), max(words)], "questions": found}
@@ -100,7 +135,9 @@ def measure_splitter(folder: str, answers: str, prompts: str, replies: str, ways
 
 def main():
     """Measure, and put the result beside those of before."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     parts.add_parser("icons")
     splitter = parts.add_parser("splitter")
@@ -115,7 +152,9 @@ def main():
     if args.part == "icons":
         stored["icon world"] = measure_icons()
     else:
-        stored[f"{args.name}, {args.prompts} prompts"] = measure_splitter(args.folder, args.answers, args.prompts, args.replies, args.ways)
+        stored[f"{args.name}, {args.prompts} prompts"] = measure_splitter(
+            args.folder, args.answers, args.prompts, args.replies, args.ways
+        )
     write_json(RESULTS, stored)
 
 

@@ -12,7 +12,7 @@ from rlaifv_nb.command import main
 from rlaifv_nb.dryrun import open_dry, put_adapter
 from rlaifv_nb.plan import (CARDS, FAST, LIKELY, NAMED_CARDS, SLOW, Card, Decoder, Lengths, Load, Seen, card_of, decoder_of, disk_problem,
                             extremes, lengths_of, missing_bytes, nearest_card, open_stage, picture_shapes, pictures_of, plan_recipe, plan_stage, rows_of,
-                            seconds_of, spread, stage_parameters, step_floor, step_launches, step_seconds, steps_of, upright_size)
+                            seconds_of, spread, stage_parameters, step_floor, step_launches, step_seconds, decoding_steps, upright_size)
 from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 from rlaifv_nb.records import Prompt, package_folder, write_table
 
@@ -72,9 +72,9 @@ def test_four_bits_are_read_packed_by_few_rows_and_unpacked_by_many():
 
 
 def test_reading_in_four_bits_unpacks_once_a_pass():
-    load = Load(flops=45e12, passes=10)
-    assert seconds_of(load, LLAMA_7B, 0.0, 0.0, SHEET).reading == 1.0  # 45 TFLOP at 45% of 100 TFLOP/s
-    assert seconds_of(load, IN_4_BITS, 0.0, 0.0, SHEET).reading == pytest.approx(1.0 + 10 * 4.5 * 7 / 700)
+    load = Load(flops=50e12, passes=10)
+    assert seconds_of(load, LLAMA_7B, 0.0, 0.0, SHEET).reading == 1.0  # 50 TFLOP at 50% of 100 TFLOP/s
+    assert seconds_of(load, IN_4_BITS, 0.0, 0.0, SHEET).reading == pytest.approx(1.0 + 10 * 2.5 * 7 / 700)
 
 
 def test_pictures_on_the_cpu_count_where_the_card_waits_for_them():
@@ -87,13 +87,38 @@ def test_a_bad_day_takes_longer_than_a_good_one():
     assert best < likely < worst
 
 
-@pytest.mark.parametrize("answers, rows, shard, steps", [
+@pytest.mark.parametrize("answers, rows, queue, steps", [
     (20, 20, 20, 280),  # one batch waits for its longest answer: 46% of its rows are in use
-    (640, 60, 640, 640 * 130 / 60 + 150),  # refilled: 90%
-    (1280, 60, 640, 2 * (640 * 130 / 60 + 150)),  # two shards end with a tail each
+    (40_000, 50, 40_000, 40_000 * 130 / 41 + 150),  # refilled: 82%
+    (1280, 60, 640, 1280 * 130 / 49.2 + 2 * 150),  # two queues end with a tail each
     (10, 60, 10, 280)])  # fewer answers than rows
-def test_steps_of_rows_that_are_refilled(answers, rows, shard, steps):
-    assert steps_of(answers, rows, Lengths(), shard) == pytest.approx(steps)
+def test_steps_of_rows_that_are_refilled(answers, rows, queue, steps):
+    assert decoding_steps(answers, rows, 130, 280, queue) == pytest.approx(steps)
+
+
+def planned(notebook, name="tiny", card=None, configs="", **changes):
+    recipe = load_recipe(name)
+    return open_stage(notebook, stage_parameters(recipe, NOTEBOOKS)[notebook] | changes, recipe, card, Lengths(), configs)
+
+
+def test_sampling_refills_rows_or_waits():
+    card = CARDS[24]
+    refilled, waiting = (plan.sampling_load(planned("01_sampling", card=card, refill=refill)) for refill in (True, False))
+    assert refilled.rows == 108 and waiting.rows == 160, "two thirds of the answers to 16 prompts, in fours"
+    assert refilled.steps == pytest.approx(1600 * 128 / (108 * 0.82)), "answers of 128 tokens at most: none is longer than the mean"
+    assert waiting.steps == 1600 / 160 * 128
+    assert plan.sampling_load(planned("01_sampling")).rows == 160, "a CPU, where a step takes as long as it has rows, refills all"
+
+
+def test_the_splitter_is_asked_for_facts_and_for_the_questions_that_no_rule_makes():
+    facts_rows, questions_rows = 65536 // (28 + 128 + 512), 65536 // (28 + 512)  # texts with their answers
+    facts = 1600 * 140 / (facts_rows * 0.9) + 1600 / 256 * 140
+    for questions, share in (("rule", 0.25), ("splitter", 1.0), ("statement", 0.0)):
+        texts = 1600 * 10 * share
+        load = plan.claims_load(planned("02_claims", questions=questions))
+        assert load.steps == pytest.approx(facts + texts * 14 / (questions_rows * 0.9) + texts / 256 * 14)
+        assert load.sampled == 1600 * 140 + texts * 14
+    assert plan.claims_load(planned("02_claims", divide="whole")) == Load()
 
 
 def test_operations_of_a_step_are_counted_and_an_adapter_adds_to_them(configs):
@@ -240,10 +265,13 @@ def test_features_that_the_cache_cannot_hold_are_made_again(configs):
     p = stage_parameters(recipe, NOTEBOOKS)["05_dpo"]
     s = open_stage("05_dpo", p | {"cache_gb": 1000.0}, recipe, CARDS[24], Lengths(), configs)
     assert plan.features_bytes(s) == 576 * 4096 * 2
+    s.p["loader_workers"] = 0
     assert plan.dpo_load(s).pictures == 4000
     s.p["cache_gb"] = 0.5 * 4000 * 576 * 4096 * 2 / 1e9
-    pairs = 8000 * (1 + 0.1 * 16 + 0.9 * 4)
-    assert plan.dpo_load(s).pictures == pytest.approx(0.5 * 4000 + 0.5 * pairs)
+    rows = 8000 * (1 + 0.1 * 17 + 0.9 * 4)  # reference, dev pairs at the start and 16 times, four epochs
+    assert plan.dpo_load(s).pictures == pytest.approx(0.5 * 4000 + 0.5 * rows)
+    s.p["loader_workers"] = 4
+    assert plan.dpo_load(s).pictures == pytest.approx((0.5 * 4000 + 0.5 * rows) / 4)
 
 
 # Disk
@@ -274,13 +302,20 @@ def test_a_disk_without_room_is_refused_here_and_told_elsewhere(tmp_path, monkey
     usage = type("Usage", (), {"free": 10 * 10**9})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     assert disk_problem(4e9, 5e9, tmp_path, tmp_path / "not" / "there") == ""
-    assert disk_problem(6e9, 5e9, tmp_path, tmp_path) == "the Hub's cache and the run folder: 11.0 GB are needed, 10.0 are free"
-    usage.free = 1000
+    lacking = "the Hub's cache and the run folder: 11.0 GB are needed, 10.0 are free"
+    assert disk_problem(6e9, 5e9, tmp_path, tmp_path) == lacking
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["plan", "tiny"]) == 2
-    assert "tiny does not fit this machine's disk" in capsys.readouterr().err
-    assert main(["plan", "tiny", "--gpu", "4090"]) == 0
-    assert "if it is to run on this machine: the Hub's cache and the run folder" in capsys.readouterr().out
+    found = plan.StagePlan("05_dpo", "some/model", 0, 0, "", kept=3 * 10**9, meanwhile=2 * 10**9, download=7 * 10**9)
+    monkeypatch.setattr(plan, "plan_recipe", lambda *args: ([found], []))
+    recipe = load_recipe("tiny")
+    with pytest.raises(RecipeError, match="tiny does not fit this machine's disk: .*12.0 GB are needed"):
+        plan.print_plan(recipe, NOTEBOOKS, run=tmp_path / "run")
+    plan.print_plan(recipe, NOTEBOOKS, CARDS[24], run=tmp_path / "run", elsewhere=True)
+    assert "if it is to run on this machine: the Hub's cache and the run folder: 12.0 GB" in capsys.readouterr().out
+    plan.print_plan(recipe, NOTEBOOKS, to_download={"some/model": 0}, run=tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "downloads: 0.0 GB" in out and "run folder: 3.0 GB at the end, 2.0 more while a round trains" in out
 
 
 # Whole recipes
@@ -311,6 +346,6 @@ def test_the_table_says_what_it_assumes(configs, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", "smolvlm", "--gpu", "8", "--configs", str(configs), "--picture", "800x600"]) == 0
     out = capsys.readouterr().out
-    assert "time: about" in out and "assumed: 45% of the card's peak (35% to 60%)" in out
+    assert "time: about" in out and "assumed: 50% of the card's peak (35% to 60%)" in out
     assert "pictures: assumed: 800x600" in out and "GB (4.5 SmolVLM-Instruct by its configuration" in out
     assert "run folder:" in out

@@ -223,7 +223,8 @@ def main():
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         raise SystemExit("This check needs a CUDA card and there is none here; --smoke runs the same at toy size on a CPU.")
-    device, failed = "cpu" if args.smoke else "cuda", []
+    device = "cpu" if args.smoke else "cuda"
+    passed, failed = [], []
     for number, (title, run) in enumerate(PARTS):
         if args.only and number not in args.only:
             continue
@@ -231,12 +232,13 @@ def main():
         began = time.perf_counter()
         try:
             run(device)
+            passed.append(number)
         except Exception:
             failed.append(number)
             print(traceback.format_exc(limit=-4))
         free_memory()
         print(f"   ({time.perf_counter() - began:.0f} s)", flush=True)
-    print(f"\n{'smoke run, figures mean nothing; ' if args.smoke else ''}{len(PARTS) - len(failed)} parts passed, failed: {failed or 'none'}")
+    print(f"\n{'smoke run, figures mean nothing; ' if args.smoke else ''}passed: {passed or 'none'}; failed: {failed or 'none'}")
     return len(failed)
 
 
