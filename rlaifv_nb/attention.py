@@ -64,7 +64,8 @@ def use_branch_attention(model, name=ATTENTION_NAME):
 class SharedPrefix:
     """Prompts that branches share, and which branch belongs to which prompt.
 
-    `keys` and `values` (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens, `index`: the prompt of each of R branches."""
+    `keys` and `values` (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens, `index`: the
+    prompt of each of R branches."""
 
     def __init__(self, keys, values, mask, index):
         self.keys = list(keys)
@@ -80,16 +81,19 @@ class SharedPrefix:
         within = np.arange(len(order)) - (counts.cumsum() - counts)[self.index[order]]
         place = np.empty_like(order)  # of each branch, in a table of prompts x places
         place[order] = self.index[order] * counts.max() + within
-        rows = np.zeros(len(counts) * counts.max(), dtype=np.int64)  # branch at each place; unused places repeat branch 0
+        rows = np.zeros(len(counts) * counts.max(), dtype=np.int64)  # the branch at each place; unused: branch 0
         rows[place] = np.arange(len(place))
         self.in_order = len(rows) == len(place) and bool((rows == np.arange(len(rows))).all())
         device = self.mask.device
         self.place = torch.from_numpy(place).to(device)
         self.rows = torch.from_numpy(rows).to(device)
-        self.padding = None if bool(self.mask.all()) else ~self.mask[torch.from_numpy(self.index).to(device)]  # (R, n)
+        self.padding = None  # (R, n): what of its prompt's keys is padding to each branch
+        if not bool(self.mask.all()):
+            self.padding = ~self.mask[torch.from_numpy(self.index).to(device)]
 
     def keep(self, rows):
-        "These branches only (their numbers). When less than half of the prompts still have one, the others' keys and values are dropped."
+        """These branches only (their numbers). When less than half of the prompts still have one, the others' keys and
+        values are dropped."""
         index = self.index[rows]
         used = np.unique(index)
         if 2 * len(used) <= len(self.mask):
@@ -102,7 +106,8 @@ class SharedPrefix:
         self.seat(index)
 
     def replace(self, slots, keys, values, mask):
-        "Other prompts in place of those numbered `slots` (or further ones); all are padded on the left to the longest there is. `seat` must follow."
+        """Other prompts in place of those numbered `slots`, or further ones; all are padded on the left to the longest
+        there is. `seat` must follow."""
         longer = max(0, mask.shape[1] - self.mask.shape[1])
         shorter = max(0, self.mask.shape[1] - mask.shape[1])
         further = max(0, max(slots) + 1 - len(self.mask))
@@ -126,19 +131,20 @@ class SharedPrefix:
         return rows if self.in_order else rows[self.place]
 
     def attend(self, layer, query, key, value, scaling, hidden=None):
-        """Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and values (R, kv heads, s, d).
-
-        `hidden` (R, n + s): the keys that a branch must not see; by default the padding of its prompt."""
+        """Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and values
+        (R, kv heads, s, d). `hidden` (R, n + s): keys that a branch must not see; by default its prompt's padding."""
         if hidden is None and self.padding is not None:
             hidden = F.pad(self.padding, (0, key.shape[2]))
-        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # queries of a key/value head: the heads of its group
-        scores = self.by_prompt(grouped) @ self.keys[layer].transpose(-1, -2)
-        scores = torch.cat([self.by_branch(scores, grouped.shape[2]), grouped @ key.transpose(-1, -2)], -1)
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (R, kv heads, heads of each, d)
+        n_group = grouped.shape[2]
+        over_prompt = self.by_prompt(grouped) @ self.keys[layer].transpose(-1, -2)  # (B, kv heads, places x group, n)
+        over_own = grouped @ key.transpose(-1, -2)  # (R, kv heads, group, s)
+        scores = torch.cat([self.by_branch(over_prompt, n_group), over_own], -1)
         if hidden is not None:
             scores.masked_fill_(hidden[:, None, None], -torch.inf)
         weights = scores.float().mul_(scaling).softmax(-1).to(value.dtype)
         shared, own = weights.tensor_split([self.mask.shape[1]], -1)
-        output = self.by_branch(self.by_prompt(shared) @ self.values[layer], grouped.shape[2]) + own @ value
+        output = self.by_branch(self.by_prompt(shared) @ self.values[layer], n_group) + own @ value
         return output.reshape(query.shape)
 
 # %% ../nbs/00_attention.ipynb #8f2c6b31
@@ -146,9 +152,11 @@ BLOCK = 64  # tokens by which the room of all branches grows
 
 
 class OwnTokens:
-    """Keys and values of the own tokens of R branches, for each layer in buffers (R, kv heads, width, d) of which branch r uses `lengths[r]` columns.
+    """Keys and values of the own tokens of R branches, for each layer in buffers (R, kv heads, width, d) of which
+    branch r uses `lengths[r]` columns.
 
-    The width grows by `BLOCK` columns up to `room`. A branch that writes more than fits overwrites its last column: it has ended, and nobody reads it."""
+    The width grows by `BLOCK` columns up to `room`. A branch that writes more than fits overwrites its last column: it
+    has ended, and nobody reads it."""
 
     def __init__(self, n_layers, n_rows, room, device):
         self.room = room
@@ -168,7 +176,8 @@ class OwnTokens:
     def buffer(self, layer, like):
         "The layer's buffers, as wide as they must be. Zeros, not nothing: what is masked is still multiplied by 0."
         if self.buffers[layer] is None:
-            self.buffers[layer] = [like.new_zeros(len(self.rows), like.shape[1], self.width, like.shape[3]) for _ in range(2)]
+            shape = len(self.rows), like.shape[1], self.width, like.shape[3]
+            self.buffers[layer] = [like.new_zeros(shape), like.new_zeros(shape)]
         missing = self.width - self.buffers[layer][0].shape[2]
         if missing > 0:
             for which in range(2):
@@ -181,7 +190,7 @@ class OwnTokens:
         self.at = self.longest - 1 if self.even else self.lengths.clamp(max=self.longest - 1)
 
     def append(self, layer, *new):
-        "Writes a key and a value (R, kv heads, 1, d) of each branch; returns all there are (R, kv heads, longest, d)."
+        "Writes a key and a value (R, kv heads, 1, d) of each branch; returns all of them (R, kv heads, longest, d)."
         buffers = self.buffer(layer, new[0])
         for buffer, states in zip(buffers, new):
             if self.even:
@@ -191,7 +200,7 @@ class OwnTokens:
         return [buffer[:, :, : self.longest] for buffer in buffers]
 
     def write(self, layer, rows, columns, *new):
-        "Writes keys and values (1, kv heads, m, d) of m tokens of several branches, each at its row and column (m,)."
+        "Writes keys and values (1, kv heads, m, d) of m tokens of several branches at their rows and columns (m,)."
         for buffer, states in zip(self.buffer(layer, new[0]), new):
             buffer[rows, :, columns] = states[0].transpose(0, 1)
 
@@ -204,7 +213,7 @@ class OwnTokens:
         self.lengths = self.lengths + 1
 
     def keep(self, rows):
-        "Drops every row but these (a tensor of numbers). Dropping copies the rest, so it is done for many at a time."
+        "Drops every row but these (a tensor of numbers). It copies the rest, so it is done for many at a time."
         self.lengths = self.lengths[rows]
         self.rows = self.rows[: len(self.lengths)]
         for layer, pair in enumerate(self.buffers):
@@ -220,8 +229,10 @@ def repeated_heads(states, n_heads):
 
 
 class PrefixedRow:
-    """A row of branches, each `(prompt, length)` and those of a prompt side by side, that attend to `keys` and `values` (B, kv heads, n, d) of left-padded
-    prompts for each layer, with `mask` (B, n) of real tokens. `store(layer, keys, values)` gets what the row itself adds."""
+    """A row of branches, each `(prompt, length)` and those of a prompt side by side, that attend to `keys` and `values`
+    (B, kv heads, n, d) of left-padded prompts for each layer, with `mask` (B, n) of real tokens.
+
+    `store(layer, keys, values)` gets what the row itself adds."""
 
     def __init__(self, keys, values, mask, branches, block=384, store=None):
         self.keys = keys
@@ -257,9 +268,11 @@ class PrefixedRow:
     def mask_of(self, number, n, like):
         "Additive mask (m, n) of a block: the prompt, and causally one's own branch."
         if number not in self.masks:
-            own = torch.block_diag(*[torch.ones(t, t, dtype=torch.bool).tril() for t in self.blocks[number][2]])
+            lengths = self.blocks[number][2]
+            own = torch.block_diag(*[torch.ones(t, t, dtype=torch.bool).tril() for t in lengths])
             allowed = torch.cat([torch.ones(len(own), n - len(own), dtype=torch.bool), own], 1)
-            self.masks[number] = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf).to(like.device, like.dtype)
+            mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+            self.masks[number] = mask.to(like.device, like.dtype)
         return self.masks[number]
 
 # %% ../nbs/00_attention.ipynb #114b8626

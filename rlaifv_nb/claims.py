@@ -10,13 +10,14 @@ __all__ = ['WHOLE_QUESTION', 'STATEMENT_QUESTION', 'PHRASE_QUESTION', 'WORD_QUES
            'beginnings', 'is_leaked', 'is_form', 'without_do', 'same_order', 'differences', 'content',
            'question_problem', 'bare', 'is_noun_phrase', 'is_one_clause', 'is_perfect', 'move_verb', 'put_do',
            'lower_first', 'question_by_rule', 'statement_question', 'Remark', 'split_responses', 'read_question',
-           'ask_questions', 'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'text_asker',
-           'run_claims', 'division_counts', 'finish_claims']
+           'ask_questions', 'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'run_claims',
+           'division_counts', 'finish_claims']
 
 # %% ../nbs/02_claims.ipynb #324a965c
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -24,7 +25,6 @@ import yaml
 
 from rlaifv_nb.records import (
     Claim,
-    HalvingWork,
     Prompt,
     Response,
     SetAside,
@@ -827,27 +827,6 @@ def division_warnings(rows, set_aside, counts: dict, questions: str, max_new_tok
     return found
 
 # %% ../nbs/02_claims.ipynb #e09e875a
-def text_asker(llm, max_new_tokens: int, batch_size: int):
-    """A function from prompts to (text, finish_reason) pairs in their order. Works in batches of prompts
-    of like length; its `batch_size` is what fits."""
-    from rlaifv_nb.prefix import generate_texts
-
-    limits = {"rows": batch_size}
-
-    def answer(prompts):
-        return generate_texts(llm, prompts, max_new_tokens, limits=limits), []
-
-    in_batches = HalvingWork(answer, batch_size)
-
-    def ask(prompts):
-        order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
-        answers, _ = in_batches([prompts[k] for k in order])
-        in_batches.batch_size = min(in_batches.batch_size, limits["rows"])  # the splitter halves its portions itself
-        return [answer for _, answer in sorted(zip(order, answers))]
-
-    return ask, in_batches
-
-
 def run_claims(
     prompts: str,
     responses: str,
@@ -869,6 +848,8 @@ def run_claims(
     for name, value, known in (("divide", divide, DIVIDES), ("questions", questions, QUESTIONS)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(known)}")
+    from rlaifv_nb.prefix import generate_texts
+
     templates = templates or read_templates()
     parameters = dict(
         divide=divide,
@@ -889,7 +870,8 @@ def run_claims(
         question_of = {p.prompt_id: p.question for p in read_table(prompts, "prompts", Prompt)}
         shard_of = {r.response_id: k // shard_size for k, r in enumerate(rows)}
         said = {}  # number of a shard -> its remarks
-        ask, asking = text_asker(llm, max_new_tokens, batch_size)
+        limits = {"rows": batch_size}  # of the splitter, which notes here how many fitted into memory
+        ask = partial(generate_texts, llm, max_new_tokens=max_new_tokens, limits=limits)
 
         def work(chunk):
             if divide == "whole":
@@ -905,7 +887,7 @@ def run_claims(
             return claims, set_aside
 
         stage.map("claims", rows, work, shard_size)
-        finish_claims(stage, rows, llm.name, batch_size={"asked": batch_size, "used": asking.batch_size})
+        finish_claims(stage, rows, llm.name, batch_size={"asked": batch_size, "used": limits["rows"]})
     return read_table(out, "claims", Claim)
 
 # %% ../nbs/02_claims.ipynb #e09e875b

@@ -6,7 +6,7 @@
 __all__ = ['LOOK', 'ROWS', 'Prefix', 'on_device', 'stack_inputs', 'read', 'read_prompts', 'read_row', 'SharedRows', 'PlainRows',
            'grow', 'score_shared', 'score_plain', 'score_branches', 'branch_logps', 'next_token_sums', 'pick_tokens',
            'sample_tokens', 'uniform_numbers', 'whole_rows', 'Answer', 'RowUse', 'Sampler', 'sample_rows',
-           'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'rows_for', 'SampleQueue',
+           'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'rows_for', 'unfinished', 'SampleQueue',
            'common_prefix_length', 'grow_texts', 'TextQueue', 'generate_texts', 'yes_no_asker']
 
 # %% ../nbs/00_prefix.ipynb #5964c238
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from .attention import OwnTokens, PrefixedRow, SharedPrefix, no_mask
-from .models import prompt_inputs, prompt_positions, prompt_text, sibling_ids, surface_ids, unsampled_ids
+from .models import (prompt_inputs, prompt_positions, prompt_text, sibling_ids, surface_ids,
+                              unsampled_ids)
 from .packing import PER_TOKEN, cat_ragged, pack_by_budget, token_logps
 from .records import YES_NO_SUFFIX, free_memory, is_out_of_memory
 
@@ -70,22 +71,21 @@ def read_prompts(vlm, inputs):
 
 # %% ../nbs/00_prefix.ipynb #6f2d43ae
 def read_row(vlm, row, next_position, index, branches):
-    """Reads branches (token id lists) of the prompts `index` in one row without padding, in which `row` (a `PrefixedRow`) says who sees whom.
-
-    Returns hidden states (m, hidden) and positions (m,) of all their tokens."""
+    """Reads branches (token id lists) of the prompts `index` in one row without padding, in which `row` (a
+    `PrefixedRow`) says who sees whom. Returns hidden states (m, hidden) and positions (m,) of all their tokens."""
     device = vlm.device
     ids = torch.tensor([[t for b in branches for t in b]], device=device)
     place = torch.tensor([k for b in branches for k in range(len(b))], device=device)
     prompt = torch.tensor([k for k, b in zip(index, branches) for _ in b], device=device)
     positions = next_position[prompt] + place
-    out = vlm.core.model(input_ids=ids, attention_mask=no_mask(device), position_ids=positions[None], branches=row, use_cache=False)
+    out = vlm.core.model(input_ids=ids, attention_mask=no_mask(device), position_ids=positions[None], branches=row,
+                         use_cache=False)
     return out.last_hidden_state[0], positions
 
 
 class SharedRows:
-    """R branches that grow from prompts of a shared prefix (`index`: of which), behind token id lists of their own (`rests`).
-
-    `room`: most own tokens of a branch. `hidden` (R, hidden) is the state after each branch's last token."""
+    """R branches that grow from prompts of a shared prefix (`index`: of which), behind token id lists of their own
+    (`rests`). `room`: most own tokens of a branch. `hidden` (R, hidden) is the state after each branch's last token."""
 
     def __init__(self, vlm, prefix, index, room, rests=None):
         layers = prefix.cache.layers
@@ -98,7 +98,6 @@ class SharedRows:
         prompt = torch.from_numpy(self.shared.index).to(vlm.device)
         self.hidden = prefix.last_hidden[prompt]
         self.positions = prefix.next_position[prompt]
-        self.padding = None
         if rests is not None:
             self.begin(list(range(len(prompt))), self.shared.index.tolist(), rests)
 
@@ -106,22 +105,20 @@ class SharedRows:
         "Appends a token (R,) to each branch and updates `hidden`."
         self.own.begin_step()
         self.masked = self.masked_keys()
-        self.hidden = self.vlm.core.model(input_ids=tokens[:, None], attention_mask=self.no_mask, position_ids=self.positions[:, None], branches=self,
-                                          use_cache=False).last_hidden_state[:, -1]
+        out = self.vlm.core.model(input_ids=tokens[:, None], attention_mask=self.no_mask,
+                                  position_ids=self.positions[:, None], branches=self, use_cache=False)
+        self.hidden = out.last_hidden_state[:, -1]
         self.positions = self.positions + 1
         self.own.end_step()
 
     def masked_keys(self):
         "Keys (R, n + longest) that branches must not see, the same in all layers; None if they see all."
-        shared, own = self.shared, self.own
-        if own.even and shared.padding is None:
-            return None
-        unseen = None if own.even else own.unseen()
-        padding = shared.padding
-        if unseen is None:
-            return F.pad(padding, (0, own.longest))
+        padding = self.shared.padding
+        if self.own.even:
+            return None if padding is None else F.pad(padding, (0, self.own.longest))
+        unseen = self.own.unseen()
         if padding is None:
-            return F.pad(unseen, (shared.mask.shape[1], 0))
+            return F.pad(unseen, (self.shared.mask.shape[1], 0))
         return torch.cat([padding, unseen], 1)
 
     def attend(self, layer, query, key, value, scaling):
@@ -137,7 +134,8 @@ class SharedRows:
         self.positions = self.positions[rows.to(self.positions.device)]
 
     def take(self, slots, prefix):
-        "New prompts in place of those in `slots`, none of whose branches is of interest any more, or in further slots; then `begin`."
+        """New prompts in place of those in `slots`, none of whose branches is of interest any more, or in further slots.
+        Then `begin` gives them branches."""
         layers = prefix.cache.layers
         self.shared.replace(slots, [c.keys for c in layers], [c.values for c in layers], prefix.mask)
         further = len(self.shared.mask) - len(self.last_hidden)
@@ -148,7 +146,8 @@ class SharedRows:
         self.next_position[chosen] = prefix.next_position
 
     def begin(self, rows, index, rests, max_tokens=16384):
-        "New branches in these rows, of the prompts `index`, behind their `rests`, of which about `max_tokens` are read at a time."
+        """New branches in these rows, of the prompts `index`, behind their `rests`, of which about `max_tokens` are read
+        at a time."""
         self.own.even = False
         prompt_of = self.shared.index.copy()
         prompt_of[rows] = index
@@ -158,8 +157,9 @@ class SharedRows:
         self.hidden[at] = self.last_hidden[prompt]
         self.positions[at] = self.next_position[prompt]
         self.own.lengths[at] = 0
-        begun = sorted(((k, row, rest) for row, k, rest in zip(rows, index, rests) if rest), key=lambda b: b[0])
-        for some in pack_by_budget(begun, max_tokens, lambda b: len(b[2])):
+        begun = [(k, row, rest) for k, row, rest in zip(index, rows, rests) if rest]
+        begun.sort(key=lambda branch: branch[0])  # those of a prompt side by side
+        for some in pack_by_budget(begun, max_tokens, lambda branch: len(branch[2])):
             self.read_rests(some)
 
     def read_rests(self, begun):
@@ -175,7 +175,8 @@ class SharedRows:
         def store(layer, key, value):
             self.own.write(layer, rows, columns, key, value)
 
-        row = PrefixedRow(self.shared.keys, self.shared.values, self.shared.mask, list(zip(index, lengths)), store=store)
+        shared = self.shared
+        row = PrefixedRow(shared.keys, shared.values, shared.mask, list(zip(index, lengths)), store=store)
         hidden, positions = read_row(self.vlm, row, self.next_position, index, rests)
         at = torch.tensor([row for _, row, _ in begun], device=device)
         lengths = torch.tensor(lengths, device=device)
@@ -185,13 +186,13 @@ class SharedRows:
         self.own.lengths[at] = lengths
 
     def shorten(self, longest):
-        "Says how many own tokens the longest branch that still counts has, so that no more columns are read than needed."
+        "Says how many own tokens the longest branch that still counts has: no more columns are read than needed."
         if not self.own.even:
             self.own.longest = longest
 
 
 class PlainRows:
-    "The same, each branch with its own reading of the prompt and the model's own cache; rows can only be dropped."
+    "The same, each branch with its own reading of the prompt and the model's cache; rows can only be dropped."
 
     def __init__(self, vlm, prefix, index, room):
         self.vlm = vlm
@@ -204,8 +205,9 @@ class PlainRows:
     def step(self, tokens):
         "As in `SharedRows`."
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.hidden = self.vlm.core.model(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=self.positions[:, None],
-                                          past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+        out = self.vlm.core.model(input_ids=tokens[:, None], attention_mask=self.mask, use_cache=True,
+                                  position_ids=self.positions[:, None], past_key_values=self.cache)
+        self.hidden = out.last_hidden_state[:, -1]
         self.positions = self.positions + 1
 
     def keep(self, going):
@@ -228,10 +230,11 @@ def grow(vlm, prefix, index, room):
 def score_shared(vlm, prefix, index, branches):
     "Hidden states of branches (token id lists) of a shared prefix: a list of (t + 1, hidden), after the prompt and after each token."
     layers = prefix.cache.layers
-    row = PrefixedRow([c.keys for c in layers], [c.values for c in layers], prefix.mask, [(k, len(b)) for k, b in zip(index, branches)])
+    lengths = [len(b) for b in branches]
+    row = PrefixedRow([c.keys for c in layers], [c.values for c in layers], prefix.mask, list(zip(index, lengths)))
     hidden, _ = read_row(vlm, row, prefix.next_position, index, branches)
-    first = prefix.last_hidden[torch.tensor(index, device=vlm.device)]
-    return [torch.cat([before[None], h]) for before, h in zip(first, hidden.split([len(b) for b in branches]))]
+    before = prefix.last_hidden[torch.tensor(index, device=vlm.device)]
+    return [torch.cat([first[None], own]) for first, own in zip(before, hidden.split(lengths))]
 
 
 def score_plain(vlm, prefix, index, branches):
@@ -281,10 +284,11 @@ def next_token_sums(vlm, prefix, index, branches, words, max_tokens=16384):
 
 # %% ../nbs/00_prefix.ipynb #87a2afb6
 def pick_tokens(logits, uniform, temperature, top_p, top_k=0):
-    """Token ids (R,) by inverse-CDF sampling from logits (R, V) with numbers in [0, 1) of shape (R,); the best token at temperature 0.
+    """Token ids (R,) by inverse-CDF sampling from logits (R, V) with numbers in [0, 1) of shape (R,); the best token at
+    temperature 0.
 
-    `temperature`: a number, or a float64 tensor (R,). `top_k` keeps so many most probable tokens (0: all; those as probable as the last one too),
-    then `top_p` the most probable up to this mass."""
+    `temperature`: a number, or a float64 tensor (R,). `top_k` keeps so many most probable tokens and those as probable
+    as the last of them (0: all), then `top_p` the most probable up to this mass."""
     if isinstance(temperature, torch.Tensor):
         greedy = temperature == 0
         sampled = sample_tokens(logits, uniform, temperature.masked_fill(greedy, 1.0)[:, None], top_p, top_k)
@@ -298,7 +302,7 @@ def sample_tokens(logits, uniform, temperature, top_p, top_k):
     "The same at temperatures above 0."
     probs = (logits.double() / temperature).softmax(-1)
     if 0 < top_k < probs.shape[-1]:
-        least = probs.topk(top_k, sorted=True).values[:, -1:]
+        least = probs.topk(top_k).values[:, -1:]
         probs = probs.masked_fill(probs < least, 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
@@ -316,7 +320,7 @@ def uniform_numbers(seeds, n):
 
 
 def whole_rows(values, multiple=4):
-    "The list, its last value repeated up to a multiple of 4: matrix products with 9 or 10 rows take longer than with 12."
+    "The list, its last value repeated up to a multiple of 4: products of 9 or 10 rows take longer than of 12."
     return [*values, *[values[-1]] * (-len(values) % multiple)]
 
 # %% ../nbs/00_prefix.ipynb #c8d17e05
@@ -325,11 +329,11 @@ LOOK = 8  # steps between two looks at what was drawn, on a device other than th
 
 @dataclass
 class Answer:
-    "An answer to be sampled: its seed and temperature (0: greedy), the number of its prompt, its rest, and what has become of it."
+    "An answer to be sampled, and what has become of it."
     seed: int = 0
-    temperature: float = 0.0
-    prompt: int = 0
-    rest: list = ()
+    temperature: float = 0.0  # 0: greedy
+    prompt: int = 0  # the number of its prompt
+    rest: list = ()  # token ids between the prompt and the answer
     tokens: list = field(default_factory=list)  # without the end token
     reason: str = ""  # stop (an end token) or length (cut); empty: not finished
 
@@ -360,8 +364,8 @@ class Sampler:
         self.look_every = look or (1 if vlm.device.type == "cpu" else LOOK)
         self.never = torch.tensor(list(never), dtype=torch.long, device=vlm.device)
         self.answers = [None] * n_rows  # whose row it is; None: nobody's
-        self.said = np.zeros((n_rows, max_new_tokens), dtype=np.int64)  # tokens of each row's answer, as far as they were looked at
-        self.counts = np.zeros(n_rows, dtype=np.int64)  # and how many
+        self.said = np.zeros((n_rows, max_new_tokens), dtype=np.int64)  # each answer's tokens that were looked at
+        self.counts = np.zeros(n_rows, dtype=np.int64)  # how many these are
         self.uniform = torch.zeros(n_rows, max_new_tokens, dtype=torch.float64, device=vlm.device)
         self.temperature = 0.0
         self.drawn = []  # since the last look: (rows, tokens)
@@ -369,13 +373,17 @@ class Sampler:
         self.next_look = 0
 
     def seat(self, rows, answers):
-        "Gives rows to answers. Number j of an answer that begins at step s is in column s + j, modulo the width, so that each step reads one column."
+        """Gives rows to answers. The uniform number j of an answer that begins at step s is in column s + j, modulo the
+        width, so that each step reads one column."""
         for row, answer in zip(rows, answers):
             self.answers[row] = answer
             self.counts[row] = 0
-        temperatures = {a.temperature for a in self.answers if a is not None}
-        self.temperature = temperatures.pop() if len(temperatures) == 1 else torch.tensor(
-            [0.0 if a is None else a.temperature for a in self.answers], dtype=torch.float64, device=self.vlm.device)
+        temperatures = [0.0 if a is None else a.temperature for a in self.answers]
+        different = {a.temperature for a in self.answers if a is not None}
+        if len(different) == 1:
+            self.temperature = different.pop()
+        else:
+            self.temperature = torch.tensor(temperatures, dtype=torch.float64, device=self.vlm.device)
         if any(a.temperature for a in answers):
             numbers = uniform_numbers([a.seed for a in answers], self.max_new_tokens)
             at = torch.tensor(rows, device=self.vlm.device)
@@ -386,7 +394,9 @@ class Sampler:
         chosen = slice(None) if rows is None else torch.tensor(rows, device=self.vlm.device)
         logits = self.vlm.core.lm_head(hidden[chosen]).float()
         logits.index_fill_(1, self.never, -torch.inf)
-        temperature = self.temperature[chosen] if isinstance(self.temperature, torch.Tensor) else self.temperature
+        temperature = self.temperature
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[chosen]
         uniform = self.uniform[chosen, self.steps % self.max_new_tokens]
         tokens = pick_tokens(logits, uniform, temperature, self.top_p, self.top_k)
         self.drawn.append((np.arange(len(self.answers)) if rows is None else np.array(rows), tokens))
@@ -394,14 +404,17 @@ class Sampler:
         return tokens
 
     def look(self):
-        "Reads what was drawn since the last look, in one copy; returns the answers that have ended and frees their rows."
-        tokens = torch.cat([t for _, t in self.drawn]).cpu().numpy()
-        ended = []
-        for rows, some in zip([rows for rows, _ in self.drawn], np.split(tokens, np.cumsum([len(rows) for rows, _ in self.drawn])[:-1])):
-            going = self.counts[rows] < self.max_new_tokens
-            self.said[rows[going], self.counts[rows[going]]] = some[going]
-            self.counts[rows] += some != self.vlm.end_id
-            for row in rows[(some == self.vlm.end_id) | (self.counts[rows] >= self.max_new_tokens)].tolist():
+        "Reads what was drawn since the last look, in one copy; returns the answers that have ended. Their rows are free."
+        everything = torch.cat([tokens for _, tokens in self.drawn]).cpu().numpy()
+        ended, read = [], 0
+        for rows, _ in self.drawn:
+            tokens = everything[read : read + len(rows)]
+            read += len(rows)
+            fits = self.counts[rows] < self.max_new_tokens
+            self.said[rows[fits], self.counts[rows[fits]]] = tokens[fits]
+            is_end = tokens == self.vlm.end_id
+            self.counts[rows] += ~is_end
+            for row in rows[is_end | (self.counts[rows] >= self.max_new_tokens)].tolist():
                 if self.answers[row] is not None:
                     ended.append(self.finish(row))
         self.drawn = []
@@ -418,16 +431,17 @@ class Sampler:
 
     def plan_look(self):
         "When to look again: after `look_every` steps, or when the first answer will be at its limit."
-        left = min((self.max_new_tokens - n for n, a in zip(self.counts.tolist(), self.answers) if a is not None), default=1)
-        self.next_look = self.steps + min(self.look_every, left)
+        longest = max((n for n, a in zip(self.counts.tolist(), self.answers) if a is not None), default=0)
+        self.next_look = self.steps + min(self.look_every, self.max_new_tokens - longest)
 
     def free(self):
         "Rows that are nobody's."
         return [row for row, answer in enumerate(self.answers) if answer is None]
 
     def longest(self):
-        "Tokens behind the prompt, all but the one drawn last, of the longest unfinished answer that was looked at."
-        return max((len(a.rest) + max(0, n - 1) for n, a in zip(self.counts.tolist(), self.answers) if a is not None), default=0)
+        "Tokens behind the prompt of the longest unfinished answer: its rest, and all it said but the last token."
+        unfinished = [(n, a) for n, a in zip(self.counts.tolist(), self.answers) if a is not None]
+        return max((len(a.rest) + max(0, n - 1) for n, a in unfinished), default=0)
 
     def keep(self, rows):
         "Goes on with these rows only."
@@ -444,8 +458,8 @@ class Sampler:
 def sample_rows(branches, sampler, waiting, feed=None, at_least=1):
     """Samples until no answer is left, and yields, after each look, the answers that have ended.
 
-    Free rows go to the answers in `waiting` (a deque), at least `at_least` of them at a time. When `n` rows are free, `feed(n)` may append to it;
-    it says whether there may be more later."""
+    Free rows go to the answers in `waiting` (a deque), `at_least` so many at a time. When `n` rows are free, `feed(n)`
+    may append to it; it says whether there may be more later."""
     while True:
         tokens = sampler.draw(branches.hidden)
         if sampler.steps >= sampler.next_look:
@@ -473,8 +487,9 @@ def sample_rows(branches, sampler, waiting, feed=None, at_least=1):
         sampler.steps += 1
 
 
-def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=(), top_k=0, look=0):
-    """Samples one answer for each entry of `index` (which prompt) and `seeds`; tokens in `never` are not sampled.
+def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=(), top_k=0,
+                    look=0):
+    """Samples one answer for each entry of `index` (of which prompt) and `seeds`; tokens in `never` are not sampled.
 
     Returns a list of (token ids without the end token, `stop` or `length`). `look`: see `Sampler`."""
     prompts = torch.as_tensor(index).tolist()
@@ -494,12 +509,12 @@ def answer_of(tokens, eos):
 # %% ../nbs/00_prefix.ipynb #0b9e7c43
 @dataclass
 class QueuedPrompt:
-    "A prompt with its tensors, a seed and a temperature for each answer, and the answers. `name` is for messages, `source` whatever it was made from."
-    name: str
-    inputs: dict
-    seeds: list
-    temperatures: list
-    source: object = None
+    "A prompt and the answers to it that are wanted."
+    name: str  # for messages
+    inputs: dict  # its tensors
+    seeds: list  # of each answer
+    temperatures: list  # likewise
+    source: object = None  # whatever it was made from
 
     def __post_init__(self):
         self.answers = [Answer(seed, temperature) for seed, temperature in zip(self.seeds, self.temperatures)]
@@ -511,7 +526,7 @@ class QueuedPrompt:
 
 
 def keep_trying(run, smaller):
-    "Yields what `run()` yields. When memory runs out, `smaller(error)` asks for less at a time, or raises, and `run()` goes on."
+    "Yields what `run()` yields. When memory runs out, `smaller(error)` asks for less or raises, and `run()` goes on."
     while True:
         try:
             yield from run()
@@ -523,7 +538,7 @@ def keep_trying(run, smaller):
         free_memory()  # only here are the error and all that it held gone
 
 # %% ../nbs/00_prefix.ipynb #d3f8a621
-ROWS = 2 / 3  # of the answers to `batch_size` prompts, so many have rows at the same time while more prompts follow
+ROWS = 2 / 3  # so many of the answers to `batch_size` prompts have rows at the same time, while more prompts follow
 
 
 def rows_for(n_answers: int, share: float) -> int:
@@ -531,16 +546,25 @@ def rows_for(n_answers: int, share: float) -> int:
     return min(n_answers, len(whole_rows([0] * max(1, round(n_answers * share)))))
 
 
+def unfinished(prompts: list[QueuedPrompt]) -> list[Answer]:
+    "Answers that have not ended."
+    return [answer for prompt in prompts for answer in prompt.answers if not answer.reason]
+
+
 class SampleQueue:
-    """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each prompt when it is done, in no fixed order.
+    """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each prompt when
+    it is done, in no fixed order.
 
-    With `refill`, rows and slots that become free are given to what waits. Else, and where the model cannot share prompts, prompts are sampled in
-    batches, and rows that become free are dropped; so they are on a CPU, unless `row_share` says for which share of the answers there shall be rows.
+    With `refill`, rows and slots that become free are given to what waits. Else, and where the model cannot share
+    prompts, prompts are sampled in batches, and rows that become free are dropped. So they are on a CPU, unless
+    `row_share` says for which share of the answers there shall be rows (0: `ROWS`).
 
-    `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt that does not fit alone."""
+    `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt
+    that does not fit alone."""
 
-    def __init__(self, vlm, prompts: Iterable[QueuedPrompt], batch_size: int = 16, top_p: float = 1.0, top_k: int = 0, max_new_tokens: int = 512,
-                 never: Iterable[int] = (), refill: bool = True, look: int = 0, row_share: float = 0.0):
+    def __init__(self, vlm, prompts: Iterable[QueuedPrompt], batch_size: int = 16, top_p: float = 1.0, top_k: int = 0,
+                 max_new_tokens: int = 512, never: Iterable[int] = (), refill: bool = True, look: int = 0,
+                 row_share: float = 0.0):
         self.vlm = vlm
         self.source = iter(prompts)
         self.again = []  # read from the source, but not begun or not finished
@@ -552,14 +576,16 @@ class SampleQueue:
         self.refill = refill and not vlm.sharing and (row_share > 0 or vlm.device.type != "cpu")
         self.max_new_tokens = max_new_tokens
         self.use = RowUse()
-        self.sampling = {"never": tuple(never), "top_p": top_p, "top_k": top_k, "look": look, "use": self.use}
+        self.sampling = dict(never=tuple(never), top_p=top_p, top_k=top_k, look=look, use=self.use)  # of `Sampler`
 
     def pull(self, n):
-        "Up to `n` more prompts from the source."
+        "Up to `n` more prompts from the source. An error ends it, so there is no second try even when memory ran out."
         try:
             found = list(islice(self.source, n))
-        except MemoryError as e:
-            raise RuntimeError(f"a prompt could not be made ready: {e}") from e  # the source ends here, so there is no second try
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ValueError(f"not enough memory to make a prompt ready: {error}") from error
+            raise
         self.exhausted = len(found) < n
         return found
 
@@ -593,29 +619,37 @@ class SampleQueue:
         self.again = self.alive + self.again
         self.alive = []
         while prompts := self.take(self.batch_size):
-            n_answers = sum(not a.reason for p in prompts for a in p.answers)
-            n_rows = n_answers
+            n_rows = len(unfinished(prompts))
             if self.refill and self.has_more():
-                n_rows = rows_for(n_answers, self.row_share)
+                n_rows = rows_for(n_rows, self.row_share)
             if self.answers_at_once:
                 n_rows = min(n_rows, self.answers_at_once)
-            if self.refill:  # as many prompts as there are rows for; the others' turn comes when rows are free
-                n_begin = next(k for k in range(1, len(prompts) + 1) if sum(not a.reason for p in prompts[:k] for a in p.answers) >= n_rows)
-                self.again = prompts[n_begin:] + self.again
-                self.alive = prompts = prompts[:n_begin]
+            if self.refill:
+                prompts = self.only_with_rows(prompts, n_rows)
             yield from self.sample(prompts, n_rows)
 
+    def only_with_rows(self, prompts, n_rows):
+        "The first of the prompts, as many as fill the rows. The others' turn comes when rows are free."
+        n = 1
+        while len(unfinished(prompts[:n])) < n_rows:
+            n += 1
+        self.again = prompts[n:] + self.again
+        self.alive = prompts[:n]
+        return prompts[:n]
+
     def smaller(self, error):
-        "Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it when one answer is too much."
-        unfinished = [a for p in self.alive for a in p.answers if not a.reason]
+        """Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it when one
+        answer is too much."""
         n = self.batch_size if self.has_more() else min(self.batch_size, len(self.alive))
         if n > 1:
             self.batch_size = n // 2
             print(f"out of memory with {n} prompts at a time: going on with {self.batch_size}")
             return
-        at_once = min(self.answers_at_once or len(unfinished), len(unfinished))
+        left = len(unfinished(self.alive))
+        at_once = min(self.answers_at_once or left, left)
         if at_once < 2:
-            raise MemoryError(f"not enough memory for a single item: one answer to prompt {self.alive[0].name} ({error})") from error
+            name = self.alive[0].name
+            raise MemoryError(f"not enough memory for a single item: one answer to prompt {name} ({error})") from error
         self.batch_size = 1
         self.answers_at_once = at_once // 2
         print(f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a time")
@@ -628,25 +662,30 @@ class SampleQueue:
         while waiting:
             first = [waiting.popleft() for _ in range(min(len(waiting), n_rows))]
             index = [a.prompt for a in first]
-            index = index if self.answers_at_once else whole_rows(index)
+            if not self.answers_at_once:
+                index = whole_rows(index)
             branches = grow(self.vlm, prefix, index, self.max_new_tokens)
             sampler = Sampler(self.vlm, len(index), self.max_new_tokens, **self.sampling)
             sampler.seat(range(len(first)), first)
-            if not self.vlm.sharing:
-                prefix = None  # its tensors are the branches' now
 
             def feed(n_free):
                 return self.feed(n_free, slots, branches, waiting)
 
-            for ended in sample_rows(branches, sampler, deque() if self.vlm.sharing else waiting, feed if self.refill else None):
-                yield from self.hand_out() if ended else ()
+            if self.vlm.sharing:  # rows cannot be refilled: the next ones are grown
+                stream = sample_rows(branches, sampler, deque())
+            else:
+                prefix = None  # its tensors are the branches' now
+                stream = sample_rows(branches, sampler, waiting, feed if self.refill else None)
+            for ended in stream:
+                if ended:
+                    yield from self.hand_out()
 
     def begin(self, prompts, slots):
         "Unfinished answers to prompts that have these slots."
-        answers = [(a, slot) for p, slot in zip(prompts, slots) for a in p.answers if not a.reason]
-        for answer, slot in answers:
-            answer.prompt = slot
-        return [answer for answer, _ in answers]
+        for prompt, slot in zip(prompts, slots):
+            for answer in prompt.answers:
+                answer.prompt = slot
+        return unfinished(prompts)
 
     def feed(self, n_free, slots, branches, waiting):
         "Reads as many prompts as there are free rows for, into free slots; returns whether more may follow."
@@ -673,7 +712,8 @@ def common_prefix_length(rows):
 
 @torch.no_grad()
 def grow_texts(llm, instruction, rests, room):
-    "Branches ready to grow behind `rests` (token id lists) of an instruction that is read once; without one, behind each text itself."
+    """Branches ready to grow behind `rests` (token id lists) of an instruction that is read once; without one, behind
+    each text itself."""
     if not instruction:
         prefix = read_prompts(llm, [{"input_ids": torch.tensor([rest])} for rest in rests])
         return grow(llm, prefix, list(range(len(rests))), room)
@@ -682,7 +722,7 @@ def grow_texts(llm, instruction, rests, room):
 
 
 class TextQueue:
-    "Greedy answers to texts of similar length, at most `n_rows` at a time, behind an instruction that all share (empty: none)."
+    "Greedy answers to texts of similar length, `n_rows` at a time, behind an instruction that all share (or none)."
 
     def __init__(self, llm, instruction, answers, n_rows, max_new_tokens):
         self.llm = llm
@@ -698,7 +738,8 @@ class TextQueue:
         "Half as many at a time. Raises MemoryError when one is too much."
         n = min(self.n_rows, sum(not a.reason for a in self.answers))
         if n < 2:
-            raise MemoryError(f"not enough memory for a single item: a text of {max(len(a.rest) for a in self.answers)} tokens ({error})") from error
+            longest = max(len(a.rest) for a in self.answers)
+            raise MemoryError(f"not enough memory for a single item: a text of {longest} tokens ({error})") from error
         self.n_rows = n // 2
         print(f"out of memory with {n} texts at a time: going on with {self.n_rows}")
 
@@ -708,28 +749,34 @@ class TextQueue:
         while waiting:
             first = [waiting.popleft() for _ in range(min(len(waiting), self.n_rows))]
             rests = [a.rest for a in first]
-            rests = rests if len(first) == self.n_rows else whole_rows(rests)
+            if len(first) < self.n_rows:
+                rests = whole_rows(rests)
             branches = grow_texts(self.llm, self.instruction, rests, self.max_new_tokens)
             sampler = Sampler(self.llm, len(rests), self.max_new_tokens, unsampled_ids(self.llm))
             sampler.seat(range(len(first)), first)
-            yield from sample_rows(branches, sampler, waiting if self.instruction else deque(), at_least=1 + len(rests) // 8)
+            next_ones = waiting if self.instruction else deque()
+            yield from sample_rows(branches, sampler, next_ones, at_least=1 + len(rests) // 8)
 
 
 def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
-    """Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in the order of the prompts.
+    """Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in their order.
 
-    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that all begin with does not count.
+    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that
+    all begin with does not count.
     `limits` may say `{"rows": n}`, no more than n at a time; where memory runs out, it then says how many fitted."""
     limits = {} if limits is None else limits
-    rows = [llm.tokenizer(prompt_text(llm, p, image=None), add_special_tokens=False).input_ids for p in prompts]
+    texts = [prompt_text(llm, prompt, image=None) for prompt in prompts]
+    rows = [llm.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     shared = 0 if llm.sharing or len(rows) < 2 else common_prefix_length(rows)
     answers = [Answer(rest=row[shared:]) for row in rows]
 
     def size(answer):
         return len(answer.rest) + max_new_tokens
 
-    longest_first = sorted(answers, key=size, reverse=True)
-    for _, group in groupby(longest_first, key=lambda answer: size(answer).bit_length()):  # within a factor of two
+    def octave(answer):
+        return size(answer).bit_length()
+
+    for _, group in groupby(sorted(answers, key=size, reverse=True), key=octave):  # sizes within a factor of two
         similar = list(group)
         n_rows = max_tokens // size(similar[0])
         n_rows = max(1, min(n_rows - n_rows % 4, limits.get("rows", n_rows)))

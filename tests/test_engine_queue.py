@@ -152,7 +152,7 @@ def test_other_errors_and_sources_that_break_are_not_taken_for_memory():
         raise error
 
     for rows in (0.0, 1.0):
-        with pytest.raises(RuntimeError, match="a prompt could not be made ready: 100 GB"):
+        with pytest.raises(ValueError, match="not enough memory to make a prompt ready: 100 GB"):
             sampled(vlm, source(MemoryError("100 GB")), max_new_tokens=4, row_share=rows)
         with pytest.raises(ZeroDivisionError):
             sampled(vlm, source(ZeroDivisionError()), max_new_tokens=4, row_share=rows)

@@ -203,7 +203,8 @@ def test_a_spent_budget_is_told_in_a_line_and_the_same_command_goes_on(data, jud
 def test_your_own_prompt_is_used_and_part_of_the_setting(data, judge, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("{contents} {question} {standard}\nThe model's answer: {answer}\nExplain.")
     argv = ["evaluate", "--answers", str(answer_file("mmhal", data, tmp_path)), "--bench", "mmhal", "--data", str(data), "--judge", judge.spec]
-    assert main([*argv, "--prompt", str(tmp_path / "own.txt"), "--out", str(tmp_path / "e")]) == 0 and judge.asked[0].startswith("Dog Q0? A dog.")
+    assert main([*argv, "--prompt", str(tmp_path / "own.txt"), "--out", str(tmp_path / "e")]) == 0
+    assert sorted(judge.asked)[0].startswith("Dog Q0? A dog."), "the contents, the question and the standard come first"
     assert main([*argv, "--out", str(tmp_path / "e")]) == 2 and "prompt" in capsys.readouterr().err
 
 

@@ -39,6 +39,29 @@ def own_logps(vlm, inputs, branch):
     return logits[-len(branch) - 1 : -1].gather(1, torch.tensor(branch)[:, None])[:, 0]
 
 
+def next_token_logits(vlm, inputs, branch):
+    "Logits (V,) of the token that follows a branch, by the model's own forward."
+    ids = torch.cat([inputs["input_ids"], torch.tensor([branch], dtype=torch.long)], 1)
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    rest |= {k: torch.nn.functional.pad(rest[k], (0, len(branch))) for k in PER_TOKEN if k in rest}
+    with torch.no_grad():
+        return vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **rest).logits[0, -1]
+
+
+def same_answer(a, b, vlm, inputs, seed, temperature, never, rounding=1e-5):
+    """Whether two sampled answers are the same, or part where rounding decides: where the uniform number lies on the
+    edge between both tokens (at temperature 0, where both are equally probable)."""
+    if a == b:
+        return True
+    k = next(k for k, (x, y) in enumerate(zip(a[0] + [vlm.end_id], b[0] + [vlm.end_id])) if x != y)
+    first, second = sorted((answer + [vlm.end_id])[k] for answer, _ in (a, b))
+    logits = next_token_logits(vlm, inputs, a[0][:k]).double().index_fill(0, torch.tensor(never), -torch.inf)
+    if temperature == 0:
+        return abs(logits[first] - logits[second]) < rounding
+    edges = (logits / temperature).softmax(-1).cumsum(-1)[first:second]
+    return bool(((edges - uniform_numbers([seed], 20)[0, k]).abs() < rounding).all())
+
+
 def packed_row(vlm, inputs, branches):
     "A training row."
     positions = prompt_positions(vlm.core, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
@@ -84,10 +107,23 @@ def test_the_same_tokens_are_sampled(name, seed, n, temperature):
     index, seeds = [0] * n + [1] * n, range(seed, seed + 2 * n)
     vlm, plain = tiny(name), tiny(name, False)
     never = unsampled_ids(vlm)
-    together = sample_branches(vlm, read_prompts(vlm, inputs), index, seeds, temperature, max_new_tokens=20, never=never)
-    assert together == sample_branches(plain, read_prompts(plain, inputs), index, seeds, temperature, max_new_tokens=20, never=never)
-    alone = sample_branches(vlm, read_prompts(vlm, inputs[1:]), [0], [seed + n], temperature, max_new_tokens=20, never=never)
-    assert together[n] == alone[0], "a response must not depend on its neighbours"
+    sampling = dict(temperature=temperature, max_new_tokens=20, never=never)
+    together = sample_branches(vlm, read_prompts(vlm, inputs), index, seeds, **sampling)
+    apart = sample_branches(plain, read_prompts(plain, inputs), index, seeds, **sampling)
+    for k, of_seed, a, b in zip(index, seeds, together, apart, strict=True):
+        assert same_answer(a, b, plain, inputs[k], of_seed, temperature, never)
+    alone = sample_branches(vlm, read_prompts(vlm, inputs[1:]), [0], [seed + n], **sampling)
+    same = same_answer(together[n], alone[0], plain, inputs[1], seed + n, temperature, never)
+    assert same, "a response must not depend on its neighbours"
+
+
+def test_a_wrong_token_is_not_taken_for_rounding():
+    vlm, inputs = tiny("llava", False), inputs_of("llava", 0, 0)
+    never = unsampled_ids(vlm)
+    sampled = sample_branches(vlm, read_prompts(vlm, [inputs]), [0], [3], 1.0, max_new_tokens=20, never=never)[0]
+    for other in (sampled[0][5] - 3, sampled[0][5] + 3, vlm.end_id):
+        wrong = sampled[0][:5] + [other] + sampled[0][6:], sampled[1]
+        assert not same_answer(sampled, wrong, vlm, inputs, 3, 1.0, never)
 
 
 @on_every_architecture
