@@ -11,8 +11,8 @@ STAMP := $(VENV)/.installed
 RECIPE ?= tiny
 OUT ?= runs/$(RECIPE)
 NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) $(wildcard nbs/index.ipynb)
-# Workers of nbdev-test: with more, small models compete for the same cores.
-N_WORKERS ?= 1
+# Tests and notebooks that run at the same time, each with one thread; each may take 2 GB of memory.
+N_WORKERS ?= 2
 
 # Small models stall when several processes spin for the same cores: let idle threads sleep.
 export OMP_WAIT_POLICY := PASSIVE
@@ -41,8 +41,8 @@ demo: $(STAMP)  ## run the whole chain on the tiny recipe, on a CPU (RECIPE=...,
 	@echo "Report:" && ls $(OUT)/report*
 
 test: $(STAMP)  ## all checks: clean notebooks, library = notebooks, README, tests, every notebook
-	$(BIN)/python -m pytest tests
-	$(BIN)/nbdev-test --n-workers $(N_WORKERS) --do-print --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(N_WORKERS) --do-print --timing
 
 check: $(STAMP)  ## the quick part of the checks: clean notebooks, library = notebooks, README
 	$(BIN)/python scripts/check_notebooks.py
