@@ -1,4 +1,5 @@
 """Packaging. All metadata comes from settings.ini; pyproject.toml holds only what must be static."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -41,7 +42,9 @@ setup(
     package_data={f"{lib}.nbs": ["*.ipynb"], f"{lib}.data": ["**/*"]},
     include_package_data=False,
     install_requires=rows("requirements"),
-    extras_require={key.removesuffix("_requirements"): rows(key) for key in cfg if key.endswith("_requirements")},
+    extras_require={
+        key.removesuffix("_requirements"): rows(key) for key in cfg if key.endswith("_requirements")
+    },
     entry_points={
         "console_scripts": rows("console_scripts"),
         # Lets nbdev link names in the documentation to this library.

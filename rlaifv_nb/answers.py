@@ -18,17 +18,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .benchmarks import read_json_rows, rows_by_id, yes_or_no
-from .records import YES_NO_SUFFIX, SetAside, StageFolder, read_table, sha256_of, write_json, write_rows
+from rlaifv_nb.records import (
+    YES_NO_SUFFIX,
+    SetAside,
+    StageFolder,
+    read_table,
+    sha256_of,
+    write_json,
+    write_rows,
+)
 
 ANSWERS = "answers-1"
 
 # %% ../nbs/06_answers.ipynb #c6572828
-KINDS = {"open": ("", 1024), "yes/no": (YES_NO_SUFFIX, 16), "choice": ("\nAnswer with the option's letter from the given choices directly.", 16)}
+KINDS = {
+    "open": ("", 1024),
+    "yes/no": (YES_NO_SUFFIX, 16),
+    "choice": ("\nAnswer with the option's letter from the given choices directly.", 16),
+}
 
 
 @dataclass(frozen=True)
 class Question:
     "A benchmark's question about a picture: the name of its file, or its bytes in `data`. `row` is what the question file holds of it."
+
     question_id: int | str
     image: str
     text: str
@@ -40,6 +53,7 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     "A model's answer to a question; `finish_reason` is `stop` (end token) or `length` (cut at the token limit)."
+
     question_id: int | str
     text: str
     finish_reason: str
@@ -59,8 +73,9 @@ def read_questions(path, key, image, text, kind="open"):
 def read_amber_questions(folder):
     "AMBER's `query_generative.json` and `query_discriminative.json`."
     queries = Path(folder) / "query"
-    return (read_questions(queries / "query_generative.json", "id", "image", "query")
-            + read_questions(queries / "query_discriminative.json", "id", "image", "query", "yes/no"))
+    return read_questions(queries / "query_generative.json", "id", "image", "query") + read_questions(
+        queries / "query_discriminative.json", "id", "image", "query", "yes/no"
+    )
 
 
 def amber_row(question, text):
@@ -83,7 +98,12 @@ def read_mmhal_questions(folder):
 
 def read_refomb_questions(folder):
     "RefoMB's dev split; a picture's file is named as in its address."
-    return read_questions(Path(folder) / "RefoMB_dev.jsonl", "id", lambda row: str(row.get("image_url")).rpartition("/")[2], "question")
+    return read_questions(
+        Path(folder) / "RefoMB_dev.jsonl",
+        "id",
+        lambda row: str(row.get("image_url")).rpartition("/")[2],
+        "question",
+    )
 
 
 def decoded(text):
@@ -98,8 +118,17 @@ def read_halbench_questions(folder):
     "Object HalBench's 300 questions, 8 wordings, with their pictures inside."
     path = Path(folder) / "obj_halbench_300_with_image.jsonl"
     rows = rows_by_id(read_json_rows(path), "image_id", "question", source=str(path))
-    return [Question(id, row.get("image_path", f"{id}.jpg"), row["question"], "open", {"question_id": i, "image_id": id},
-                     decoded(row["image"]) if "image" in row else b"") for i, (id, row) in enumerate(rows.items())]
+    return [
+        Question(
+            id,
+            row.get("image_path", f"{id}.jpg"),
+            row["question"],
+            "open",
+            {"question_id": i, "image_id": id},
+            decoded(row["image"]) if "image" in row else b"",
+        )
+        for i, (id, row) in enumerate(rows.items())
+    ]
 
 
 def read_mmstar_questions(folder):
@@ -110,14 +139,33 @@ def read_mmstar_questions(folder):
     names = ("index", "image", "question", "answer", "category", "l2_category")
     if missing := [n for n in names if n not in table]:
         raise ValueError(f"MMStar.tsv has no columns {missing}")
-    rows = rows_by_id(json.loads(table.to_json(orient="records")), "index", "question", "answer", "category", "l2_category", source="MMStar.tsv")
-    return [Question(id, f"{id}.jpg", row["question"], "choice", {k: v for k, v in row.items() if k != "image"}, decoded(row["image"]))
-            for id, row in rows.items()]
+    rows = rows_by_id(
+        json.loads(table.to_json(orient="records")),
+        "index",
+        "question",
+        "answer",
+        "category",
+        "l2_category",
+        source="MMStar.tsv",
+    )
+    return [
+        Question(
+            id,
+            f"{id}.jpg",
+            row["question"],
+            "choice",
+            {k: v for k, v in row.items() if k != "image"},
+            decoded(row["image"]),
+        )
+        for id, row in rows.items()
+    ]
 
 
 def read_plain_questions(folder):
     "Any rows with `image` and `question`; without an `id`, the row's number is one."
-    rows = [{"id": number} | row for number, row in enumerate(read_json_rows(Path(folder) / "questions.jsonl"), 1)]
+    rows = [
+        {"id": number} | row for number, row in enumerate(read_json_rows(Path(folder) / "questions.jsonl"), 1)
+    ]
     rows = rows_by_id(rows, "id", "image", "question", source="questions.jsonl")
     return [Question(id, row["image"], row["question"], "open", row) for id, row in rows.items()]
 
@@ -125,6 +173,7 @@ def read_plain_questions(folder):
 @dataclass(frozen=True)
 class Bench:
     "How a benchmark asks: `files` maps a file's name to where to get it; `fill` makes a row of the answer file from a question and its answer."
+
     files: dict
     read: object
     answer_file: str
@@ -136,7 +185,9 @@ AMBER_FROM = "the folder `data` of github.com/junyangwang0410/AMBER; its picture
 RLAIFV_FROM = "eval/data of github.com/RLHF-V/RLAIF-V (CC BY-NC 4.0)"
 COCO_FROM = "COCO 2014's annotations_trainval2014.zip (cocodataset.org), unpacked"
 LLAVA_FROM = "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild, its images/ too"
-POPE_FROM = "output/coco of github.com/AoiDragon/POPE; the pictures of COCO val2014 (cocodataset.org) as images/"
+POPE_FROM = (
+    "output/coco of github.com/AoiDragon/POPE; the pictures of COCO val2014 (cocodataset.org) as images/"
+)
 
 
 def amber_bench(kinds):
@@ -150,16 +201,24 @@ def amber_bench(kinds):
 def refomb_bench():
     "RefoMB's dev split, whoever reviews it."
     files = ("RefoMB_dev.jsonl", "gpt4v_RefoMB_dev_0521.jsonl")
-    return Bench(dict.fromkeys(files, f"{RLAIFV_FROM}; the pictures of its image_url rows as images/"), read_refomb_questions, "refomb_answer.jsonl",
-                 lambda q, text: q.row | {"answer": text})
+    return Bench(
+        dict.fromkeys(files, f"{RLAIFV_FROM}; the pictures of its image_url rows as images/"),
+        read_refomb_questions,
+        "refomb_answer.jsonl",
+        lambda q, text: q.row | {"answer": text},
+    )
 
 
 def pope_bench(part):
     "POPE with one way of drawing the absent objects."
     name = f"coco_pope_{part}.json"
     read = lambda folder: read_questions(Path(folder) / name, "question_id", "image", "text", "yes/no")
-    return Bench({name: POPE_FROM}, read, f"pope_{part}.jsonl",
-                 lambda q, text: {"question_id": q.question_id, "question": q.text, "answer": text})
+    return Bench(
+        {name: POPE_FROM},
+        read,
+        f"pope_{part}.jsonl",
+        lambda q, text: {"question_id": q.question_id, "question": q.text, "answer": text},
+    )
 
 
 def text_row(question, text):
@@ -169,21 +228,53 @@ def text_row(question, text):
 
 
 BENCHES = {
-    "amber": amber_bench(("open", "yes/no")), "amber-generative": amber_bench(("open",)), "amber-discriminative": amber_bench(("yes/no",)),
-    "objhal": Bench(dict.fromkeys(("obj_halbench_300_with_image.jsonl", "synonyms_refine.txt"), RLAIFV_FROM)
-                    | {f"{kind}_{part}2014.json": COCO_FROM for kind in ("instances", "captions") for part in ("train", "val")},
-                    read_halbench_questions, "obj_halbench_answer.jsonl", text_row, 3),
-    "mmhal": Bench({"mmhal-bench_answer_template.json": f"{RLAIFV_FROM}; the pictures of Hugging Face Shengcao1006/MMHal-Bench as images/"},
-                   read_mmhal_questions, "mmhal-bench_answer.json", lambda q, text: q.row | {"model_answer": text}, 3),
-    "refomb": refomb_bench(), "refomb-facts": refomb_bench(),
-    "pope-random": pope_bench("random"), "pope-popular": pope_bench("popular"), "pope-adversarial": pope_bench("adversarial"),
-    "mmstar": Bench({"MMStar.tsv": "huggingface.co/datasets/Lin-Chen/MMStar"}, read_mmstar_questions, "mmstar.jsonl",
-                    lambda q, text: q.row | {"prediction": text}),
-    "llava-bench": Bench(dict.fromkeys(("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"), LLAVA_FROM),
-                         lambda folder: read_questions(Path(folder) / "questions.jsonl", "question_id", "image", "text"),
-                         "llava-bench_answer.jsonl", text_row),
-    "questions": Bench({"questions.jsonl": "your own rows with `image` and `question`; the pictures as images/"}, read_plain_questions,
-                       "answers.jsonl", lambda q, text: q.row | {"answer": text}),
+    "amber": amber_bench(("open", "yes/no")),
+    "amber-generative": amber_bench(("open",)),
+    "amber-discriminative": amber_bench(("yes/no",)),
+    "objhal": Bench(
+        dict.fromkeys(("obj_halbench_300_with_image.jsonl", "synonyms_refine.txt"), RLAIFV_FROM)
+        | {
+            f"{kind}_{part}2014.json": COCO_FROM
+            for kind in ("instances", "captions")
+            for part in ("train", "val")
+        },
+        read_halbench_questions,
+        "obj_halbench_answer.jsonl",
+        text_row,
+        3,
+    ),
+    "mmhal": Bench(
+        {
+            "mmhal-bench_answer_template.json": f"{RLAIFV_FROM}; the pictures of Hugging Face Shengcao1006/MMHal-Bench as images/"
+        },
+        read_mmhal_questions,
+        "mmhal-bench_answer.json",
+        lambda q, text: q.row | {"model_answer": text},
+        3,
+    ),
+    "refomb": refomb_bench(),
+    "refomb-facts": refomb_bench(),
+    "pope-random": pope_bench("random"),
+    "pope-popular": pope_bench("popular"),
+    "pope-adversarial": pope_bench("adversarial"),
+    "mmstar": Bench(
+        {"MMStar.tsv": "huggingface.co/datasets/Lin-Chen/MMStar"},
+        read_mmstar_questions,
+        "mmstar.jsonl",
+        lambda q, text: q.row | {"prediction": text},
+    ),
+    "llava-bench": Bench(
+        dict.fromkeys(("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"), LLAVA_FROM),
+        lambda folder: read_questions(Path(folder) / "questions.jsonl", "question_id", "image", "text"),
+        "llava-bench_answer.jsonl",
+        text_row,
+    ),
+    "questions": Bench(
+        {"questions.jsonl": "your own rows with `image` and `question`; the pictures as images/"},
+        read_plain_questions,
+        "answers.jsonl",
+        lambda q, text: q.row | {"answer": text},
+    ),
 }
 
 
@@ -193,9 +284,14 @@ def open_questions(bench, folder, limit=0):
     Raises ValueError for an unknown benchmark, FileNotFoundError that says what to fetch and where to put it."""
     if bench not in BENCHES:
         raise ValueError(f"bench={bench!r}: choose one of {', '.join(BENCHES)}")
-    missing = {name: origin for name, origin in BENCHES[bench].files.items() if not (Path(folder) / name).exists()}
+    missing = {
+        name: origin for name, origin in BENCHES[bench].files.items() if not (Path(folder) / name).exists()
+    }
     if missing:
-        wanted = "; ".join(f"{', '.join(n for n in missing if missing[n] == origin)}: {origin}" for origin in dict.fromkeys(missing.values()))
+        wanted = "; ".join(
+            f"{', '.join(n for n in missing if missing[n] == origin)}: {origin}"
+            for origin in dict.fromkeys(missing.values())
+        )
         raise FileNotFoundError(f"{bench} needs in {folder}: {wanted}")
     questions = BENCHES[bench].read(folder)
     kept = set(list(dict.fromkeys(q.image for q in questions))[: limit or None])
@@ -215,7 +311,12 @@ def shared_prompts(vlm, pictures, texts):
         inputs = prompt_inputs(vlm, picture, row[0])
         ids = [sibling_ids(vlm, text, inputs) for text in row]
         n = common_prefix_length(ids) if len(row) > 1 else len(ids[0])
-        heads.append({key: v[:, :n] if key in ("input_ids", "attention_mask", *PER_TOKEN) else v for key, v in inputs.items()})
+        heads.append(
+            {
+                key: v[:, :n] if key in ("input_ids", "attention_mask", *PER_TOKEN) else v
+                for key, v in inputs.items()
+            }
+        )
         index += [k] * len(row)
         rests += [row_ids[n:] for row_ids in ids]
     return heads, index, rests
@@ -233,9 +334,15 @@ def continue_greedily(vlm, heads, index, rests, max_new_tokens):
     device, eos, never = vlm.device, vlm.end_id, unsampled_ids(vlm)
     lengths, longest = torch.tensor([len(r) for r in rests], device=device), max(map(len, rests))
     given = torch.tensor([r + [eos] * (longest + max_new_tokens - len(r)) for r in rests], device=device)
-    rows, ended, said = torch.arange(len(rests), device=device), torch.zeros(len(rests), dtype=torch.bool, device=device), given.clone()
+    rows, ended, said = (
+        torch.arange(len(rests), device=device),
+        torch.zeros(len(rests), dtype=torch.bool, device=device),
+        given.clone(),
+    )
     with torch.no_grad():
-        branches = grow(vlm, read_prompts(vlm, heads), torch.as_tensor(index, device=device), longest + max_new_tokens)
+        branches = grow(
+            vlm, read_prompts(vlm, heads), torch.as_tensor(index, device=device), longest + max_new_tokens
+        )
         for t in range(longest + max_new_tokens):
             logits = vlm.core.lm_head(branches.hidden).float()
             logits[:, never] = -torch.inf
@@ -267,8 +374,15 @@ def beam_answer(vlm, picture, text, num_beams, max_new_tokens):
 
     inputs = {k: v.to(vlm.device) for k, v in prompt_inputs(vlm, picture, text).items()}
     with torch.no_grad(), patch.object(vlm.core, "generation_config", GenerationConfig()):
-        ids = vlm.core.generate(**inputs, do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens, eos_token_id=vlm.end_id,
-                                 pad_token_id=vlm.tokenizer.pad_token_id, suppress_tokens=unsampled_ids(vlm) or None)
+        ids = vlm.core.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=vlm.end_id,
+            pad_token_id=vlm.tokenizer.pad_token_id,
+            suppress_tokens=unsampled_ids(vlm) or None,
+        )
     ids, reason = answer_of(ids[0, inputs["input_ids"].shape[1] :].tolist(), vlm.end_id)
     return vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(), reason
 
@@ -301,7 +415,9 @@ def open_picture(question, images):
         with Image.open(io.BytesIO(question.data)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"cannot read the picture of question {question.question_id!r} inside the question file: {type(e).__name__}") from e
+        raise ValueError(
+            f"cannot read the picture of question {question.question_id!r} inside the question file: {type(e).__name__}"
+        ) from e
 
 
 def answer_chunk(vlm, chunk, images, max_new_tokens, num_beams, share):
@@ -316,17 +432,34 @@ def answer_chunk(vlm, chunk, images, max_new_tokens, num_beams, share):
     for kind, (suffix, limit) in KINDS.items():
         at = [i for i, group in enumerate(groups) if group[0].kind == kind]
         texts = [[q.text + suffix for q in groups[i]] for i in at]
-        found = answer_pictures(vlm, [pictures[i] for i in at], texts, max_new_tokens if kind == "open" else limit, num_beams, share) if at else []
-        answers += [Answer(q.question_id, *said) for i, row in zip(at, found) for q, said in zip(groups[i], row)]
+        found = (
+            answer_pictures(
+                vlm,
+                [pictures[i] for i in at],
+                texts,
+                max_new_tokens if kind == "open" else limit,
+                num_beams,
+                share,
+            )
+            if at
+            else []
+        )
+        answers += [
+            Answer(q.question_id, *said) for i, row in zip(at, found) for q, said in zip(groups[i], row)
+        ]
     return answers, set_aside
 
 
 def questions_sha(questions):
     "Content hash of questions: ids, texts, kinds, and the names or bytes of pictures."
-    return sha256_of(json.dumps([[q.question_id, q.image, q.text, q.kind, sha256_of(q.data)] for q in questions]))
+    return sha256_of(
+        json.dumps([[q.question_id, q.image, q.text, q.kind, sha256_of(q.data)] for q in questions])
+    )
 
 
-def run_answers(questions, images, out, vlm, max_new_tokens=1024, num_beams=1, batch_size=8, share=True, adapter_sha=""):
+def run_answers(
+    questions, images, out, vlm, max_new_tokens=1024, num_beams=1, batch_size=8, share=True, adapter_sha=""
+):
     """The stage: a model's answers to questions, a shard for every `batch_size` pictures, and the manifest; returns `{question_id: Answer}`.
 
     Raises ValueError for settings out of range, or when no picture at all can be read (the folder of pictures is probably missing)."""
@@ -334,24 +467,51 @@ def run_answers(questions, images, out, vlm, max_new_tokens=1024, num_beams=1, b
         raise ValueError("need max_new_tokens, num_beams and batch_size of at least 1")
     decoding = "greedy" if num_beams == 1 else f"beam search, {num_beams} beams"
     added = {kind: suffix for kind, (suffix, _) in KINDS.items() if suffix}
-    parameters = dict(max_new_tokens=max_new_tokens, decoding=decoding, batch_size=batch_size, sharing=vlm.sharing if share else "off",
-                      protocol=ANSWERS, added=added, **vlm.asked)
-    stage = StageFolder(out, "answers", parameters, {"questions": questions_sha(questions), "policy": vlm.sha, "adapter": adapter_sha})
+    parameters = dict(
+        max_new_tokens=max_new_tokens,
+        decoding=decoding,
+        batch_size=batch_size,
+        sharing=vlm.sharing if share else "off",
+        protocol=ANSWERS,
+        added=added,
+        **vlm.asked,
+    )
+    stage = StageFolder(
+        out,
+        "answers",
+        parameters,
+        {"questions": questions_sha(questions), "policy": vlm.sha, "adapter": adapter_sha},
+    )
     if not stage.is_done:
         groups = {}
         for q in questions:
             groups.setdefault((q.kind, q.image), []).append(q)
-        stage.map("answers", groups.values(), lambda chunk: answer_chunk(vlm, chunk, images, max_new_tokens, num_beams, share), batch_size)
+        stage.map(
+            "answers",
+            groups.values(),
+            lambda chunk: answer_chunk(vlm, chunk, images, max_new_tokens, num_beams, share),
+            batch_size,
+        )
         answers, set_aside = read_table(out, "answers", Answer), stage.set_aside("answers")
         if questions and not answers:
-            raise ValueError(f"no picture could be read ({set_aside[0].detail}): put the pictures into {images} and delete {out}")
-        stage.finish(len(questions), len(answers), ["answers"], set_aside, truncated=sum(a.finish_reason == "length" for a in answers))
+            raise ValueError(
+                f"no picture could be read ({set_aside[0].detail}): put the pictures into {images} and delete {out}"
+            )
+        stage.finish(
+            len(questions),
+            len(answers),
+            ["answers"],
+            set_aside,
+            truncated=sum(a.finish_reason == "length" for a in answers),
+        )
     return {a.question_id: a for a in read_table(out, "answers", Answer)}
 
 
 def write_answer_file(bench, questions, answers, out):
     "The benchmark's own answer file in the folder `out`, questions in their order, those without an answer left out; returns its path."
     path = Path(out) / BENCHES[bench].answer_file
-    rows = [BENCHES[bench].fill(q, answers[q.question_id].text) for q in questions if q.question_id in answers]
+    rows = [
+        BENCHES[bench].fill(q, answers[q.question_id].text) for q in questions if q.question_id in answers
+    ]
     (write_json if path.suffix == ".json" else write_rows)(path, rows)
     return path

@@ -30,10 +30,14 @@ def no_mask(device):
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-def branch_attention(module, query, key, value, attention_mask, branches=None, scaling=None, dropout=0.0, **kwargs):
+def branch_attention(
+    module, query, key, value, attention_mask, branches=None, scaling=None, dropout=0.0, **kwargs
+):
     "An attention function for transformers: `branches` decides who sees whom; without it, this is scaled dot-product attention."
     if branches is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return branches.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
@@ -57,7 +61,11 @@ def unsupported_layers(model):
 
 def use_branch_attention(model, name=ATTENTION_NAME):
     "Switches the language model (not the vision tower) to `branch_attention`, or to another implementation."
-    text = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]
+    text = [
+        key
+        for key in model.config.sub_configs
+        if getattr(model.config, key) is model.config.get_text_config()
+    ]
     model.set_attn_implementation({text[0]: name} if text else name)
 
 # %% ../nbs/00_attention.ipynb #0f94ad02
@@ -81,7 +89,9 @@ class SharedPrefix:
         within = np.arange(len(order)) - (counts.cumsum() - counts)[self.index[order]]
         place = np.empty_like(order)  # of each branch, in a table of prompts x places
         place[order] = self.index[order] * counts.max() + within
-        rows = np.zeros(len(counts) * counts.max(), dtype=np.int64)  # the branch at each place; unused: branch 0
+        rows = np.zeros(
+            len(counts) * counts.max(), dtype=np.int64
+        )  # the branch at each place; unused: branch 0
         rows[place] = np.arange(len(place))
         self.in_order = len(rows) == len(place) and bool((rows == np.arange(len(rows))).all())
         device = self.mask.device
@@ -135,9 +145,13 @@ class SharedPrefix:
         (R, kv heads, s, d). `hidden` (R, n + s): keys that a branch must not see; by default its prompt's padding."""
         if hidden is None and self.padding is not None:
             hidden = F.pad(self.padding, (0, key.shape[2]))
-        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (R, kv heads, heads of each, d)
+        grouped = query.reshape(
+            len(query), key.shape[1], -1, query.shape[-1]
+        )  # (R, kv heads, heads of each, d)
         n_group = grouped.shape[2]
-        over_prompt = self.by_prompt(grouped) @ self.keys[layer].transpose(-1, -2)  # (B, kv heads, places x group, n)
+        over_prompt = self.by_prompt(grouped) @ self.keys[layer].transpose(
+            -1, -2
+        )  # (B, kv heads, places x group, n)
         over_own = grouped @ key.transpose(-1, -2)  # (R, kv heads, group, s)
         scores = torch.cat([self.by_branch(over_prompt, n_group), over_own], -1)
         if hidden is not None:
@@ -313,7 +327,11 @@ class PackedLayout:
 
     def __init__(self, units, kernel="auto"):
         self.kernel = kernel
-        self.queries, self.keys, start = [], [], 0  # of each piece: (first, end) of its queries, and its keys as such ranges
+        self.queries, self.keys, start = (
+            [],
+            [],
+            0,
+        )  # of each piece: (first, end) of its queries, and its keys as such ranges
         for prompt, branches in units:
             whole = (start, start + prompt)
             self.queries.append(whole)
@@ -336,10 +354,17 @@ class PackedLayout:
         "Piece by piece."
         outputs = []
         for (first, end), ranges in zip(self.queries, self.keys):
-            k, v = (torch.cat([x[:, :, a:b] for a, b in ranges], 2) if len(ranges) > 1 else x[:, :, first:end] for x in (key, value))
+            k, v = (
+                torch.cat([x[:, :, a:b] for a, b in ranges], 2) if len(ranges) > 1 else x[:, :, first:end]
+                for x in (key, value)
+            )
             k, v = (repeated_heads(states, query.shape[1]) for states in (k, v))
             mask = self.mask_of(end - first, k.shape[2], query.device) if len(ranges) > 1 else None
-            outputs.append(F.scaled_dot_product_attention(query[:, :, first:end], k, v, mask, is_causal=mask is None, scale=scaling))
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, first:end], k, v, mask, is_causal=mask is None, scale=scaling
+                )
+            )
         return torch.cat(outputs, 2)
 
     def mask_of(self, t, n, device):
@@ -351,16 +376,25 @@ class PackedLayout:
     def table_of(self, device):
         "For a device: index of each piece's keys in the row, and the cumulative lengths of queries and keys (int32)."
         if device not in self.tables:
-            lengths = [[b - a for a, b in self.queries], [sum(b - a for a, b in ranges) for ranges in self.keys]]
+            lengths = [
+                [b - a for a, b in self.queries],
+                [sum(b - a for a, b in ranges) for ranges in self.keys],
+            ]
             gather = torch.cat([torch.arange(a, b) for ranges in self.keys for a, b in ranges]).to(device)
-            self.tables[device] = gather, [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in lengths], [max(n) for n in lengths]
+            self.tables[device] = (
+                gather,
+                [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in lengths],
+                [max(n) for n in lengths],
+            )
         return self.tables[device]
 
     def attend_varlen(self, kernel, query, key, value, scaling):
         "One call for all pieces; `kernel(q, k, v, cumulative q, cumulative k, longest q, longest k, scaling)` on tensors (tokens, heads, d)."
         gather, cumulative, longest = self.table_of(query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return kernel(q.contiguous(), k[gather], v[gather], *cumulative, *longest, scaling).transpose(0, 1)[None]
+        return kernel(q.contiguous(), k[gather], v[gather], *cumulative, *longest, scaling).transpose(0, 1)[
+            None
+        ]
 
     def attend_flex(self, query, key, value, scaling):
         "One call with a block mask. Raises ValueError for training on a CPU, which FlexAttention cannot do."
@@ -368,12 +402,31 @@ class PackedLayout:
             raise ValueError("kernel='flex' trains on CUDA only: choose 'sdpa'")
         if ("flex", query.device) not in self.tables:
             prompts = [ranges[0] for ranges in self.keys]  # of each piece; a prompt's own
-            tables = [torch.tensor([x for (a, b), r in zip(self.queries, prompts) for x in [r[side]] * (b - a)], device=query.device) for side in (0, 1)]
-            piece = torch.tensor([i for i, (a, b) in enumerate(self.queries) for _ in range(b - a)], device=query.device)
-            seen = lambda b, h, q, k: (k <= q) & ((piece[q] == piece[k]) | ((k >= tables[0][q]) & (k < tables[1][q])))
-            self.tables["flex", query.device] = create_block_mask(seen, None, None, self.n_tokens, self.n_tokens, device=query.device)
+            tables = [
+                torch.tensor(
+                    [x for (a, b), r in zip(self.queries, prompts) for x in [r[side]] * (b - a)],
+                    device=query.device,
+                )
+                for side in (0, 1)
+            ]
+            piece = torch.tensor(
+                [i for i, (a, b) in enumerate(self.queries) for _ in range(b - a)], device=query.device
+            )
+            seen = lambda b, h, q, k: (
+                (k <= q) & ((piece[q] == piece[k]) | ((k >= tables[0][q]) & (k < tables[1][q])))
+            )
+            self.tables["flex", query.device] = create_block_mask(
+                seen, None, None, self.n_tokens, self.n_tokens, device=query.device
+            )
         run = compiled_flex() if query.is_cuda else flex_attention
-        return run(query, key, value, block_mask=self.tables["flex", query.device], scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        return run(
+            query,
+            key,
+            value,
+            block_mask=self.tables["flex", query.device],
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 @cache
@@ -388,13 +441,26 @@ def varlen_kernel(name):
         from torch.nn.attention.varlen import varlen_attn
 
         return lambda q, k, v, cu_q, cu_k, max_q, max_k, scaling: varlen_attn(
-            q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as e:
-        raise ImportError("kernel='flash_attn' needs the package flash-attn (pip install flash-attn); 'varlen' needs no package") from e
+        raise ImportError(
+            "kernel='flash_attn' needs the package flash-attn (pip install flash-attn); 'varlen' needs no package"
+        ) from e
     return lambda q, k, v, cu_q, cu_k, max_q, max_k, scaling: flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
+        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True
+    )
 
 # %% ../nbs/00_attention.ipynb #9a5a00ff
 @torch.no_grad()
@@ -404,18 +470,37 @@ def sharing_problem(model, n_prompt=8):
     if problem:
         return problem
     name, inner, device = type(model).__name__, model.model, next(model.parameters()).device
-    ids = torch.tensor([[i for i in range(10, 40) if i != getattr(model.config, "image_token_id", None)][: n_prompt + 4]], device=device)
+    ids = torch.tensor(
+        [[i for i in range(10, 40) if i != getattr(model.config, "image_token_id", None)][: n_prompt + 4]],
+        device=device,
+    )
     positions = torch.arange(ids.shape[1], device=device)[None]
     before = model.config.get_text_config()._attn_implementation
-    plain = inner(input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[:, n_prompt:]
+    plain = inner(
+        input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False
+    ).last_hidden_state[:, n_prompt:]
     use_branch_attention(model)
-    cache = inner(input_ids=ids[:, :n_prompt], position_ids=positions[:, :n_prompt], use_cache=True).past_key_values
+    cache = inner(
+        input_ids=ids[:, :n_prompt], position_ids=positions[:, :n_prompt], use_cache=True
+    ).past_key_values
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        problem = f"{name} has a cache of {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
+        problem = (
+            f"{name} has a cache of {', '.join(sorted({type(layer).__name__ for layer in cache.layers}))}"
+        )
     else:
-        shared = PrefixedRow([c.keys for c in cache.layers], [c.values for c in cache.layers], torch.ones_like(ids[:, :n_prompt]), [(0, ids.shape[1] - n_prompt)])
-        branch = inner(input_ids=ids[:, n_prompt:], position_ids=positions[:, n_prompt:], attention_mask=no_mask(device), branches=shared,
-                       use_cache=False).last_hidden_state
+        shared = PrefixedRow(
+            [c.keys for c in cache.layers],
+            [c.values for c in cache.layers],
+            torch.ones_like(ids[:, :n_prompt]),
+            [(0, ids.shape[1] - n_prompt)],
+        )
+        branch = inner(
+            input_ids=ids[:, n_prompt:],
+            position_ids=positions[:, n_prompt:],
+            attention_mask=no_mask(device),
+            branches=shared,
+            use_cache=False,
+        ).last_hidden_state
         tolerance = (1e-4 if plain.dtype == torch.float32 else 5e-2) * plain.abs().max()
         if shared.calls != len(cache.layers):
             problem = f"{name} does not hand keywords down to its attention layers"

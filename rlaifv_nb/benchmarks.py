@@ -56,7 +56,9 @@ def rows_by_id(rows, key, *fields, source="the file"):
             raise ValueError(f"{source}, row {number}: {key} {row[key]!r} comes twice")
         for field in fields:
             if not isinstance(row.get(field), str):
-                raise ValueError(f"{source}, {key} {row[key]!r}: {field!r} must be a text, not {row.get(field)!r}")
+                raise ValueError(
+                    f"{source}, {key} {row[key]!r}: {field!r} must be a text, not {row.get(field)!r}"
+                )
         found[row[key]] = row
     return found
 
@@ -65,7 +67,9 @@ def require_ids(answers, wanted, source="the answers"):
     "Raises ValueError that names ids wanted but not answered, or answered but unknown."
     missing, unknown = [i for i in wanted if i not in answers], [i for i in answers if i not in wanted]
     if missing or unknown:
-        raise ValueError(f"{source}: {len(missing)} ids without an answer {missing[:5]}, {len(unknown)} unknown ids {unknown[:5]}")
+        raise ValueError(
+            f"{source}: {len(missing)} ids without an answer {missing[:5]}, {len(unknown)} unknown ids {unknown[:5]}"
+        )
 
 # %% ../nbs/06_benchmarks.ipynb #506615ea
 def yes_or_no(text):
@@ -74,17 +78,31 @@ def yes_or_no(text):
     return word and word[1].lower()
 
 # %% ../nbs/06_benchmarks.ipynb #00f27c62
-AMBER_TYPES = {"discriminative-hallucination": "existence", "discriminative-attribute-state": "state",
-               "discriminative-attribute-number": "number", "discriminative-attribute-action": "action",
-               "discriminative-relation": "relation", "relation": "relation"}
-AMBER_PARTS = {"all": ("existence", "state", "number", "action", "relation"), "existence": ("existence",),
-               "attribute": ("state", "number", "action"), "state": ("state",), "number": ("number",), "action": ("action",),
-               "relation": ("relation",)}
+AMBER_TYPES = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+AMBER_PARTS = {
+    "all": ("existence", "state", "number", "action", "relation"),
+    "existence": ("existence",),
+    "attribute": ("state", "number", "action"),
+    "state": ("state",),
+    "number": ("number",),
+    "action": ("action",),
+    "relation": ("relation",),
+}
 
 
 def read_amber_answers(path):
     "`{id: response}` of an AMBER answer file (rows with `id` and `response`). Raises ValueError naming a bad row."
-    return {id: row["response"] for id, row in rows_by_id(read_json_rows(path), "id", "response", source=str(path)).items()}
+    return {
+        id: row["response"]
+        for id, row in rows_by_id(read_json_rows(path), "id", "response", source=str(path)).items()
+    }
 
 
 def read_amber_annotations(path):
@@ -110,8 +128,14 @@ def count_amber_answers(answers, annotations, mode="clean"):
         if row["type"] == "generative":
             continue
         said = {"Yes": "yes", "No": "no"}.get(text) if mode == "official" else yes_or_no(text)
-        seen = {"n": True, "correct": said == row["truth"], "said_no": said == "no", "is_no": row["truth"] == "no",
-                "no_no": said == row["truth"] == "no", "unread": said is None}
+        seen = {
+            "n": True,
+            "correct": said == row["truth"],
+            "said_no": said == "no",
+            "is_no": row["truth"] == "no",
+            "no_no": said == row["truth"] == "no",
+            "unread": said is None,
+        }
         counts[id] = {(AMBER_TYPES[row["type"]], name): 1 for name, true in seen.items() if true}
     return counts
 
@@ -127,9 +151,13 @@ def amber_figures(sums, mode="clean"):
         names = ("correct", "n", "no_no", "said_no", "is_no", "unread")
         *values, unread = (sum(sums.get((type, name), 0) for type in types) for name in names)
         if mode == "official":
-            values = _official_amber(*values, 0.003 if part == "attribute" else 0.001, 0.001 if part == "existence" else 0.0001)
+            values = _official_amber(
+                *values, 0.003 if part == "attribute" else 0.001, 0.001 if part == "existence" else 0.0001
+            )
         elif values[1]:
-            values = {k: float(v) for k, v in discriminative(values).items()} | {"unread": 100 * unread / values[1]}
+            values = {k: float(v) for k, v in discriminative(values).items()} | {
+                "unread": 100 * unread / values[1]
+            }
         else:
             continue
         figures |= {f"{part} {measure}": value for measure, value in values.items()}
@@ -138,9 +166,16 @@ def amber_figures(sums, mode="clean"):
 
 def _official_amber(correct, n, no_no, said_no, is_no, epsilon, epsilon_f1):
     "The four figures with AMBER's roundings and epsilons."
-    accuracy, precision, recall = (round(a / (epsilon + b) * 100, 1) for a, b in ((correct, n), (no_no, said_no), (no_no, is_no)))
+    accuracy, precision, recall = (
+        round(a / (epsilon + b) * 100, 1) for a, b in ((correct, n), (no_no, said_no), (no_no, is_no))
+    )
     p, r = precision / 100, recall / 100
-    return {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": round(2 * p * r / (p + r + epsilon_f1) * 100, 1)}
+    return {
+        "accuracy": accuracy,
+        "precision": precision,
+        "recall": recall,
+        "F1": round(2 * p * r / (p + r + epsilon_f1) * 100, 1),
+    }
 
 # %% ../nbs/06_benchmarks.ipynb #1167059a
 def always_no(answers):
@@ -150,11 +185,16 @@ def always_no(answers):
 
 def amber_table(answers, annotations, mode="clean"):
     "AMBER's yes/no figures as a Markdown table, a line a part, with the F1 of always answering No."
-    table, blind = (amber_figures(sum_counts(count_amber_answers(a, annotations, mode)), mode) for a in (answers, always_no(answers)))
+    table, blind = (
+        amber_figures(sum_counts(count_amber_answers(a, annotations, mode)), mode)
+        for a in (answers, always_no(answers))
+    )
     lines = ["| part | accuracy | precision | recall | F1 | F1 of always No |", "|---|---|---|---|---|---|"]
     for part in AMBER_PARTS:
         if f"{part} F1" in table:
-            values = [table[f"{part} {m}"] for m in ("accuracy", "precision", "recall", "F1")] + [blind[f"{part} F1"]]
+            values = [table[f"{part} {m}"] for m in ("accuracy", "precision", "recall", "F1")] + [
+                blind[f"{part} F1"]
+            ]
             lines.append(f"| {part} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     return "\n".join(lines)
 
@@ -164,7 +204,11 @@ def read_pope(answers_path, labels_path):
 
     `labels_path` may also be the rows themselves, when only some questions were asked.
     Raises ValueError that names the row where the answers' question or number of rows does not fit, or a label that is not yes or no."""
-    rows, source = (labels_path, "the questions") if isinstance(labels_path, list) else (read_json_rows(labels_path), labels_path)
+    rows, source = (
+        (labels_path, "the questions")
+        if isinstance(labels_path, list)
+        else (read_json_rows(labels_path), labels_path)
+    )
     labels = rows_by_id(rows, "question_id", "label", source=str(source))
     answers = read_json_rows(answers_path)
     if len(answers) != len(labels):
@@ -176,7 +220,9 @@ def read_pope(answers_path, labels_path):
         if not isinstance(answer.get("answer"), str):
             raise ValueError(f"{answers_path}, question_id {id}: no text under 'answer'")
         if answer.get("question", row.get("text", "")).lower() != row.get("text", "").lower():
-            raise ValueError(f"{answers_path}, question_id {id}: the question is {answer['question']!r}, not {row['text']!r}")
+            raise ValueError(
+                f"{answers_path}, question_id {id}: the question is {answer['question']!r}, not {row['text']!r}"
+            )
         found[id] = answer["answer"]
     return found, {id: row["label"] for id, row in labels.items()}
 
@@ -194,7 +240,9 @@ def count_pope_answers(answers, labels, mode="clean"):
     counts = {}
     for id, text in answers.items():
         said = official_pope_answer(text) if mode == "official" else yes_or_no(text)
-        kind = {("yes", "yes"): "TP", ("yes", "no"): "FP", ("no", "no"): "TN", ("no", "yes"): "FN"}.get((said, labels[id]))
+        kind = {("yes", "yes"): "TP", ("yes", "no"): "FP", ("no", "no"): "TN", ("no", "yes"): "FN"}.get(
+            (said, labels[id])
+        )
         counts[id] = {kind or f"unread_{labels[id]}": 1}
     return counts
 
@@ -202,11 +250,18 @@ def count_pope_answers(answers, labels, mode="clean"):
 def pope_figures(sums, mode="clean"):
     "Accuracy, precision, recall, F1 and yes ratio: fractions (`official`), or percent with the share of unread answers, which are wrong."
     check_mode(mode)
-    tp, fp, tn, fn, lost, spared = (sums.get(k, 0) for k in ("TP", "FP", "TN", "FN", "unread_yes", "unread_no"))
+    tp, fp, tn, fn, lost, spared = (
+        sums.get(k, 0) for k in ("TP", "FP", "TN", "FN", "unread_yes", "unread_no")
+    )
     n = tp + fp + tn + fn + lost + spared
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn + lost)
-    figures = {"accuracy": _ratio(tp + tn, n), "precision": precision, "recall": recall,
-               "F1": _ratio(2 * precision * recall, precision + recall), "yes ratio": _ratio(tp + fp, n)}
+    figures = {
+        "accuracy": _ratio(tp + tn, n),
+        "precision": precision,
+        "recall": recall,
+        "F1": _ratio(2 * precision * recall, precision + recall),
+        "yes ratio": _ratio(tp + fp, n),
+    }
     if mode == "official":
         return figures
     figures["F1"] = _ratio(2 * tp, 2 * tp + fp + fn + lost)  # defined also without a "yes"
@@ -221,13 +276,17 @@ def _ratio(a, b):
 def official_choice(prediction, answer):
     "Whether MMStar's own rule takes the prediction for the letter `answer`."
     prediction, answer = (s.lower().strip().replace("\n", " ") for s in (prediction, answer))
-    places = [0] + [len(prefix) for prefix in ("(", "option ", "the answer is ") if prediction.startswith(prefix)]
+    places = [0] + [
+        len(prefix) for prefix in ("(", "option ", "the answer is ") if prediction.startswith(prefix)
+    ]
     return any(prediction[i : i + 1] == answer != "" for i in places)
 
 
 def read_choice(prediction):
     "The letter A to D of a multiple-choice answer, or None: alone, bracketed, or after `answer is` or `option`."
-    alone = re.match(r"\W*([A-D])(?![\w'])(?!\s+[a-z])", prediction) or re.fullmatch(r"\W*([a-d])\W*", prediction)
+    alone = re.match(r"\W*([A-D])(?![\w'])(?!\s+[a-z])", prediction) or re.fullmatch(
+        r"\W*([a-d])\W*", prediction
+    )
     stated = re.findall(r"(?:answer(?: is)?|option)\W*([A-D])\b", prediction, re.IGNORECASE)
     letters = {alone[1].upper()} if alone else {letter.upper() for letter in stated}
     return letters.pop() if len(letters) == 1 else None
@@ -239,9 +298,15 @@ def count_mmstar_answers(rows, mode="clean"):
     Rows are dicts with index, prediction, answer, category and l2_category. Raises ValueError naming a bad row."""
     check_mode(mode)
     counts = {}
-    for id, row in rows_by_id(rows, "index", "prediction", "answer", "category", "l2_category", source="MMStar answers").items():
+    for id, row in rows_by_id(
+        rows, "index", "prediction", "answer", "category", "l2_category", source="MMStar answers"
+    ).items():
         read = read_choice(row["prediction"])
-        right = official_choice(row["prediction"], row["answer"]) if mode == "official" else read == row["answer"].strip().upper()
+        right = (
+            official_choice(row["prediction"], row["answer"])
+            if mode == "official"
+            else read == row["answer"].strip().upper()
+        )
         seen = {"n": True, "correct": right, "unread": mode == "clean" and read is None}
         counts[id] = {(row["category"], row["l2_category"], name): 1 for name, true in seen.items() if true}
     return counts
@@ -256,8 +321,13 @@ def mmstar_figures(sums, mode="clean"):
             scores[key, name] += value
     figures = {key: _ratio(scores[key, "correct"], n) for (key, name), n in scores.items() if name == "n"}
     if mode == "official":
-        return {k: v if "(" in k else scores[k, "correct"] / (1500.0 if k == "final score" else 250.0) for k, v in figures.items()}
-    return {k: 100 * v for k, v in figures.items()} | {"unread": 100 * scores["final score", "unread"] / scores["final score", "n"]}
+        return {
+            k: v if "(" in k else scores[k, "correct"] / (1500.0 if k == "final score" else 250.0)
+            for k, v in figures.items()
+        }
+    return {k: 100 * v for k, v in figures.items()} | {
+        "unread": 100 * scores["final score", "unread"] / scores["final score", "n"]
+    }
 
 # %% ../nbs/06_benchmarks.ipynb #b623ca3d
 def read_published(path="packaged:benchmarks/published.json"):
@@ -273,16 +343,23 @@ def compare_published(measured, benchmark, published=None):
     published = read_published() if published is None else published
     rows = [r for r in published if r["benchmark"] == benchmark]
     if not rows:
-        raise ValueError(f"nothing published on {benchmark!r}; there are {sorted({r['benchmark'] for r in published})}")
+        raise ValueError(
+            f"nothing published on {benchmark!r}; there are {sorted({r['benchmark'] for r in published})}"
+        )
     names = list(dict.fromkeys(name for r in rows for name in r["figures"]))
     unknown = sorted({k for figures, *_ in measured.values() for k in figures} - set(names))
     if unknown:
         raise ValueError(f"{unknown} are no figures of {benchmark}; there are {names}")
     lines = [f"| model | {' | '.join(names)} | version | judge | source |", "|---" * (len(names) + 4) + "|"]
-    own = [{"model": f"**{m}**", "figures": f, "version": v, "judge": j, "source": "measured here"} for m, (f, v, j) in measured.items()]
+    own = [
+        {"model": f"**{m}**", "figures": f, "version": v, "judge": j, "source": "measured here"}
+        for m, (f, v, j) in measured.items()
+    ]
     for r in own + rows:
         values = [_with_interval(r["figures"].get(name, "")) for name in names]
-        lines.append(f"| {r['model']} | {' | '.join(values)} | {r['version']} | {r['judge']} | {r['source']} |")
+        lines.append(
+            f"| {r['model']} | {' | '.join(values)} | {r['version']} | {r['judge']} | {r['source']} |"
+        )
     return "\n".join(lines)
 
 

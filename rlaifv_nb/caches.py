@@ -58,7 +58,11 @@ class ContentCache:
 
     def put(self, entries):
         "Stores `{key: {name: tensor}}` as one shard, if it fits."
-        tensors = {f"{key}/{name}": t.detach().cpu().contiguous() for key, entry in entries.items() for name, t in entry.items()}
+        tensors = {
+            f"{key}/{name}": t.detach().cpu().contiguous()
+            for key, entry in entries.items()
+            for name, t in entry.items()
+        }
         names = sum(len(name) + 200 for name in tensors)  # what the file says of each tensor, at most
         if self.used + names + sum(t.nbytes for t in tensors.values()) > self.max_bytes:
             self.skipped += len(entries)
@@ -102,7 +106,10 @@ def picture_features(vlm, inputs):
 def features_problem(vlm, inputs):
     "Why cached features cannot stand in for the pixels of this model; empty if they can, tried on one prompt."
     name = type(vlm.core).__name__
-    batch = {k: v.to(vlm.device) for k, v in (inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}).items()}
+    batch = {
+        k: v.to(vlm.device)
+        for k, v in (inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}).items()
+    }
     positions = {"position_ids": prompt_positions(vlm.core, batch)}
     try:
         features = picture_features(vlm, inputs)
@@ -113,16 +120,24 @@ def features_problem(vlm, inputs):
         return f"{name} has {image_tokens} image tokens for {len(features)} features"
     native = hidden_states(vlm.core, batch | positions, use_cache=False)
     text = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
-    other = hidden_states(vlm.core, text | positions | {"image_features": features.to(vlm.device)}, use_cache=False)
+    other = hidden_states(
+        vlm.core, text | positions | {"image_features": features.to(vlm.device)}, use_cache=False
+    )
     tolerance = (1e-4 if native.dtype == torch.float32 else 5e-2) * native.abs().max()
-    return "" if (native - other).abs().max() <= tolerance else f"{name} puts more of a picture into the language model than features at image tokens"
+    return (
+        ""
+        if (native - other).abs().max() <= tolerance
+        else f"{name} puts more of a picture into the language model than features at image tokens"
+    )
 
 # %% ../nbs/00_caches.ipynb #c7a40002
 def picture_key(vlm, picture_sha: str) -> str:
     "The key of a picture (SHA-256 of its file): everything that decides its entry."
     images = type(getattr(vlm.processor, "image_processor", vlm.processor)).__name__
     libraries = [version(name) for name in ("transformers", "pillow")]
-    return sha256_of(repr(("picture", picture_sha, vlm.sha, vlm.asked_sha, str(vlm.core.dtype), images, *libraries)))
+    return sha256_of(
+        repr(("picture", picture_sha, vlm.sha, vlm.asked_sha, str(vlm.core.dtype), images, *libraries))
+    )
 
 
 def positions_of(core, inputs) -> torch.Tensor:
@@ -137,7 +152,11 @@ def picture_entry(vlm, inputs) -> dict:
     ids = inputs["input_ids"][0].tolist()
     n = len(ids) - ids[::-1].index(vlm.core.config.image_token_id)
     per_token = {k: inputs[k][:, :n] for k in ("input_ids", *PER_TOKEN) if k in inputs}
-    return {"features": picture_features(vlm, inputs), "positions": positions_of(vlm.core, inputs)[:, :n], **per_token}
+    return {
+        "features": picture_features(vlm, inputs),
+        "positions": positions_of(vlm.core, inputs)[:, :n],
+        **per_token,
+    }
 
 
 def question_inputs(vlm, entry, question: str) -> tuple[dict, torch.Tensor]:
@@ -163,8 +182,14 @@ def entry_problem(vlm, inputs, question: str) -> str:
         made, positions = question_inputs(vlm, picture_entry(vlm, inputs), question)
     except ValueError as e:
         return str(e)
-    same = all(torch.equal(made[k], inputs[k]) for k in made) and torch.equal(positions, positions_of(vlm.core, inputs))
-    return "" if same else f"{type(vlm.processor).__name__} writes other tokens before a picture from question to question"
+    same = all(torch.equal(made[k], inputs[k]) for k in made) and torch.equal(
+        positions, positions_of(vlm.core, inputs)
+    )
+    return (
+        ""
+        if same
+        else f"{type(vlm.processor).__name__} writes other tokens before a picture from question to question"
+    )
 
 # %% ../nbs/00_caches.ipynb #c7a40005
 class Applied(torch.utils.data.Dataset):
@@ -192,19 +217,33 @@ def in_order(function, items, workers: int = 0):
         yield from map(function, items)
         return
     yield from torch.utils.data.DataLoader(
-        Applied(function, items), batch_size=None, num_workers=workers, collate_fn=unchanged, generator=torch.Generator())
+        Applied(function, items),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=unchanged,
+        generator=torch.Generator(),
+    )
 
 # %% ../nbs/00_caches.ipynb #909e5010
 @torch.no_grad()
 def layout_problem(core, row, layout, kernel="auto", device="cpu"):
     "Why rows of this layout do not fit the model; empty if their log-probabilities are those of plain rows, tried on one row."
-    logps = [torch.cat(row_logps(core, to_device(collate_rows([row], name, kernel), device))) for name in ("plain", layout)]
+    logps = [
+        torch.cat(row_logps(core, to_device(collate_rows([row], name, kernel), device)))
+        for name in ("plain", layout)
+    ]
     difference = (logps[0] - logps[1]).abs().mean().item()
     limit = 1e-3 if core.dtype == torch.float32 else 0.05
-    return "" if difference <= limit else f"{type(core).__name__} gives other log-probabilities in the layout {layout} ({difference:.3f} nats a token)"
+    return (
+        ""
+        if difference <= limit
+        else f"{type(core).__name__} gives other log-probabilities in the layout {layout} ({difference:.3f} nats a token)"
+    )
 
 
 def to_device(batch, device):
     "A collated batch on the device."
     move = lambda v: v.to(device) if isinstance(v, torch.Tensor) else v
-    return {k: {n: move(t) for n, t in v.items()} if isinstance(v, dict) else move(v) for k, v in batch.items()}
+    return {
+        k: {n: move(t) for n, t in v.items()} if isinstance(v, dict) else move(v) for k, v in batch.items()
+    }

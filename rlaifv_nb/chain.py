@@ -28,16 +28,47 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 import rlaifv_nb
-from .inputs import input_kind, input_warnings, make_prompts, read_input, source_name, source_sha, take_table
+from rlaifv_nb.inputs import (
+    input_kind,
+    input_warnings,
+    make_prompts,
+    read_input,
+    source_name,
+    source_sha,
+    take_table,
+)
 from .machine import check_machine
-from .recipes import (EXPORT, INPUT_KEYS, WORKING_PARAMETERS, RecipeError, check_amounts, check_library, check_recipe, code_sha, first_remade,
-                               open_notebook, plan_run, plumbing_warning, recipe_text, restart_option, stored)
-from .records import (StageFolder, changed_keys, library_versions, read_manifest, sha256_of, shard_paths, write_json, write_table,
-                               write_text)
+from rlaifv_nb.recipes import (
+    EXPORT,
+    INPUT_KEYS,
+    WORKING_PARAMETERS,
+    RecipeError,
+    check_amounts,
+    check_library,
+    check_recipe,
+    code_sha,
+    first_remade,
+    open_notebook,
+    plan_run,
+    plumbing_warning,
+    recipe_text,
+    restart_option,
+    stored,
+)
+from rlaifv_nb.records import (
+    StageFolder,
+    changed_keys,
+    library_versions,
+    read_manifest,
+    sha256_of,
+    shard_paths,
+    write_json,
+    write_table,
+    write_text,
+)
 from .report import show_seconds, stage_warnings
 
 LIBRARY = Path(rlaifv_nb.__file__).parent
-
 
 # %% ../nbs/09_chain.ipynb #24d14190
 def take_prompts(parameters, folder):
@@ -51,13 +82,23 @@ def take_prompts(parameters, folder):
         if not options and input_kind(source) == "prompts":
             rows, set_aside, n_rows = take_table(source, folder, n)
         else:
-            rows, set_aside, n_rows = make_prompts(read_input(source, **options), folder, source_name(source), n, copy=False)
+            rows, set_aside, n_rows = make_prompts(
+                read_input(source, **options), folder, source_name(source), n, copy=False
+            )
     except ValueError as e:
         raise RecipeError(f"prompts.source: {e}") from e
     if len(rows) < max(n, 1):
-        reasons = ", ".join(f"{k} {reason}" for reason, k in sorted(Counter(s.reason for s in set_aside).items()))
-        raise RecipeError(f"prompts.source: {max(n, 1)} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
-                          + (f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} {set_aside[0].detail})" if set_aside else ""))
+        reasons = ", ".join(
+            f"{k} {reason}" for reason, k in sorted(Counter(s.reason for s in set_aside).items())
+        )
+        raise RecipeError(
+            f"prompts.source: {max(n, 1)} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
+            + (
+                f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} {set_aside[0].detail})"
+                if set_aside
+                else ""
+            )
+        )
     return rows, set_aside, n_rows
 
 
@@ -70,21 +111,39 @@ def prepare_prompts(step, folder):
     stage = StageFolder(folder, "prompts", {"seed": p["seed"], "n_per_round": n})
     if p["source"] == "iconworld":
         rounds = p["n_prompts"] // n
-        rows = write_prompts(folder, {"train": n - p["n_dev"], "dev": p["n_dev"]}, blocks=rounds, seed=p["seed"])
+        rows = write_prompts(
+            folder, {"train": n - p["n_dev"], "dev": p["n_dev"]}, blocks=rounds, seed=p["seed"]
+        )
         set_aside, n_rows, found = [], len(rows), {}
     else:
         rows, set_aside, n_rows = take_prompts(p, folder)
         name = source_name(p["source"])
-        found = {"source": name, "source_sha": source_sha(p["source"], p.get("split", "train")), "warnings": input_warnings(name, n_rows, set_aside)}
+        found = {
+            "source": name,
+            "source_sha": source_sha(p["source"], p.get("split", "train")),
+            "warnings": input_warnings(name, n_rows, set_aside),
+        }
         n = n or len(rows)
         rounds = len(rows) // n
         if p.get("n_dev", 0) >= n:
-            raise RecipeError(f"prompts.n_dev: {p['n_dev']} of {n} prompts cannot be kept from training, at most {n - 1}")
+            raise RecipeError(
+                f"prompts.n_dev: {p['n_dev']} of {n} prompts cannot be kept from training, at most {n - 1}"
+            )
         if "n_dev" in p:
-            rows = [replace(row, split="dev" if k % n >= n - p["n_dev"] else "train") for k, row in enumerate(rows)]
+            rows = [
+                replace(row, split="dev" if k % n >= n - p["n_dev"] else "train")
+                for k, row in enumerate(rows)
+            ]
         write_table(folder, "set_aside-prompts", set_aside)
         write_table(folder, "prompts", rows)
-    stage.finish(n_rows, len(rows), ["prompts"], set_aside, **found, rounds=[sha256_of(repr(rows[k * n : (k + 1) * n])) for k in range(rounds)])
+    stage.finish(
+        n_rows,
+        len(rows),
+        ["prompts"],
+        set_aside,
+        **found,
+        rounds=[sha256_of(repr(rows[k * n : (k + 1) * n])) for k in range(rounds)],
+    )
 
 # %% ../nbs/09_chain.ipynb #015b5475
 class StepError(RuntimeError):
@@ -97,8 +156,16 @@ CODE = "code of the notebook"
 def content_sha(name, path, round):
     "What identifies an input: the table `name` (or tables `name-...`) in `path`, of prompts this round's, else all files; empty if not there yet."
     if name == "prompts":
-        return "".join(read_manifest(path)["rounds"][round - 1 : round])[:12] if (path / "manifest.json").exists() else ""
-    files = shard_paths(path, name) or sorted(path.glob(f"{name}-*.jsonl")) or sorted(p for p in path.rglob("*") if p.is_file())
+        return (
+            "".join(read_manifest(path)["rounds"][round - 1 : round])[:12]
+            if (path / "manifest.json").exists()
+            else ""
+        )
+    files = (
+        shard_paths(path, name)
+        or sorted(path.glob(f"{name}-*.jsonl"))
+        or sorted(p for p in path.rglob("*") if p.is_file())
+    )
     return sha256_of("".join(sha256_of(f.read_bytes()) for f in files))[:12] if files else ""
 
 
@@ -111,7 +178,11 @@ def step_record(step, run, notebooks):
                 inputs[f"content of {path}"] = content_sha(name, run / path, step.round)
     if step.notebook != "prompts":
         inputs[CODE] = code_sha(notebooks / f"{step.notebook}.ipynb")
-    return {"stage": step.notebook, "parameters": {k: stored(v, run) for k, v in step.parameters.items()}, "inputs": inputs}
+    return {
+        "stage": step.notebook,
+        "parameters": {k: stored(v, run) for k, v in step.parameters.items()},
+        "inputs": inputs,
+    }
 
 
 def without_working_parameters(record):
@@ -127,7 +198,9 @@ def is_done(step, run, notebooks, keep_code=False):
     folder, now, again = run / step.out, step_record(step, run, notebooks), restart_option(step)
     if not (folder / "step.json").exists():
         if (folder / "manifest.json").exists():
-            raise StepError(f"{folder} was not made by this chain: take another run folder, or make it again with {again}")
+            raise StepError(
+                f"{folder} was not made by this chain: take another run folder, or make it again with {again}"
+            )
         return False
     before = json.loads((folder / "step.json").read_text())
     finished = before["finished"] and (folder / "manifest.json").exists()
@@ -139,15 +212,19 @@ def is_done(step, run, notebooks, keep_code=False):
         finished = finished and read_manifest(folder)["rows_out"] >= step.parameters["n_prompts"]
     if changed := changed_keys(without_working_parameters(before), without_working_parameters(now)):
         keep = ", or keep it with --keep-code" if len(changed) == 1 and changed[0].startswith(CODE) else ""
-        raise StepError(f"{step.out} was made with other settings ({'; '.join(changed)}): take another run folder, "
-                        f"or make it and all later steps again with {again}{keep}")
+        raise StepError(
+            f"{step.out} was made with other settings ({'; '.join(changed)}): take another run folder, "
+            f"or make it and all later steps again with {again}{keep}"
+        )
     return finished
 
 # %% ../nbs/09_chain.ipynb #e9c00002
 EXAMPLE = "example"
 RUN_CALL = re.compile(r"^[^#\n]*\brun_\w+\(", re.MULTILINE)
-LEFT_OUT = ("*This is the program of `{name}` as the chain runs it: {n} cells that demonstrate or check something on "
-            "the packaged examples are left out. The whole notebook is `nbs/{name}` of rlaifv_nb {version}.*")
+LEFT_OUT = (
+    "*This is the program of `{name}` as the chain runs it: {n} cells that demonstrate or check something on "
+    "the packaged examples are left out. The whole notebook is `nbs/{name}` of rlaifv_nb {version}.*"
+)
 
 
 def heading_level(cell: dict) -> int:
@@ -183,7 +260,11 @@ def is_program(cells: list[dict], i: int) -> bool:
 
 def is_run_cell(cell: dict) -> bool:
     "Whether a cell runs the stage: it calls a function `run_...` and is not exported."
-    return cell.cell_type == "code" and not EXPORT.search(cell.source) and RUN_CALL.search(cell.source) is not None
+    return (
+        cell.cell_type == "code"
+        and not EXPORT.search(cell.source)
+        and RUN_CALL.search(cell.source) is not None
+    )
 
 
 def program_of(nb: dict, name: str) -> dict:
@@ -301,16 +382,24 @@ def kernel_settings():
     from traitlets.config import Config
 
     able = hasattr(KernelManager, "transport_encryption") and zmq.has("curve")
-    return {"config": Config({"KernelManager": {"transport_encryption": "auto"}} if able else {}), "extra_arguments": ["--IPKernelApp.log_level=50"]}
+    return {
+        "config": Config({"KernelManager": {"transport_encryption": "auto"}} if able else {}),
+        "extra_arguments": ["--IPKernelApp.log_level=50"],
+    }
 
 
 def papermill_parameters(step, run):
     "A step's parameters as papermill passes them: absolute paths."
+
     def absolute(value):
         return str(run / value) if isinstance(value, PurePosixPath) else value
 
-    values = {name: stored({key: absolute(path) for key, path in value.items()}, run) if isinstance(value, dict) else absolute(value)
-              for name, value in step.parameters.items()}
+    values = {
+        name: stored({key: absolute(path) for key, path in value.items()}, run)
+        if isinstance(value, dict)
+        else absolute(value)
+        for name, value in step.parameters.items()
+    }
     return {**values, "out": str(run / step.out)}
 
 
@@ -346,8 +435,15 @@ def execute_notebook(step, run: Path, notebooks: Path, progress: Progress | None
     try:
         with environment_for_kernels():
             papermill.execute_notebook(
-                program, str(shown).replace("{", "{{").replace("}", "}}"), papermill_parameters(step, run), cwd=str(run),
-                progress_bar=False, stderr_file=progress, start_timeout=300, **kernel_settings())
+                program,
+                str(shown).replace("{", "{{").replace("}", "}}"),
+                papermill_parameters(step, run),
+                cwd=str(run),
+                progress_bar=False,
+                stderr_file=progress,
+                start_timeout=300,
+                **kernel_settings(),
+            )
         problem = "" if finished.exists() else "the notebook ended without a manifest.json"
     except papermill.PapermillExecutionError as e:
         problem = f"{e.ename}: {' '.join(str(e.evalue).split()) or failing_line(e.traceback)}"
@@ -358,8 +454,10 @@ def execute_notebook(step, run: Path, notebooks: Path, progress: Progress | None
         if has_run:
             return f"cell {cell.id}: {problem}"
     if problem:
-        raise StepError(f"{step.out} failed: {problem.rstrip('.')}. The notebook as far as it came: {shown}. "
-                        "When the cause is gone, start the same command again: what is finished is kept.")
+        raise StepError(
+            f"{step.out} failed: {problem.rstrip('.')}. The notebook as far as it came: {shown}. "
+            "When the cause is gone, start the same command again: what is finished is kept."
+        )
     return ""
 
 
@@ -406,8 +504,11 @@ def run_lock(run):
 
 def git_commit():
     "The commit of the checkout that this library runs from, `+` when files have changed since; empty for an installed package."
+
     def git(*args):
-        return subprocess.run(["git", *args], cwd=LIBRARY, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=LIBRARY, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")
@@ -420,10 +521,25 @@ def run_manifest(recipe, steps, run):
     "What a finished run says about itself: recipe, commit, versions, and each step's rows and seconds."
     rows = []
     for step in steps:
-        manifest, seconds = read_manifest(run / step.out), json.loads((run / step.out / "step.json").read_text())["seconds"]
-        rows.append({"round": step.round, "notebook": step.notebook, "folder": step.out, "seconds": seconds,
-                     **{key: manifest[key] for key in ("rows_in", "rows_out", "set_aside")}})
-    return {"recipe": yaml.safe_load(recipe_text(recipe, run)), "commit": git_commit(), "versions": library_versions(), "steps": rows}
+        manifest, seconds = (
+            read_manifest(run / step.out),
+            json.loads((run / step.out / "step.json").read_text())["seconds"],
+        )
+        rows.append(
+            {
+                "round": step.round,
+                "notebook": step.notebook,
+                "folder": step.out,
+                "seconds": seconds,
+                **{key: manifest[key] for key in ("rows_in", "rows_out", "set_aside")},
+            }
+        )
+    return {
+        "recipe": yaml.safe_load(recipe_text(recipe, run)),
+        "commit": git_commit(),
+        "versions": library_versions(),
+        "steps": rows,
+    }
 
 
 def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False):
@@ -438,9 +554,13 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
     steps = plan_run(recipe)
     first = first_remade(steps, remake, remake_round)
     with run_lock(run):
-        if not (run / "prompts" / "manifest.json").exists():  # a source that lacked something may have been mended, or the recipe
+        if not (
+            run / "prompts" / "manifest.json"
+        ).exists():  # a source that lacked something may have been mended, or the recipe
             shutil.rmtree(run / "prompts", ignore_errors=True)
-        pending = [step for step in steps[:first] if not is_done(step, run, notebooks, keep_code)] + steps[first:]
+        pending = [step for step in steps[:first] if not is_done(step, run, notebooks, keep_code)] + steps[
+            first:
+        ]
         if pending:
             check_amounts(recipe, notebooks)
             check_machine(recipe, pending)

@@ -17,30 +17,62 @@ import yaml
 
 import rlaifv_nb
 from .chain import StepError, describe_rows, run_chain
-from .recipes import RecipeError, RecipeLoader, check_amounts, check_recipe, load_recipe, merge, packaged_recipes, plan_run
+from rlaifv_nb.recipes import (
+    RecipeError,
+    RecipeLoader,
+    check_amounts,
+    check_recipe,
+    load_recipe,
+    merge,
+    packaged_recipes,
+    plan_run,
+)
 from .records import package_folder, read_manifest, write_json
 from .report import write_report
-
 
 # %% ../nbs/09_command.ipynb #e7a10001
 EVALUATE_OPTIONS = (
     ("--adapter", str, "FOLDER", "a LoRA adapter of the model"),
-    ("--data", str, "FOLDER", "where the benchmark's files and its images/ are; if some are missing, it is said what to fetch from where"),
+    (
+        "--data",
+        str,
+        "FOLDER",
+        "where the benchmark's files and its images/ are; if some are missing, it is said what to fetch from where",
+    ),
     ("--answers", str, "FILE", "score this answer file instead of a model"),
-    ("--reviews", str, "FILE", "score saved reviews of mmhal, refomb or llava-bench, or the labels of mhumaneval"),
-    ("--judge", str, "SPEC", "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a judge"),
-    ("--prompt", str, "FILE", "your own prompt for the judge"), ("--trust-prompt", str, "FILE", "your own second prompt of refomb"),
-    ("--repeats", int, "N", "how often the judge is asked the same"), ("--max-requests", int, "N", "ask the judge no more than that in this call"),
+    (
+        "--reviews",
+        str,
+        "FILE",
+        "score saved reviews of mmhal, refomb or llava-bench, or the labels of mhumaneval",
+    ),
+    (
+        "--judge",
+        str,
+        "SPEC",
+        "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a judge",
+    ),
+    ("--prompt", str, "FILE", "your own prompt for the judge"),
+    ("--trust-prompt", str, "FILE", "your own second prompt of refomb"),
+    ("--repeats", int, "N", "how often the judge is asked the same"),
+    ("--max-requests", int, "N", "ask the judge no more than that in this call"),
     ("--judge-tokens", int, "N", "longest answer of the judge"),
     ("--mode", str, "MODE", "clean (default) or official: the published scripts' figures, to the digit"),
     ("--tools", str, "TOOLS", "official (NLTK, spaCy) or builtin; default: as the mode says"),
     ("--limit", int, "N", "only the first N pictures, or scenes"),
     ("--num-beams", int, "N", "beams of the model's answers; default: 1, or as published in official mode"),
-    ("--max-new-tokens", int, "N", "longest description"), ("--batch-size", int, "N", "pictures at a time"),
-    ("--system-prompt", str, "TEXT", "how the model is asked; without these three, as its adapter was trained"),
+    ("--max-new-tokens", int, "N", "longest description"),
+    ("--batch-size", int, "N", "pictures at a time"),
+    (
+        "--system-prompt",
+        str,
+        "TEXT",
+        "how the model is asked; without these three, as its adapter was trained",
+    ),
     ("--pad-pictures", bool, "", "pad pictures to a square (LLaVA-1.5)"),
     ("--max-pixels", int, "N", "scale larger pictures down"),
-    ("--quantisation", str, "HOW", "none or nf4"), ("--name", str, "NAME", "how the model is called in tables"),
+    ("--quantisation", str, "HOW", "none or nf4"),
+    ("--name", str, "NAME", "how the model is called in tables"),
     ("--seed", int, "N", "of the intervals' draws"),
 )
 
@@ -49,14 +81,28 @@ def add_evaluation_commands(commands):
     "Adds `evaluate` and `leaderboard` to the command line; options that are not given keep the defaults of `evaluate.Request`."
     evaluate = commands.add_parser("evaluate", help="measure a model on a benchmark", allow_abbrev=False)
     evaluate.add_argument("model", nargs="?", default="", help="a Hub id, a folder or packaged:NAME")
-    evaluate.add_argument("--bench", required=True, metavar="NAME", help="iconworld, amber, objhal, mmhal, refomb, ... (an unknown one lists all)")
+    evaluate.add_argument(
+        "--bench",
+        required=True,
+        metavar="NAME",
+        help="iconworld, amber, objhal, mmhal, refomb, ... (an unknown one lists all)",
+    )
     for name, kind, shown, text in EVALUATE_OPTIONS:
         how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": shown}
         evaluate.add_argument(name, help=text, default=argparse.SUPPRESS, **how)
-    evaluate.add_argument("--out", metavar="FOLDER", default="", help="default: evaluations/<model>-<bench>-<mode>")
-    evaluate.add_argument("--compare", metavar="FOLDER", default="", help="a finished evaluation of another model on the same items")
+    evaluate.add_argument(
+        "--out", metavar="FOLDER", default="", help="default: evaluations/<model>-<bench>-<mode>"
+    )
+    evaluate.add_argument(
+        "--compare",
+        metavar="FOLDER",
+        default="",
+        help="a finished evaluation of another model on the same items",
+    )
     evaluate.set_defaults(function=command_evaluate)
-    leaderboard = commands.add_parser("leaderboard", help="one page of all evaluations and runs in a folder", allow_abbrev=False)
+    leaderboard = commands.add_parser(
+        "leaderboard", help="one page of all evaluations and runs in a folder", allow_abbrev=False
+    )
     leaderboard.add_argument("folder", help="a folder that holds evaluations, runs, or both")
     leaderboard.set_defaults(function=command_leaderboard)
 
@@ -69,7 +115,11 @@ def command_evaluate(args):
     settings = {k: v for k, v in vars(args).items() if k in Request.__dataclass_fields__}
     request = Request(**settings)
     name = request.label if request.model or request.answers or request.reviews else "none"
-    out = Path(args.out or Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{request.bench}-{request.mode}").strip("-"))
+    out = Path(
+        args.out
+        or Path("evaluations")
+        / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{request.bench}-{request.mode}").strip("-")
+    )
     try:
         if args.compare:
             read_manifest(args.compare)
@@ -124,27 +174,77 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     "The command line."
-    parser = Parser(prog="rlaifv", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog="rlaifv",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"rlaifv_nb {rlaifv_nb.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     run = commands.add_parser("run", help="carry out a recipe, or go on with it", allow_abbrev=False)
-    run.add_argument("recipe", help="a packaged name (rlaifv recipes lists them) or a file that ends in .yaml")
+    run.add_argument(
+        "recipe", help="a packaged name (rlaifv recipes lists them) or a file that ends in .yaml"
+    )
     run.add_argument("--out", help="run folder (default: runs/<name of the recipe>)")
     run.add_argument("--seed", type=int, help="another seed than the recipe's")
     run.add_argument("--rounds", type=int, help="another number of rounds than the recipe's")
-    run.add_argument("--set", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE", help="another value, for example 05_dpo.beta=0.2")
-    run.add_argument("--from", dest="remake", default="", metavar="STAGE", help="delete this step and all later ones first, for example 05_dpo")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NOTEBOOK.PARAMETER=VALUE",
+        help="another value, for example 05_dpo.beta=0.2",
+    )
+    run.add_argument(
+        "--from",
+        dest="remake",
+        default="",
+        metavar="STAGE",
+        help="delete this step and all later ones first, for example 05_dpo",
+    )
     run.add_argument("--round", type=int, default=0, help="the round that --from means")
-    run.add_argument("--keep-code", action="store_true", help="go on although the code of a notebook has changed since its step was made")
+    run.add_argument(
+        "--keep-code",
+        action="store_true",
+        help="go on although the code of a notebook has changed since its step was made",
+    )
     run.set_defaults(function=command_run)
-    plan = commands.add_parser("plan", help="what a recipe will take, and whether it fits", allow_abbrev=False)
+    plan = commands.add_parser(
+        "plan", help="what a recipe will take, and whether it fits", allow_abbrev=False
+    )
     plan.add_argument("recipe", help="a packaged name or a file that ends in .yaml")
-    plan.add_argument("--gpu", default="", metavar="CARD", help="a card by name (4090, h100, ...) or GB (default: this machine's own, or the CPU)")
-    plan.add_argument("--picture", default="", metavar="WxH", help="plan for pictures of this size, for example 1024x768 (default: as they are)")
-    plan.add_argument("--set", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE", help="another value, as for run")
-    plan.add_argument("--configs", default="", metavar="FOLDER", help="where <Hub id>/config.json is looked for first")
-    plan.add_argument("--tokens-per-second", type=float, default=0.0, metavar="N", help="speed of every stage")
-    plan.add_argument("--speeds", default="", metavar="FILE", help="measured speeds: a JSON object of stages and tokens a second")
+    plan.add_argument(
+        "--gpu",
+        default="",
+        metavar="CARD",
+        help="a card by name (4090, h100, ...) or GB (default: this machine's own, or the CPU)",
+    )
+    plan.add_argument(
+        "--picture",
+        default="",
+        metavar="WxH",
+        help="plan for pictures of this size, for example 1024x768 (default: as they are)",
+    )
+    plan.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NOTEBOOK.PARAMETER=VALUE",
+        help="another value, as for run",
+    )
+    plan.add_argument(
+        "--configs", default="", metavar="FOLDER", help="where <Hub id>/config.json is looked for first"
+    )
+    plan.add_argument(
+        "--tokens-per-second", type=float, default=0.0, metavar="N", help="speed of every stage"
+    )
+    plan.add_argument(
+        "--speeds",
+        default="",
+        metavar="FILE",
+        help="measured speeds: a JSON object of stages and tokens a second",
+    )
     plan.set_defaults(function=command_plan)
     report = commands.add_parser("report", help="write the report of a run folder", allow_abbrev=False)
     report.add_argument("folder", help="a run folder, finished or not")
@@ -152,37 +252,69 @@ def make_parser():
     add_evaluation_commands(commands)
     add_import(commands)
     add_export(commands)
-    commands.add_parser("recipes", help="list the recipes of this package", allow_abbrev=False).set_defaults(function=command_recipes)
+    commands.add_parser("recipes", help="list the recipes of this package", allow_abbrev=False).set_defaults(
+        function=command_recipes
+    )
     return parser
 
 
 def add_import(commands):
     "The command line of `rlaifv import`."
-    parser = commands.add_parser("import", allow_abbrev=False, help="make a table of prompts from pictures and questions, or a later table from an official file")
-    parser.add_argument("source", help="a folder of pictures, a JSONL file (own or official), a Parquet or Arrow file, a dataset's folder, or dataset:NAME on the Hub")
+    parser = commands.add_parser(
+        "import",
+        allow_abbrev=False,
+        help="make a table of prompts from pictures and questions, or a later table from an official file",
+    )
+    parser.add_argument(
+        "source",
+        help="a folder of pictures, a JSONL file (own or official), a Parquet or Arrow file, a dataset's folder, or dataset:NAME on the Hub",
+    )
     parser.add_argument("--out", required=True, help="folder of the new table")
     parser.add_argument("--question", help="the question about every picture that has none of its own")
-    parser.add_argument("--images", help="folder in which the source's pictures are found (default: where the source is)")
+    parser.add_argument(
+        "--images", help="folder in which the source's pictures are found (default: where the source is)"
+    )
     parser.add_argument("--image-column", help="a dataset's column of pictures (default: image)")
     parser.add_argument("--question-column", help="a dataset's column of questions (default: question)")
     parser.add_argument("--split", help="a dataset's split (default: train)")
-    parser.add_argument("--n-prompts", type=int, default=0, help="stop after so many usable rows (default: all)")
-    parser.add_argument("--no-copy", action="store_true", help="leave picture files where they are, and point to them")
-    for table, after in (("prompts", "SOURCE is an official file of a later step, about the prompts in this folder"),
-                         ("responses", "with --prompts: the responses of divided or checked rows"), ("claims", "with --prompts: the claims of checked rows")):
+    parser.add_argument(
+        "--n-prompts", type=int, default=0, help="stop after so many usable rows (default: all)"
+    )
+    parser.add_argument(
+        "--no-copy", action="store_true", help="leave picture files where they are, and point to them"
+    )
+    for table, after in (
+        ("prompts", "SOURCE is an official file of a later step, about the prompts in this folder"),
+        ("responses", "with --prompts: the responses of divided or checked rows"),
+        ("claims", "with --prompts: the claims of checked rows"),
+    ):
         parser.add_argument(f"--{table}", help=after)
     parser.set_defaults(function=command_import)
 
 
 def add_export(commands):
     "The command line of `rlaifv export`."
-    parser = commands.add_parser("export", help="write a round of a run in a public form, or its adapter merged into the base", allow_abbrev=False)
+    parser = commands.add_parser(
+        "export",
+        help="write a round of a run in a public form, or its adapter merged into the base",
+        allow_abbrev=False,
+    )
     parser.add_argument("folder", help="a run folder")
-    parser.add_argument("--to", required=True, help="official (the files of the official scripts), rlaifv-dataset, trl, or merged (weights for plain transformers)")
+    parser.add_argument(
+        "--to",
+        required=True,
+        help="official (the files of the official scripts), rlaifv-dataset, trl, or merged (weights for plain transformers)",
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--round", type=int, default=0, help="the round (default: the last)")
-    parser.add_argument("--adapter", default="", help="with --to merged: another adapter than the round's own")
-    parser.add_argument("--logps", action="store_true", help="with --to rlaifv-dataset: the reference's log-probabilities as the column logps")
+    parser.add_argument(
+        "--adapter", default="", help="with --to merged: another adapter than the round's own"
+    )
+    parser.add_argument(
+        "--logps",
+        action="store_true",
+        help="with --to rlaifv-dataset: the reference's log-probabilities as the column logps",
+    )
     parser.set_defaults(function=command_export)
 
 
@@ -211,7 +343,9 @@ def command_run(args):
     recipe, notebooks = load_recipe(args.recipe, overrides), package_folder("nbs")
     run = Path(args.out or Path("runs") / recipe.name)
     if recipe.variants and args.remake:
-        raise RecipeError(f"--from works on one run: rlaifv run {run}/VARIANT/recipe.yaml --out {run}/VARIANT --from {args.remake}")
+        raise RecipeError(
+            f"--from works on one run: rlaifv run {run}/VARIANT/recipe.yaml --out {run}/VARIANT --from {args.remake}"
+        )
     for name, variant in recipe.variants.items():
         print(f"{name}: {run / name}")
         run_chain(variant, run / name, notebooks, keep_code=args.keep_code)
@@ -231,13 +365,28 @@ def command_plan(args):
     from rlaifv_nb.plan import card_of, lengths_of, print_plan, speeds_of
 
     notebooks = package_folder("nbs")
-    recipe = check_recipe(load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks)
+    recipe = check_recipe(
+        load_recipe(args.recipe, {"parameters": parse_settings(args.set)} if args.set else {}), notebooks
+    )
     for one in recipe.variants.values() or [recipe]:
         check_amounts(one, notebooks)
-        card, lengths, speeds = card_of(args.gpu), lengths_of(args.picture), speeds_of(args.speeds, args.tokens_per_second)
+        card, lengths, speeds = (
+            card_of(args.gpu),
+            lengths_of(args.picture),
+            speeds_of(args.speeds, args.tokens_per_second),
+        )
         found = look_at_machine(plan_run(one), "cpu" if args.gpu else one.device, args.configs)
         try:
-            print_plan(one, notebooks, card, lengths, args.configs, speeds, found.to_download, elsewhere=bool(args.gpu))
+            print_plan(
+                one,
+                notebooks,
+                card,
+                lengths,
+                args.configs,
+                speeds,
+                found.to_download,
+                elsewhere=bool(args.gpu),
+            )
         except RecipeError as e:
             raise RecipeError("; ".join([str(e), *found.problems])) from e
         for note in found.notes:
@@ -266,7 +415,9 @@ def command_import(args):
         if not tables:
             stage = import_prompts(args.source, args.out, args.n_prompts, not args.no_copy, **options)
         elif "prompts" not in tables or set(options) - {"images"} or args.n_prompts or args.no_copy:
-            raise ValueError("an official file of a later step needs --prompts, and of the other options only --responses, --claims and --images")
+            raise ValueError(
+                "an official file of a later step needs --prompts, and of the other options only --responses, --claims and --images"
+            )
         else:
             stage = from_official(args.source, args.out, **tables, images=args.images or "")
     except ValueError as e:
@@ -292,7 +443,10 @@ def command_recipes(args):
     "Lists the packaged recipes."
     for name in packaged_recipes():
         recipe = load_recipe(name)
-        print(f"{name:<16} {recipe.description}" + (f" (variants: {', '.join(recipe.variants)})" if recipe.variants else ""))
+        print(
+            f"{name:<16} {recipe.description}"
+            + (f" (variants: {', '.join(recipe.variants)})" if recipe.variants else "")
+        )
 
 
 def main(argv=None):

@@ -26,14 +26,56 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .attention import KERNELS, kernel_for
-from .caches import (ContentCache, entry_problem, in_order, layout_problem, picture_entry, picture_features, picture_key,
-                              positions_of, question_inputs, remember, to_device)
-from .models import (OpenModel, answer_ids, checked, folder_sha, lora_targets, open_vlm, prompt_inputs, save_adapter,
-                              write_adapter_card)
-from .packing import LAYOUTS, PER_TOKEN, collate_rows, n_tokens_of, pack_by_budget, pack_row, row_logps
+from rlaifv_nb.caches import (
+    ContentCache,
+    entry_problem,
+    in_order,
+    layout_problem,
+    picture_entry,
+    picture_features,
+    picture_key,
+    positions_of,
+    question_inputs,
+    remember,
+    to_device,
+)
+from rlaifv_nb.models import (
+    OpenModel,
+    answer_ids,
+    checked,
+    folder_sha,
+    lora_targets,
+    open_vlm,
+    prompt_inputs,
+    save_adapter,
+    write_adapter_card,
+)
+from rlaifv_nb.packing import (
+    LAYOUTS,
+    PER_TOKEN,
+    collate_rows,
+    n_tokens_of,
+    pack_by_budget,
+    pack_row,
+    row_logps,
+)
 from .pictures import load_image
-from .records import (Pair, Prompt, RefLogp, SetAside, StageFolder, free_memory, is_out_of_memory, read_manifest, read_table,
-                               resolve_path, seed_of, sha256_of, table_sha, write_table)
+from rlaifv_nb.records import (
+    Pair,
+    Prompt,
+    RefLogp,
+    SetAside,
+    StageFolder,
+    free_memory,
+    is_out_of_memory,
+    read_manifest,
+    read_table,
+    resolve_path,
+    seed_of,
+    sha256_of,
+    table_sha,
+    write_table,
+)
 
 # %% ../nbs/05_dpo.ipynb #07e93e41
 LOSSES = ("sigmoid", "ipo", "hinge")
@@ -46,7 +88,10 @@ def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
     if label_smoothing and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss_type!r}")
     if loss_type == "sigmoid":
-        return -F.logsigmoid(beta * margin) * (1 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing
+        return (
+            -F.logsigmoid(beta * margin) * (1 - label_smoothing)
+            - F.logsigmoid(-beta * margin) * label_smoothing
+        )
     if loss_type == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
@@ -59,6 +104,7 @@ class RowMaker:
     """Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`.
 
     Without `features`, rows bring pixels. `max_tokens` becomes less where memory runs out; so many `workers` prepare rows."""
+
     vlm: OpenModel
     prompts: dict
     folder: str
@@ -208,7 +254,8 @@ def in_less_memory(maker, rows, run, undo=None):
             longest = max(rows, key=n_tokens_of)
             raise RuntimeError(
                 f"the pair {longest['pair_id']} ({n_tokens_of(longest)} tokens) does not fit into memory even alone: "
-                "smaller pictures (max_pixels), quantisation='nf4' or gradient_checkpointing=True take less")
+                "smaller pictures (max_pixels), quantisation='nf4' or gradient_checkpointing=True take less"
+            )
         maker.max_tokens = max(sum(map(n_tokens_of, group)) for group in groups) // 2
         if undo is not None:
             undo()
@@ -227,6 +274,7 @@ def reference_key(maker, pair, adapter_sha: str) -> str:
 @torch.no_grad()
 def row_sums(maker, rows) -> tuple[torch.Tensor, torch.Tensor]:
     "Summed log-probabilities (n, 2) in float64 of the answers of prepared rows, and their tokens (n, 2)."
+
     def run():
         sums, n_tokens = [], []
         for batch in maker.batches(rows):
@@ -265,11 +313,17 @@ def finite_references(maker, pairs, cache=None, adapter_sha: str = "") -> tuple[
     rows = [r for r in found if math.isfinite(r.chosen_sum_logp) and math.isfinite(r.rejected_sum_logp)]
     cause = "an overflow in the model (bfloat16 and float32 have room), a damaged checkpoint, or a very unusual picture"
     bad = {r.pair_id for r in found} - {r.pair_id for r in rows}
-    set_aside = [SetAside(p.pair_id, "log-probabilities that are not finite", cause) for p in pairs if p.pair_id in bad]
+    set_aside = [
+        SetAside(p.pair_id, "log-probabilities that are not finite", cause) for p in pairs if p.pair_id in bad
+    ]
     return rows, set_aside
 
 # %% ../nbs/05_dpo.ipynb #65586813
-DRIFT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats per token, of rounding
+DRIFT_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.02,
+    torch.float16: 0.02,
+}  # nats per token, of rounding
 
 
 def drift_of(differences, n_tokens) -> float:
@@ -294,15 +348,19 @@ def preflight(maker, pairs, reference, tolerance: float | None = None) -> dict:
     refs = [reference[p.pair_id] for p in pairs]
     drift = drift_of(sums - torch.tensor([[r.chosen_sum_logp, r.rejected_sum_logp] for r in refs]), n_tokens)
     if not drift <= tolerance:
-        raise RuntimeError(f"policy and reference differ by {drift:.4f} nats a token before training "
-                           f"(rounding explains {tolerance}): they are not the same model")
+        raise RuntimeError(
+            f"policy and reference differ by {drift:.4f} nats a token before training "
+            f"(rounding explains {tolerance}): they are not the same model"
+        )
     turned = []
     for row in rows:
         others = {k: v.flip(-1).flip(-2) if k == "pixel_values" else v for k, v in row["others"].items()}
         turned.append(row | {"others": others})
     image_effect = (sums - row_sums(fresh, turned)[0]).abs().max().item()
     if image_effect == 0:
-        raise RuntimeError("turning the image upside down changes no log-probability: the image does not reach the model")
+        raise RuntimeError(
+            "turning the image upside down changes no log-probability: the image does not reach the model"
+        )
     maker.max_tokens = fresh.max_tokens
     image_tokens = rows[0]["prompt"].count(vlm.core.config.image_token_id)
     features = len(picture_features(vlm, rows[0]["others"]))
@@ -331,7 +389,9 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         ref = self.reference[self.pairs[i].pair_id]
-        return self.maker.prepared(self.pairs[i]) | {"reference": [ref.chosen_sum_logp, ref.rejected_sum_logp]}
+        return self.maker.prepared(self.pairs[i]) | {
+            "reference": [ref.chosen_sum_logp, ref.rejected_sum_logp]
+        }
 
     def collate(self, rows):
         "An optimiser step: its rows, and a tensor from which the trainer sees how many pairs they are."
@@ -355,7 +415,8 @@ def require_finite(tensors, what: str, pair_ids, step: int):
     if not all(t.isfinite().all() for t in tensors):
         raise FloatingPointError(
             f"step {step}: {what} not finite, with the pairs {', '.join(pair_ids)}: a smaller learning_rate, dtype='float32', "
-            "or training without these pairs may help; the last complete checkpoint is kept")
+            "or training without these pairs may help; the last complete checkpoint is kept"
+        )
 
 
 class PreferenceTrainer(Trainer):
@@ -409,6 +470,7 @@ class PreferenceTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         "The loss alone; a preference has no labels to predict."
+
         def run(part):
             return self.compute_loss(model, self._prepare_inputs(part))
 
@@ -465,8 +527,10 @@ def split_pairs(pairs, prompts) -> tuple[list, list]:
     train = [p for p in pairs if p.prompt_id not in held_out]
     dev = [p for p in pairs if p.prompt_id in held_out]
     if not train or not dev:
-        raise ValueError(f"{len(train)} training pairs and {len(dev)} dev pairs: pairs of at least two prompts are needed, "
-                         "one for training and one held out (split dev)")
+        raise ValueError(
+            f"{len(train)} training pairs and {len(dev)} dev pairs: pairs of at least two prompts are needed, "
+            "one for training and one held out (split dev)"
+        )
     return train, dev
 
 
@@ -485,12 +549,16 @@ def require_steps(train, epochs: float, batch_size: int, min_steps: int):
     more_prompts = math.ceil(n_prompts * (math.floor(seen / epochs) + 1) / len(train))
     more_epochs = math.ceil(10 * seen / len(train) + 0.1) / 10
     smaller = math.ceil(len(train) * epochs / (min_steps - 1)) - 1
-    ways = [f"n_per_round so large that {more_prompts} training prompts have pairs (these come from {n_prompts})",
-            f"epochs >= {more_epochs:g}"]
+    ways = [
+        f"n_per_round so large that {more_prompts} training prompts have pairs (these come from {n_prompts})",
+        f"epochs >= {more_epochs:g}",
+    ]
     if smaller:
         ways.append(f"batch_size <= {smaller}")
-    raise ValueError(f"{len(train)} training pairs make {steps} steps at batch_size {batch_size} and epochs {epochs:g}: "
-                     f"too few to learn from (min_steps {min_steps}). Use {', or '.join(ways)}")
+    raise ValueError(
+        f"{len(train)} training pairs make {steps} steps at batch_size {batch_size} and epochs {epochs:g}: "
+        f"too few to learn from (min_steps {min_steps}). Use {', or '.join(ways)}"
+    )
 
 
 def training_rows(history) -> list:
@@ -541,8 +609,10 @@ def require_change(model, before: str):
     "Raises RuntimeError when an adapter is what it was at the start, or does nothing at all (its `lora_B` are all zero)."
     last = [p for name, p in model.named_parameters() if "lora_B" in name]
     if adapter_state(model) == before or not any(p.any() for p in last):
-        raise RuntimeError("training has left the adapter as it was: it learned nothing. "
-                           "A larger learning_rate or more steps are needed")
+        raise RuntimeError(
+            "training has left the adapter as it was: it learned nothing. "
+            "A larger learning_rate or more steps are needed"
+        )
 
 # %% ../nbs/05_dpo.ipynb #d9b40005
 @contextmanager
@@ -556,34 +626,85 @@ def tf32_products(wanted: bool):
         torch.set_float32_matmul_precision(before)
 
 
-def trainer_arguments(vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed,
-                      workers) -> TrainingArguments:
+def trainer_arguments(
+    vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed, workers
+) -> TrainingArguments:
     "The trainer's settings: one process on one device, cosine schedule, a checkpoint with each evaluation."
     every = max(1, steps // evaluations)
     arguments = TrainingArguments(
-        output_dir=str(work), max_steps=steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
-        gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.01,
-        seed=seed % 2**32, data_seed=seed % 2**32, logging_steps=max(1, steps // 40),
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-        dataloader_num_workers=workers, remove_unused_columns=False, label_names=[], report_to=[],
-        use_cpu=vlm.device.type == "cpu", bf16=vlm.core.dtype == torch.bfloat16)
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel and no larger batch, as Trainer does for model parallelism
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=0.01,
+        seed=seed % 2**32,
+        data_seed=seed % 2**32,
+        logging_steps=max(1, steps // 40),
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        dataloader_num_workers=workers,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to=[],
+        use_cpu=vlm.device.type == "cpu",
+        bf16=vlm.core.dtype == torch.bfloat16,
+    )
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # no DataParallel and no larger batch, as Trainer does for model parallelism
     return arguments
 
 
-def train_adapter(vlm, train, dev, work, loss, *, learning_rate: float, epochs: float, batch_size: int,
-                  gradient_checkpointing: bool = False, evaluations: int = 4, seed: int = 0) -> tuple[list, dict]:
+def train_adapter(
+    vlm,
+    train,
+    dev,
+    work,
+    loss,
+    *,
+    learning_rate: float,
+    epochs: float,
+    batch_size: int,
+    gradient_checkpointing: bool = False,
+    evaluations: int = 4,
+    seed: int = 0,
+) -> tuple[list, dict]:
     """Trains the model's adapter and leaves the checkpoint with the lowest dev loss in it; `work` holds checkpoints.
 
     Returns the curves and what the manifest says of them. Raises RuntimeError when nothing was learned, FloatingPointError
     when a number is not finite."""
     steps = steps_of(len(train), epochs, batch_size)
-    arguments = trainer_arguments(vlm, work, steps, learning_rate, batch_size, gradient_checkpointing, evaluations, seed,
-                                  train.maker.workers)
-    trainer = PreferenceTrainer(model=vlm.model, args=arguments, train_dataset=train, eval_dataset=dev,
-                                data_collator=train.collate, callbacks=[MarkWhole()], **loss)
+    arguments = trainer_arguments(
+        vlm,
+        work,
+        steps,
+        learning_rate,
+        batch_size,
+        gradient_checkpointing,
+        evaluations,
+        seed,
+        train.maker.workers,
+    )
+    trainer = PreferenceTrainer(
+        model=vlm.model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=dev,
+        data_collator=train.collate,
+        callbacks=[MarkWhole()],
+        **loss,
+    )
     untrained = adapter_state(vlm.model)
     start = trainer.evaluate()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(work))
@@ -593,7 +714,12 @@ def train_adapter(vlm, train, dev, work, loss, *, learning_rate: float, epochs: 
     warnings = []
     if not best < before:
         warnings.append(f"training did not improve the dev loss: {before:.4f} before, {best:.4f} at its best")
-    found = {"dev_loss_before": before, "best_step": trainer.state.best_global_step, "best_dev_loss": best, "warnings": warnings}
+    found = {
+        "dev_loss_before": before,
+        "best_step": trainer.state.best_global_step,
+        "best_dev_loss": best,
+        "warnings": warnings,
+    }
     return training_rows([start | {"step": 0}, *trainer.state.log_history]), found
 
 # %% ../nbs/05_dpo.ipynb #2fd86686
@@ -632,7 +758,9 @@ def spread_over(items, n: int) -> list:
     return items[:: max(1, -(-len(items) // n))]
 
 # %% ../nbs/05_dpo.ipynb #d9b40006
-def teach(stage, maker, pairs, adapter, adapter_sha, cache, cache_gb, loss, training, min_steps, seed) -> dict:
+def teach(
+    stage, maker, pairs, adapter, adapter_sha, cache, cache_gb, loss, training, min_steps, seed
+) -> dict:
     "Everything between an opened model and a saved adapter. Returns what the manifest says of it."
     first = first_usable(maker, pairs)
     asked = maker.max_tokens
@@ -652,23 +780,63 @@ def teach(stage, maker, pairs, adapter, adapter_sha, cache, cache_gb, loss, trai
     checks = preflight(maker, spread_over(good, 8), reference)
     free_memory()
     datasets = [PairDataset(maker, part, reference) for part in (train, dev)]
-    curves, best = train_adapter(maker.vlm, *datasets, stage.path / "checkpoints", loss, seed=seed, **training)
+    curves, best = train_adapter(
+        maker.vlm, *datasets, stage.path / "checkpoints", loss, seed=seed, **training
+    )
     write_table(stage.path, "training", curves)
     save_adapter(maker.vlm, stage.path / "adapter", adapter)
     engine["not_cached"] = sum(c.skipped for c in (maker.features, known) if c is not None)
     for sentence in best["warnings"]:
         print(f"warning: {sentence}")
-    return {"rows_out": len(good), "set_aside": set_aside, "preflight": checks, "engine": engine, "train_pairs": len(train),
-            "dev_pairs": len(dev), "max_tokens": {"asked": asked, "used": maker.max_tokens}, **best}
+    return {
+        "rows_out": len(good),
+        "set_aside": set_aside,
+        "preflight": checks,
+        "engine": engine,
+        "train_pairs": len(train),
+        "dev_pairs": len(dev),
+        "max_tokens": {"asked": asked, "used": maker.max_tokens},
+        **best,
+    }
 
 # %% ../nbs/05_dpo.ipynb #d9b40007
-def run_dpo(prompts, pairs, out, policy: str, adapter: str = "", *, quantisation: str = "nf4", dtype: str = "auto",
-            attention: str = "auto", device: str = "auto", system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0,
-            loss_type: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0,
-            learning_rate: float = 5e-4, epochs: float = 2.0, batch_size: int = 8, min_steps: int = 10,
-            layout: str = "packed", kernel: str = "auto", max_tokens: int = 8192, cache: str = "", cache_gb: float = 32.0,
-            loader_workers: int = 0, gradient_checkpointing: bool = False, evaluations: int = 4, lora_rank: int = 16,
-            lora_alpha: int = 32, lora_dropout: float = 0.0, tf32: bool = True, seed: int = 0, round: int = 1) -> StageFolder:
+def run_dpo(
+    prompts,
+    pairs,
+    out,
+    policy: str,
+    adapter: str = "",
+    *,
+    quantisation: str = "nf4",
+    dtype: str = "auto",
+    attention: str = "auto",
+    device: str = "auto",
+    system_prompt: str = "",
+    pad_pictures: bool = False,
+    max_pixels: int = 0,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 1.0,
+    learning_rate: float = 5e-4,
+    epochs: float = 2.0,
+    batch_size: int = 8,
+    min_steps: int = 10,
+    layout: str = "packed",
+    kernel: str = "auto",
+    max_tokens: int = 8192,
+    cache: str = "",
+    cache_gb: float = 32.0,
+    loader_workers: int = 0,
+    gradient_checkpointing: bool = False,
+    evaluations: int = 4,
+    lora_rank: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    tf32: bool = True,
+    seed: int = 0,
+    round: int = 1,
+) -> StageFolder:
     """The stage: reference, preflight, training, adapter with lineage, manifest.
 
     A layout that does not fit the model becomes `plain`, and a model whose image features cannot be cached keeps its pixels; the
@@ -678,22 +846,46 @@ def run_dpo(prompts, pairs, out, policy: str, adapter: str = "", *, quantisation
     checked(layout, LAYOUTS, "layout")
     checked(kernel, KERNELS, "kernel")
     if dtype == "float16":
-        raise ValueError("dtype='float16' cannot be trained: gradients vanish in it without loss scaling, which is not built in; "
-                         "choose bfloat16 or float32")
+        raise ValueError(
+            "dtype='float16' cannot be trained: gradients vanish in it without loss scaling, which is not built in; "
+            "choose bfloat16 or float32"
+        )
     by_id = {p.prompt_id: p for p in read_table(prompts, "prompts", Prompt)}
     rows = read_table(pairs, "pairs", Pair)
     known = [p for p in rows if p.prompt_id in by_id]
     require_steps(split_pairs(known, by_id)[0], epochs, batch_size, min_steps)
-    vlm = open_vlm(policy, adapter, dtype, quantisation, attention, trainable=True, share_prefix=layout != "plain",
-                   device=device, system_prompt=system_prompt, pad_pictures=pad_pictures, max_pixels=max_pixels)
+    vlm = open_vlm(
+        policy,
+        adapter,
+        dtype,
+        quantisation,
+        attention,
+        trainable=True,
+        share_prefix=layout != "plain",
+        device=device,
+        system_prompt=system_prompt,
+        pad_pictures=pad_pictures,
+        max_pixels=max_pixels,
+    )
     loss = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, nll_weight=nll_weight)
-    training = dict(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size,
-                    gradient_checkpointing=gradient_checkpointing, evaluations=evaluations)
+    training = dict(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        evaluations=evaluations,
+    )
     lora = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, tf32=tf32)
-    parameters = loss | vlm.settings | training | lora | dict(layout=layout, kernel=kernel, seed=seed, round=round)
+    parameters = (
+        loss | vlm.settings | training | lora | dict(layout=layout, kernel=kernel, seed=seed, round=round)
+    )
     adapter_sha = folder_sha(Path(resolve_path(adapter))) if adapter else ""
-    inputs = {"prompts": table_sha(prompts, "prompts"), "pairs": table_sha(pairs, "pairs"), "policy": vlm.sha,
-              "adapter": adapter_sha}
+    inputs = {
+        "prompts": table_sha(prompts, "prompts"),
+        "pairs": table_sha(pairs, "pairs"),
+        "policy": vlm.sha,
+        "adapter": adapter_sha,
+    }
     stage = StageFolder(out, "dpo", parameters, inputs)
     if stage.is_done:
         write_adapter_card(Path(out) / "adapter", read_manifest(out))
@@ -706,11 +898,30 @@ def run_dpo(prompts, pairs, out, policy: str, adapter: str = "", *, quantisation
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes that fork
     maker = RowMaker(vlm, by_id, prompts, layout, kernel, max_tokens, workers=loader_workers)
     with tf32_products(tf32 and vlm.device.type == "cuda" and vlm.core.dtype != torch.float32):
-        found = teach(stage, maker, rows, adapter, adapter_sha, cache or f"{out}/cache", cache_gb, loss, training,
-                      min_steps, seed_of(seed, round, "dpo"))
+        found = teach(
+            stage,
+            maker,
+            rows,
+            adapter,
+            adapter_sha,
+            cache or f"{out}/cache",
+            cache_gb,
+            loss,
+            training,
+            min_steps,
+            seed_of(seed, round, "dpo"),
+        )
     sources = dict(Counter(p.source.partition("/")[0] for p in by_id.values()))
-    stage.finish(len(rows), found.pop("rows_out"), ["reference", "training"], found.pop("set_aside"), **found,
-                 adapter_sha=folder_sha(Path(out) / "adapter"), sources=sources, **vlm.notes)
+    stage.finish(
+        len(rows),
+        found.pop("rows_out"),
+        ["reference", "training"],
+        found.pop("set_aside"),
+        **found,
+        adapter_sha=folder_sha(Path(out) / "adapter"),
+        sources=sources,
+        **vlm.notes,
+    )
     write_adapter_card(Path(out) / "adapter", read_manifest(out))
     for work in ("checkpoints", "cache"):
         shutil.rmtree(Path(out) / work, ignore_errors=True)

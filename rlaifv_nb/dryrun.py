@@ -23,7 +23,19 @@ from .attention import BLOCK, unsupported_layers, use_branch_attention
 from .caches import picture_tensors
 from .models import DTYPES, OpenModel, checked, lora_targets, prompt_positions, unquantised_modules
 from .packing import collate_rows, pack_by_budget, pack_row, row_logps, token_logps
-from .prefix import ROWS, Answer, Sampler, SharedRows, generate_texts, grow, grow_texts, read_prompts, rows_for, score_branches, whole_rows
+from rlaifv_nb.prefix import (
+    ROWS,
+    Answer,
+    Sampler,
+    SharedRows,
+    generate_texts,
+    grow,
+    grow_texts,
+    read_prompts,
+    rows_for,
+    score_branches,
+    whole_rows,
+)
 
 aten = torch.ops.aten
 
@@ -86,7 +98,13 @@ def placed(func, args, kwargs):
     tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     if device is not None and torch.device(device).type == "meta":
-        floating = dtype.is_floating_point if dtype else tensors[0].is_floating_point() if tensors else "arange" not in str(func)
+        floating = (
+            dtype.is_floating_point
+            if dtype
+            else tensors[0].is_floating_point()
+            if tensors
+            else "arange" not in str(func)
+        )
         if not floating and not any(map(on_meta, tensors)):
             kwargs = kwargs | {"device": torch.device("cpu")}
     if any(map(on_meta, tensors)):
@@ -105,13 +123,22 @@ class KernelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask):
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32), *([] if mask is None else [mask]))
+        ctx.save_for_backward(
+            query,
+            key,
+            value,
+            out,
+            query.new_empty(query.shape[:-1], dtype=torch.float32),
+            *([] if mask is None else [mask]),
+        )
         return out
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors[:3]
-        sum_in_full = query.new_empty(query.shape, dtype=torch.float32) if query.dtype != torch.float32 else None  # noqa: F841, alive until we return
+        sum_in_full = (
+            query.new_empty(query.shape, dtype=torch.float32) if query.dtype != torch.float32 else None
+        )  # noqa: F841, alive until we return
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
@@ -119,15 +146,23 @@ def attention_for(device):
     "A stand-in for `scaled_dot_product_attention` on a device (cpu or cuda)."
     plain = F.scaled_dot_product_attention
 
-    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attend(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         if not on_meta(query):
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return plain(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = query.new_empty(attn_mask.shape)
         if device == "cuda" and enable_gqa and attn_mask is not None:
             n = query.shape[1] // key.shape[1]
-            query, key, value = (t.float() for t in (query, key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)))
-            return ((query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ value).to(attn_mask.dtype)
+            query, key, value = (
+                t.float() for t in (query, key.repeat_interleave(n, 1), value.repeat_interleave(n, 1))
+            )
+            return (
+                (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ value
+            ).to(attn_mask.dtype)
         return KernelAttention.apply(query, key, value, attn_mask)
 
     return attend
@@ -179,7 +214,9 @@ def replace_4bit(model, skipped):
     for name, module in list(model.named_modules()):
         for child, layer in list(module.named_children()):
             path = f"{name}.{child}".lstrip(".")
-            if isinstance(layer, torch.nn.Linear) and not any(path == s or path.startswith(s + ".") for s in skipped):
+            if isinstance(layer, torch.nn.Linear) and not any(
+                path == s or path.startswith(s + ".") for s in skipped
+            ):
                 layer.__class__ = Dry4bit
 
 
@@ -189,7 +226,9 @@ def open_dry(config, processor=None, dtype="float32", quantisation="none", share
 
     auto = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=DTYPES[checked(dtype, DTYPES, "dtype")], attn_implementation="sdpa").eval()
+        model = auto.from_config(
+            config, dtype=DTYPES[checked(dtype, DTYPES, "dtype")], attn_implementation="sdpa"
+        ).eval()
     if quantisation == "nf4":
         replace_4bit(model, unquantised_modules(model))
     problem = unsupported_layers(model) if share_prefix else "share_prefix is false"
@@ -203,13 +242,19 @@ def put_adapter(vlm, rank, dropout=0.0):
     from peft import LoraConfig, get_peft_model
 
     with torch.device("meta"):
-        vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, target_modules=lora_targets(vlm.core), lora_dropout=dropout)).to("meta")
+        vlm.model = get_peft_model(
+            vlm.model, LoraConfig(r=rank, target_modules=lora_targets(vlm.core), lora_dropout=dropout)
+        ).to("meta")
     return vlm
 
 
 def weight_bytes(model):
     "Bytes of a model's weights and buffers, 4-bit layers packed."
-    packed = {m.weight.untyped_storage()._cdata: nf4_bytes(m.weight.numel()) for m in model.modules() if isinstance(m, Dry4bit)}
+    packed = {
+        m.weight.untyped_storage()._cdata: nf4_bytes(m.weight.numel())
+        for m in model.modules()
+        if isinstance(m, Dry4bit)
+    }
     found = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
     return sum((found | packed).values())
 
@@ -217,7 +262,11 @@ def weight_bytes(model):
 def dry_peak(vlm, run, device="cpu"):
     "Most bytes that `run()` has alive besides the weights of a `DryModel`, on a device (cpu or cuda)."
     meter = Meter(free=[*vlm.model.parameters(), *vlm.model.buffers()])
-    with patch.object(F, "scaled_dot_product_attention", attention_for(device)), patch.object(attention, "varlen_kernel", varlen_stand_in), meter:
+    with (
+        patch.object(F, "scaled_dot_product_attention", attention_for(device)),
+        patch.object(attention, "varlen_kernel", varlen_stand_in),
+        meter,
+    ):
         run()
     return meter.peak
 
@@ -233,7 +282,9 @@ def fast_forward(branches, place):
         own.longest = place
         return
     for layer in branches.cache.layers:
-        layer.keys, layer.values = (t.new_empty(*t.shape[:2], t.shape[2] + place, t.shape[3]) for t in (layer.keys, layer.values))
+        layer.keys, layer.values = (
+            t.new_empty(*t.shape[:2], t.shape[2] + place, t.shape[3]) for t in (layer.keys, layer.values)
+        )
     branches.mask = F.pad(branches.mask, (0, place), value=1)
 
 
@@ -270,7 +321,12 @@ def scored(vlm, prefix, n_branches, n_tokens, max_tokens=16384):
     index = [k for k in range(len(prefix.inputs)) for _ in range(n_branches)]
     whole = n_tokens + (prefix.inputs[0]["input_ids"].shape[1] if vlm.sharing else 0)
     group = index[: max(1, max_tokens // whole)]
-    others = [torch.empty(n_tokens + 1, vlm.core.config.get_text_config().hidden_size, dtype=vlm.core.dtype, device="meta") for _ in index[len(group) :]]
+    others = [
+        torch.empty(
+            n_tokens + 1, vlm.core.config.get_text_config().hidden_size, dtype=vlm.core.dtype, device="meta"
+        )
+        for _ in index[len(group) :]
+    ]
     return others + score_branches(vlm, prefix, group, [[1] * n_tokens for _ in group], max_tokens)
 
 
@@ -299,7 +355,9 @@ def claims_work(llm, n_rows, prompt_tokens, max_new_tokens, instruction_tokens=0
     if llm.sharing:
         prompt_tokens += instruction_tokens
         instruction_tokens = 0
-    most = inspect.signature(generate_texts).parameters["max_tokens"].default // (prompt_tokens + max_new_tokens)
+    most = inspect.signature(generate_texts).parameters["max_tokens"].default // (
+        prompt_tokens + max_new_tokens
+    )
     rests = whole_rows([[1] * prompt_tokens] * min(n_rows, max(1, most)))
     branches = grow_texts(llm, [1] * instruction_tokens, rests, max_new_tokens)
     decoding_work(llm, branches, len(rests), max_new_tokens, 0, 1.0)
@@ -310,8 +368,15 @@ def pair_row(vlm, prompt, answer_tokens, from_pixels=False):
     positions = prompt_positions(vlm.core, prompt | {"attention_mask": torch.ones_like(prompt["input_ids"])})
     if not from_pixels:
         text = {k: v for k, v in prompt.items() if k not in picture_tensors(prompt)}
-        image_tokens, config = int((prompt["input_ids"] == vlm.core.config.image_token_id).sum()), vlm.core.config.get_text_config()
-        prompt = text | {"image_features": torch.empty(image_tokens, config.hidden_size, dtype=vlm.core.dtype, device="meta")}
+        image_tokens, config = (
+            int((prompt["input_ids"] == vlm.core.config.image_token_id).sum()),
+            vlm.core.config.get_text_config(),
+        )
+        prompt = text | {
+            "image_features": torch.empty(
+                image_tokens, config.hidden_size, dtype=vlm.core.dtype, device="meta"
+            )
+        }
     return pack_row(prompt, [[1] * answer_tokens] * 2, positions if positions.ndim == 2 else positions[:, 0])
 
 
@@ -326,6 +391,7 @@ def training_work(vlm, prompt, answer_tokens, p, device):
     kernel = "varlen" if device == "cuda" and vlm.core.dtype != torch.float32 else "sdpa"
     trained = [w for w in vlm.model.parameters() if w.requires_grad]
     states = [torch.empty_like(w) for w in trained for _ in range(2)]  # noqa: F841, alive
+
     def batch():
         rows = [pair_row(vlm, prompt, answer_tokens, has_deep_features(vlm)) for _ in range(p["batch_size"])]
         return [collate_rows(group, layout, kernel) for group in pack_by_budget(rows, p["max_tokens"])]
@@ -350,9 +416,14 @@ def reference_work(vlm, prompt, answer_tokens, p, device):
     "Log-probabilities of the reference for `8 * batch_size` pairs, and the preflight's four pairs from pixels."
     layout = "plain" if vlm.sharing and p["layout"] == "packed" else p["layout"]
     kernel = "varlen" if device == "cuda" and vlm.core.dtype != torch.float32 else "sdpa"
-    rows = [pair_row(vlm, prompt, answer_tokens, has_deep_features(vlm)) for _ in range(8 * p["batch_size"] if device == "cpu" else p["batch_size"])]
+    rows = [
+        pair_row(vlm, prompt, answer_tokens, has_deep_features(vlm))
+        for _ in range(8 * p["batch_size"] if device == "cpu" else p["batch_size"])
+    ]
     parts = [collate_rows(group, layout, kernel) for group in pack_by_budget(rows, p["max_tokens"])]
     del rows
     row_logps(vlm.core, parts[0])
     del parts
-    row_logps(vlm.core, collate_rows([pair_row(vlm, prompt, answer_tokens, True) for _ in range(4)], layout, kernel))
+    row_logps(
+        vlm.core, collate_rows([pair_row(vlm, prompt, answer_tokens, True) for _ in range(4)], layout, kernel)
+    )

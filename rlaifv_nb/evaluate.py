@@ -26,17 +26,65 @@ from .fact_review import count_unsupported, is_supported, review_facts
 from .intervals import average_repeats, compare_models, sum_counts
 from .judgements import count_points, count_ratings
 from .judges import judge_note, open_judge
-from .measures import (RULES, Measured, check_tools, compare_measured, comparison_table, figures_of, halbench_tools, measure_answers,
-                                measure_reviews, measure_scores, measure_table, published_tables, read_counts, write_counts)
-from .objects import count_mentions, phrase_mentions, read_coco_truth, read_coco_words, read_halbench_answers, simple_lemmas
-from .records import Score, StageFolder, read_manifest, read_table, resolve_path, sha256_of, write_rows, write_table, write_text
-from .reviews import (last_reviews, preference_counts, read_llava_bench_items, read_mmhal_answers, read_mmhal_items, read_refomb_answers,
-                               read_refomb_items, read_reviews_of, review_halbench, review_llava_bench, review_mmhal, review_refomb)
+from rlaifv_nb.measures import (
+    RULES,
+    Measured,
+    check_tools,
+    compare_measured,
+    comparison_table,
+    figures_of,
+    halbench_tools,
+    measure_answers,
+    measure_reviews,
+    measure_scores,
+    measure_table,
+    published_tables,
+    read_counts,
+    write_counts,
+)
+from rlaifv_nb.objects import (
+    count_mentions,
+    phrase_mentions,
+    read_coco_truth,
+    read_coco_words,
+    read_halbench_answers,
+    simple_lemmas,
+)
+from rlaifv_nb.records import (
+    Score,
+    StageFolder,
+    read_manifest,
+    read_table,
+    resolve_path,
+    sha256_of,
+    write_rows,
+    write_table,
+    write_text,
+)
+from rlaifv_nb.reviews import (
+    last_reviews,
+    preference_counts,
+    read_llava_bench_items,
+    read_mmhal_answers,
+    read_mmhal_items,
+    read_refomb_answers,
+    read_refomb_items,
+    read_reviews_of,
+    review_halbench,
+    review_llava_bench,
+    review_mmhal,
+    review_refomb,
+)
 
 VERSION = "1"
 REVIEWED = ("mmhal", "refomb", "llava-bench", "mhumaneval")  # have files of saved reviews
-REVIEW_OPTIONS = {"refomb": {"prompt", "trust_prompt", "repeats"}, "refomb-facts": set(), "mmhal": {"prompt", "repeats"},
-                  "llava-bench": {"prompt", "repeats"}, "objhal": {"prompt"}}
+REVIEW_OPTIONS = {
+    "refomb": {"prompt", "trust_prompt", "repeats"},
+    "refomb-facts": set(),
+    "mmhal": {"prompt", "repeats"},
+    "llava-bench": {"prompt", "repeats"},
+    "objhal": {"prompt"},
+}
 JUDGED = ("mmhal", "refomb", "refomb-facts", "llava-bench")  # need a judge; objhal can have one
 WITH_TOOLS = ("amber", "amber-generative", "objhal")
 BENCH_NAMES = ("iconworld", *BENCHES, "mhumaneval")
@@ -55,6 +103,7 @@ class Request:
 
     `system_prompt`, `pad_pictures` and `max_pixels` say how the model is asked ([00_models](00_models.ipynb)). Without them, a model with an
     adapter is asked as the adapter was trained; give its base the same options to compare the two."""
+
     bench: str
     model: str = ""
     adapter: str = ""
@@ -101,7 +150,9 @@ class Request:
     @property
     def beams(self):
         "The beams that this request means."
-        return self.num_beams or (BENCHES[self.bench].num_beams if self.mode == "official" and self.model else 1)
+        return self.num_beams or (
+            BENCHES[self.bench].num_beams if self.mode == "official" and self.model else 1
+        )
 
     @property
     def label(self):
@@ -112,7 +163,9 @@ class Request:
     @property
     def protocol(self):
         "Benchmark, version and mode, and the tools where they are not the mode's own."
-        own = self.bench in WITH_TOOLS and self.finder != ("official" if self.mode == "official" else "builtin")
+        own = self.bench in WITH_TOOLS and self.finder != (
+            "official" if self.mode == "official" else "builtin"
+        )
         return f"{self.bench}-{VERSION} {self.mode}" + (f", {self.finder} tools" if own else "")
 
 
@@ -121,23 +174,39 @@ def check_request(r):
     check_mode(r.mode)
     check_tools(r.finder)
     new, default = r.model or r.answers, Request(r.bench)
-    inert = [k for k in ("data", "tools", "num_beams", "batch_size", "name", *ASKED) if r.bench == "iconworld" and getattr(r, k) != getattr(default, k)]
+    inert = [
+        k
+        for k in ("data", "tools", "num_beams", "batch_size", "name", *ASKED)
+        if r.bench == "iconworld" and getattr(r, k) != getattr(default, k)
+    ]
     wrong = {
         f"bench={r.bench!r}: choose one of {', '.join(BENCH_NAMES)}": r.bench not in BENCH_NAMES,
-        "give one of: a model, a file of answers, a file of reviews": sum(map(bool, (r.model, r.answers, r.reviews))) != 1,
+        "give one of: a model, a file of answers, a file of reviews": sum(
+            map(bool, (r.model, r.answers, r.reviews))
+        )
+        != 1,
         "an adapter needs the model that it belongs to": r.adapter and not r.model,
-        f"{', '.join(ASKED)} say how a model is asked: name the model": not r.model and any(getattr(r, name) for name in ASKED),
+        f"{', '.join(ASKED)} say how a model is asked: name the model": not r.model
+        and any(getattr(r, name) for name in ASKED),
         f"{r.bench} has no reviews: {', '.join(REVIEWED)} have": r.reviews and r.bench not in REVIEWED,
-        "mhumaneval is scored from people's labels: give them as reviews, rows with id and hallucinated": r.bench == "mhumaneval" and new,
+        "mhumaneval is scored from people's labels: give them as reviews, rows with id and hallucinated": r.bench
+        == "mhumaneval"
+        and new,
         f"{', '.join(inert)}: the icon world has no use for that": inert,
-        "the icon world asks a model itself, in clean mode": r.bench == "iconworld" and (not r.model or r.mode != "clean"),
+        "the icon world asks a model itself, in clean mode": r.bench == "iconworld"
+        and (not r.model or r.mode != "clean"),
         f"{r.bench} needs the folder of its files (data)": new and not r.data and r.bench != "iconworld",
-        "refomb-facts is no official protocol: choose clean mode": r.bench == "refomb-facts" and r.mode == "official",
-        f"{r.bench}, {r.mode} mode, needs a judge (local:MODEL or URL|MODEL), or saved reviews where it has them":
-            new and not r.judge and (r.bench in JUDGED or r.bench == "objhal" and r.mode == "official"),
-        f"a judge is asked about new answers to {', '.join(REVIEW_OPTIONS)} only": r.judge and (r.reviews or r.bench not in REVIEW_OPTIONS),
-        f"{', '.join(r.review_options)}: {r.bench} without a judge, or with this one, has no use for that":
-            not set(r.review_options) <= (REVIEW_OPTIONS.get(r.bench, set()) if r.judge else set()),
+        "refomb-facts is no official protocol: choose clean mode": r.bench == "refomb-facts"
+        and r.mode == "official",
+        f"{r.bench}, {r.mode} mode, needs a judge (local:MODEL or URL|MODEL), or saved reviews where it has them": new
+        and not r.judge
+        and (r.bench in JUDGED or r.bench == "objhal" and r.mode == "official"),
+        f"a judge is asked about new answers to {', '.join(REVIEW_OPTIONS)} only": r.judge
+        and (r.reviews or r.bench not in REVIEW_OPTIONS),
+        f"{', '.join(r.review_options)}: {r.bench} without a judge, or with this one, has no use for that": not set(
+            r.review_options
+        )
+        <= (REVIEW_OPTIONS.get(r.bench, set()) if r.judge else set()),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -154,7 +223,10 @@ def recipe_of(adapter):
 # %% ../nbs/09_evaluate.ipynb #637a5a19
 def refomb_items(r, path, questions):
     "The items that were asked, with the reference's answers, and the model's answers to them."
-    items, keys = read_refomb_items(Path(r.data) / "gpt4v_RefoMB_dev_0521.jsonl"), {(q.text, q.row["image_url"]) for q in questions}
+    items, keys = (
+        read_refomb_items(Path(r.data) / "gpt4v_RefoMB_dev_0521.jsonl"),
+        {(q.text, q.row["image_url"]) for q in questions},
+    )
     items = {id: item for id, item in items.items() if (item["question"], item["image"]) in keys}
     return items, read_refomb_answers(path, items), {id: item["type"] for id, item in items.items()}
 
@@ -164,7 +236,10 @@ def judge_refomb(r, path, questions, judge, out):
     items, answers, types = refomb_items(r, path, questions)
     found, rows = review_refomb(answers, items, judge, out, r.mode, **r.review_options), read_reviews_of(out)
     parts = {name: [row for row in rows if row.part == name] for name in ("win", "trust")}
-    return found, [Measured(f"RefoMB {name}", average_repeats(preference_counts(part, types, r.mode))) for name, part in parts.items()]
+    return found, [
+        Measured(f"RefoMB {name}", average_repeats(preference_counts(part, types, r.mode)))
+        for name, part in parts.items()
+    ]
 
 
 def judge_facts(r, path, questions, judge, out):
@@ -179,21 +254,34 @@ def judge_facts(r, path, questions, judge, out):
 
 def judge_mmhal(r, path, questions, judge, out):
     "MMHal-Bench's ratings; the answers stand in the order of the questions."
-    items, texts = read_mmhal_items(Path(r.data) / "mmhal-bench_answer_template.json"), list(read_mmhal_answers(path).values())
+    items, texts = (
+        read_mmhal_items(Path(r.data) / "mmhal-bench_answer_template.json"),
+        list(read_mmhal_answers(path).values()),
+    )
     if len(texts) != len(questions):
         raise ValueError(f"{path}: {len(texts)} answers to {len(questions)} questions")
     answers = {q.question_id: text for q, text in zip(questions, texts)}
     found = review_mmhal(answers, {id: items[id] for id in answers}, judge, out, r.mode, **r.review_options)
     rows, types = last_reviews(read_reviews_of(out)).values(), [items[id]["type"] for id in answers]
-    repeats = [[row.text if row.value is not None else "" for row in rows if row.repeat == k] for k in sorted({row.repeat for row in rows})]
-    return found, [Measured("MMHal-Bench", average_repeats([count_ratings(texts, types, r.mode) for texts in repeats]))]
+    repeats = [
+        [row.text if row.value is not None else "" for row in rows if row.repeat == k]
+        for k in sorted({row.repeat for row in rows})
+    ]
+    return found, [
+        Measured("MMHal-Bench", average_repeats([count_ratings(texts, types, r.mode) for texts in repeats]))
+    ]
 
 
 def judge_llava_bench(r, path, questions, judge, out):
     "LLaVA-Bench's points, means over both orders where both were asked."
-    items = read_llava_bench_items(*(Path(r.data) / name for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")))
+    items = read_llava_bench_items(
+        *(Path(r.data) / name for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"))
+    )
     items = {q.question_id: items[q.question_id] for q in questions}
-    answers = {id: row["text"] for id, row in rows_by_id(read_json_rows(path), "question_id", "text", source=str(path)).items()}
+    answers = {
+        id: row["text"]
+        for id, row in rows_by_id(read_json_rows(path), "question_id", "text", source=str(path)).items()
+    }
     found = review_llava_bench(answers, items, judge, out, r.mode, **r.review_options)
     rows, counts = [row for row in last_reviews(read_reviews_of(out)).values()], []
     for k in sorted({row.repeat for row in rows}):
@@ -202,35 +290,59 @@ def judge_llava_bench(r, path, questions, judge, out):
             if row.repeat == k and row.value is not None:
                 points[row.item_id].append(row.value if row.order == "second" else row.value[::-1])
         means = {id: [sum(p) / len(p) for p in zip(*pairs)] or [-1, -1] for id, pairs in points.items()}
-        counts.append(count_points([{"category": items[id]["category"], "tuple": mean} for id, mean in means.items()]))
+        counts.append(
+            count_points([{"category": items[id]["category"], "tuple": mean} for id, mean in means.items()])
+        )
     return found, [Measured("LLaVA-Bench", average_repeats(counts))]
 
 
 def judge_halbench(r, path, questions, judge, out):
     "Object HalBench by the judge's lists of objects."
-    coco, answers, ids = read_coco_words(Path(r.data) / "synonyms_refine.txt"), read_halbench_answers(path), [int(q.question_id) for q in questions]
+    coco, answers, ids = (
+        read_coco_words(Path(r.data) / "synonyms_refine.txt"),
+        read_halbench_answers(path),
+        [int(q.question_id) for q in questions],
+    )
     tag, lemmas = halbench_tools() if r.finder == "official" else (None, simple_lemmas)
     truth = read_coco_truth(r.data, ids, coco, lemmas)
     items = {id: {"question": q.text, "truth": truth[id]} for id, q in zip(ids, questions)}
     found = review_halbench(answers, items, judge, out, coco, r.mode, tag=tag, **r.review_options)
-    phrases = {id: [] for id in items} | {row.item_id: row.value for row in last_reviews(read_reviews_of(out)).values()}
-    mentions = {id: phrase_mentions(phrases[id] or [], coco, tag) for id in items if phrases[id] is not None or r.mode == "official"}
-    counts = count_mentions({id: answers[id] for id in mentions}, mentions, {id: truth[id] for id in mentions}, r.mode)
+    phrases = {id: [] for id in items} | {
+        row.item_id: row.value for row in last_reviews(read_reviews_of(out)).values()
+    }
+    mentions = {
+        id: phrase_mentions(phrases[id] or [], coco, tag)
+        for id in items
+        if phrases[id] is not None or r.mode == "official"
+    }
+    counts = count_mentions(
+        {id: answers[id] for id in mentions}, mentions, {id: truth[id] for id in mentions}, r.mode
+    )
     return found, [Measured("Object HalBench", counts)]
 
 
-JUDGES = {"refomb": judge_refomb, "refomb-facts": judge_facts, "mmhal": judge_mmhal, "llava-bench": judge_llava_bench, "objhal": judge_halbench}
+JUDGES = {
+    "refomb": judge_refomb,
+    "refomb-facts": judge_facts,
+    "mmhal": judge_mmhal,
+    "llava-bench": judge_llava_bench,
+    "objhal": judge_halbench,
+}
 
 
 def ask_judge(r, path, questions, out):
     "The `Measured` parts of a judged benchmark, and who judged. Raises JudgeError when judgements are missing: the same call goes on."
-    judge = open_judge(r.judge, Path(out) / "judge", max_new_tokens=r.judge_tokens, max_requests=r.max_requests)
+    judge = open_judge(
+        r.judge, Path(out) / "judge", max_new_tokens=r.judge_tokens, max_requests=r.max_requests
+    )
     found, measured = JUDGES[r.bench](r, path, questions, judge, Path(out) / "reviews")
     for m in measured:
         name, value = next(iter(figures_of(m.part, r.mode)(sum_counts(m.counts)).items()))
         there = found["trust" if m.part == "RefoMB trust" else name][0]
         if value != there and value == value:
-            raise ValueError(f"{m.part}: {name} is {value} by the counts and {there} by the review in {out}/reviews")
+            raise ValueError(
+                f"{m.part}: {name} is {value} by the counts and {there} by the review in {out}/reviews"
+            )
     return measured, judge_note(judge).removeprefix("judged by ")
 
 # %% ../nbs/09_evaluate.ipynb #7cb7a391
@@ -239,12 +351,35 @@ def plan_stage(out, r, questions):
     from rlaifv_nb.models import folder_sha, model_folder
 
     files = [Path(r.data) / name for name in BENCHES[r.bench].files] if questions else []
-    inputs = {"questions": questions_sha(questions), "data": sha256_of(b"".join(p.read_bytes() for p in files))} if questions else {}
+    inputs = (
+        {"questions": questions_sha(questions), "data": sha256_of(b"".join(p.read_bytes() for p in files))}
+        if questions
+        else {}
+    )
     inputs |= {"model": folder_sha(model_folder(r.model))} if r.model else {}
     inputs |= {"adapter": folder_sha(Path(resolve_path(r.adapter)))} if r.adapter else {}
-    inputs |= {kind: sha256_of(Path(path).read_bytes()) for kind, path in (("answers", r.answers), ("reviews", r.reviews)) if path}
-    names = ("bench", "judge", "mode", "limit", "max_new_tokens", "batch_size", "quantisation", "seed", "judge_tokens", "protocol")
-    parameters = {k: getattr(r, k) for k in names} | {"name": r.label, "tools": r.finder, "num_beams": r.beams} | r.review_options
+    inputs |= {
+        kind: sha256_of(Path(path).read_bytes())
+        for kind, path in (("answers", r.answers), ("reviews", r.reviews))
+        if path
+    }
+    names = (
+        "bench",
+        "judge",
+        "mode",
+        "limit",
+        "max_new_tokens",
+        "batch_size",
+        "quantisation",
+        "seed",
+        "judge_tokens",
+        "protocol",
+    )
+    parameters = (
+        {k: getattr(r, k) for k in names}
+        | {"name": r.label, "tools": r.finder, "num_beams": r.beams}
+        | r.review_options
+    )
     parameters |= r.asked
     return StageFolder(out, "evaluate", parameters, inputs)
 
@@ -255,7 +390,16 @@ def answer_file_of(r, questions, out):
 
     sha = folder_sha(Path(resolve_path(r.adapter))) if r.adapter else ""
     vlm = open_vlm(r.model, r.adapter, quantisation=r.quantisation, **r.asked)
-    found = run_answers(questions, Path(r.data) / "images", Path(out) / "answers", vlm, r.max_new_tokens, r.beams, r.batch_size, adapter_sha=sha)
+    found = run_answers(
+        questions,
+        Path(r.data) / "images",
+        Path(out) / "answers",
+        vlm,
+        r.max_new_tokens,
+        r.beams,
+        r.batch_size,
+        adapter_sha=sha,
+    )
     path = write_answer_file(r.bench, questions, found, out)
     return path, [q for q in questions if q.question_id in found], read_manifest(Path(out) / "answers")
 
@@ -263,10 +407,14 @@ def answer_file_of(r, questions, out):
 def measure(r, path, questions, out):
     "The `Measured` parts, and who judged."
     if r.reviews:
-        return measure_reviews(r.bench, r.reviews, r.mode), "human labels" if r.bench == "mhumaneval" else f"saved reviews, {Path(r.reviews).name}"
+        return measure_reviews(
+            r.bench, r.reviews, r.mode
+        ), "human labels" if r.bench == "mhumaneval" else f"saved reviews, {Path(r.reviews).name}"
     if r.judge:
         return ask_judge(r, path, questions, out)
-    return (measure_answers(r.bench, r.data, path, questions, r.mode, r.finder) if r.bench in RULES else []), "none (rule)"
+    return (
+        measure_answers(r.bench, r.data, path, questions, r.mode, r.finder) if r.bench in RULES else []
+    ), "none (rule)"
 
 
 def run_evaluate(out, bench, model="", adapter="", data="", **settings):
@@ -277,7 +425,15 @@ def run_evaluate(out, bench, model="", adapter="", data="", **settings):
     check_request(r)
     if bench == "iconworld":
         adapters = f"adapted={resolve_path(adapter)}" if adapter else ""
-        run_evaluation(out, model, adapters, quantisation=r.quantisation, n_scenes=r.limit or 1000, max_new_tokens=r.max_new_tokens, seed=r.seed)
+        run_evaluation(
+            out,
+            model,
+            adapters,
+            quantisation=r.quantisation,
+            n_scenes=r.limit or 1000,
+            max_new_tokens=r.max_new_tokens,
+            seed=r.seed,
+        )
         return read_manifest(out)
     questions = [] if r.reviews else open_questions(bench, data, r.limit)
     stage = plan_stage(out, r, questions)
@@ -289,20 +445,42 @@ def run_evaluate(out, bench, model="", adapter="", data="", **settings):
 
 def finish_evaluation(stage, r, measured, judged_by, questions, asked, generated):
     "Writes counts, scores, tables and the manifest."
-    scores, figures = measure_scores(r.label, measured, r.mode, r.protocol, r.seed), lambda m: figures_of(m.part, r.mode)
+    scores, figures = (
+        measure_scores(r.label, measured, r.mode, r.protocol, r.seed),
+        lambda m: figures_of(m.part, r.mode),
+    )
     write_counts(stage.path, measured)
     write_table(stage.path, "scores", scores)
-    aside, decoding = generated.get("set_aside", {}), generated.get("parameters", {}).get("decoding", "not known, the answers were given")
+    aside, decoding = (
+        generated.get("set_aside", {}),
+        generated.get("parameters", {}).get("decoding", "not known, the answers were given"),
+    )
     texts = [f"{r.label}: {r.protocol}, judge: {judged_by}, decoding: {decoding}."]
-    texts += [f"{n} questions set aside: {reason}. The figures are of the others." for reason, n in aside.items()]
+    texts += [
+        f"{n} questions set aside: {reason}. The figures are of the others." for reason, n in aside.items()
+    ]
     texts += [measure_table(measured, scores, r.mode) or "Answers were written; nothing is scored here."]
     texts += [published_tables(r.label, measured, scores, r.mode, r.protocol, judged_by)]
     write_text(stage.path / "table.md", "\n\n".join(text for text in texts if text) + "\n")
-    blind = {f"{m.part}: {k}": v for m in measured if m.blind for k, v in figures(m)(sum_counts(m.blind)).items()}
-    made = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "recipe": recipe_of(resolve_path(r.adapter))}
+    blind = {
+        f"{m.part}: {k}": v for m in measured if m.blind for k, v in figures(m)(sum_counts(m.blind)).items()
+    }
+    made = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+        "recipe": recipe_of(resolve_path(r.adapter)),
+    }
     n = sum(len(m.counts) for m in measured)
-    stage.finish(len(questions) or n, len(asked) or n, ["counts", "scores"], judged_by=judged_by, decoding=decoding, questions_set_aside=aside,
-                 always_no=blind, made=made)
+    stage.finish(
+        len(questions) or n,
+        len(asked) or n,
+        ["counts", "scores"],
+        judged_by=judged_by,
+        decoding=decoding,
+        questions_set_aside=aside,
+        always_no=blind,
+        made=made,
+    )
 
 
 def evaluation_text(out):
@@ -312,21 +490,43 @@ def evaluation_text(out):
     return score_table(read_table(out, "scores", Score))
 
 # %% ../nbs/09_evaluate.ipynb #13d5a2de
-SAME = ("bench", "mode", "tools", "judge", "protocol", "split", "n_scenes", "seed", "prompt", "trust_prompt", "repeats", "judge_tokens")
+SAME = (
+    "bench",
+    "mode",
+    "tools",
+    "judge",
+    "protocol",
+    "split",
+    "n_scenes",
+    "seed",
+    "prompt",
+    "trust_prompt",
+    "repeats",
+    "judge_tokens",
+)
 
 
 def case_counts(folder):
     "Counts per scene of the last model of an icon world evaluation: `{scene_id: {measure: ..., measure of: ...}}`."
     counts, cases = {}, read_cases(folder, len(read_manifest(folder)["parameters"]["models"]) - 1)
     for case in cases:
-        pairs = {name: getattr(case, name) for name in ("response", "mention", "attribute", "number", "relation", "any_claim", "cover")}
-        counts[case.scene_id] = {key: value for name, (bad, n) in pairs.items() for key, value in ((name, bad), (f"{name} of", n))}
+        pairs = {
+            name: getattr(case, name)
+            for name in ("response", "mention", "attribute", "number", "relation", "any_claim", "cover")
+        }
+        counts[case.scene_id] = {
+            key: value for name, (bad, n) in pairs.items() for key, value in ((name, bad), (f"{name} of", n))
+        }
     return counts
 
 
 def case_figures(sums):
     "Rates in percent from summed counts of scenes."
-    return {name: 100 * n / sums[f"{name} of"] if sums[f"{name} of"] else float("nan") for name, n in sums.items() if not name.endswith(" of")}
+    return {
+        name: 100 * n / sums[f"{name} of"] if sums[f"{name} of"] else float("nan")
+        for name, n in sums.items()
+        if not name.endswith(" of")
+    }
 
 
 def compare_folders(first, second, seed=0):
@@ -335,21 +535,42 @@ def compare_folders(first, second, seed=0):
     Raises ValueError naming what the two do not share."""
     manifests = [read_manifest(folder) for folder in (first, second)]
     names = [m["parameters"].get("name") or m["parameters"]["models"][-1] for m in manifests]
-    one, two = ({k: m["parameters"].get(k) for k in SAME} | {"stage": m["stage"], "judged by": m.get("judged_by")}
-                | {k: m["inputs"].get(k) for k in ("questions", "data")} for m in manifests)
+    one, two = (
+        {k: m["parameters"].get(k) for k in SAME}
+        | {"stage": m["stage"], "judged by": m.get("judged_by")}
+        | {k: m["inputs"].get(k) for k in ("questions", "data")}
+        for m in manifests
+    )
     different = [f"{k}: {one[k]!r} and {two[k]!r}" for k in one if one[k] != two[k]]
     if different:
         raise ValueError(f"{first} and {second} do not measure the same ({'; '.join(different)})")
     if one["stage"] == "evaluation":
         counts = [case_counts(folder) for folder in (first, second)]
-        sums = [case_figures({k: sum(row[k] for row in c.values()) for k in next(iter(c.values()))}) for c in counts]
-        return [{"part": PROTOCOL, "figure": k, "first": sums[0][k], "second": sums[1][k], "difference": d, "low": low, "high": high, "p": p}
-                for k, (d, low, high, p) in compare_models(*counts, case_figures, seed=seed).items()], names
+        sums = [
+            case_figures({k: sum(row[k] for row in c.values()) for k in next(iter(c.values()))})
+            for c in counts
+        ]
+        return [
+            {
+                "part": PROTOCOL,
+                "figure": k,
+                "first": sums[0][k],
+                "second": sums[1][k],
+                "difference": d,
+                "low": low,
+                "high": high,
+                "p": p,
+            }
+            for k, (d, low, high, p) in compare_models(*counts, case_figures, seed=seed).items()
+        ], names
     return compare_measured(read_counts(first), read_counts(second), one["mode"], seed), names
 
 
 def write_comparison(first, second):
     "Compares the evaluation `second` with `first`, keeps the rows in `second`, and returns them as Markdown."
     rows, names = compare_folders(first, second)
-    write_rows(Path(second) / f"comparison-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(first).resolve().name)}.jsonl", rows)
+    write_rows(
+        Path(second) / f"comparison-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(first).resolve().name)}.jsonl",
+        rows,
+    )
     return comparison_table(rows, *names)

@@ -17,8 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
-from .iconworld import (DESCRIBE, TYPES, balanced_claims, draw_picture, is_true, make_scene,
-                                 question_text, read_claims)
+from rlaifv_nb.iconworld import (
+    DESCRIBE,
+    TYPES,
+    balanced_claims,
+    draw_picture,
+    is_true,
+    make_scene,
+    question_text,
+    read_claims,
+)
 from .records import Score, SetAside, StageFolder, free_memory, read_rows, shard_paths, write_table
 
 PROTOCOL = "iconworld-1"
@@ -27,6 +35,7 @@ PROTOCOL = "iconworld-1"
 @dataclass(frozen=True)
 class Case:
     "What one model said about one scene, counted. Pairs are (bad, all), but `covered` is (mentioned, present)."
+
     model: str
     scene_id: str
     text: str
@@ -71,15 +80,25 @@ def ratio_interval(pairs, seed=0, n_resamples=2000):
 def count_answers(answers):
     "(correct, all, true no, said no, is no) of (truth, answered yes) rows."
     said_no, is_no = [not said for _, said in answers], [not truth for truth, _ in answers]
-    return sum(t == s for t, s in answers), len(answers), sum(a and b for a, b in zip(said_no, is_no)), sum(said_no), sum(is_no)
+    return (
+        sum(t == s for t, s in answers),
+        len(answers),
+        sum(a and b for a, b in zip(said_no, is_no)),
+        sum(said_no),
+        sum(is_no),
+    )
 
 
 def discriminative(counts):
-    "Accuracy, precision, recall and F1 in percent from `count_answers` sums (..., 5); positive is \"no\", as in AMBER."
+    'Accuracy, precision, recall and F1 in percent from `count_answers` sums (..., 5); positive is "no", as in AMBER.'
     correct, n, no_no, said_no, is_no = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
     precision, recall = (100 * no_no / np.maximum(k, 1) for k in (said_no, is_no))
-    return {"accuracy": 100 * correct / np.maximum(n, 1), "precision": precision, "recall": recall,
-            "F1": 2 * precision * recall / np.maximum(precision + recall, 1e-9)}
+    return {
+        "accuracy": 100 * correct / np.maximum(n, 1),
+        "precision": precision,
+        "recall": recall,
+        "F1": 2 * precision * recall / np.maximum(precision + recall, 1e-9),
+    }
 
 # %% ../nbs/06_evaluation.ipynb #ed943b3a
 def describe_scenes(vlm, scenes: list, max_new_tokens: int = 128) -> list[str]:
@@ -90,8 +109,15 @@ def describe_scenes(vlm, scenes: list, max_new_tokens: int = 128) -> list[str]:
     questions = [random.Random(f"question/{s.scene_id}").choice(DESCRIBE) for s in scenes]
     prefix = read_prompts(vlm, [prompt_inputs(vlm, draw_picture(s), q) for s, q in zip(scenes, questions)])
     never = unsampled_ids(vlm)
-    answers = sample_branches(vlm, prefix, range(len(scenes)), [0] * len(scenes), temperature=0,
-                              max_new_tokens=max_new_tokens, never=never)
+    answers = sample_branches(
+        vlm,
+        prefix,
+        range(len(scenes)),
+        [0] * len(scenes),
+        temperature=0,
+        max_new_tokens=max_new_tokens,
+        never=never,
+    )
     return [vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in answers]
 
 
@@ -107,16 +133,20 @@ def answer_scenes(vlm, scenes: list, seed: int = 0) -> list[tuple]:
     claims = [balanced_claims(s, random.Random(f"questions/{seed}/{s.scene_id}")) for s in scenes]
     questions = [[question_text(c) for c, _ in of_scene] for of_scene in claims]
     pairs = yes_no_asker(vlm)([draw_picture(s) for s in scenes], questions)
-    return [tuple((c.type, truth, said_yes(*pair)) for (c, truth), pair in zip(of_scene, of_pairs))
-            for of_scene, of_pairs in zip(claims, pairs)]
+    return [
+        tuple((c.type, truth, said_yes(*pair)) for (c, truth), pair in zip(of_scene, of_pairs))
+        for of_scene, of_pairs in zip(claims, pairs)
+    ]
 
 
 def evaluate_batch(vlm, model: str, scenes: list, max_new_tokens: int = 128, seed: int = 0) -> list[Case]:
     "Cases of a batch of scenes; `model` is the name they are filed under."
     texts = describe_scenes(vlm, scenes, max_new_tokens)
     answers = answer_scenes(vlm, scenes, seed)
-    return [Case(model, s.scene_id, text, len(text.split()), **count_claims(s, text), answers=answered)
-            for s, text, answered in zip(scenes, texts, answers)]
+    return [
+        Case(model, s.scene_id, text, len(text.split()), **count_claims(s, text), answers=answered)
+        for s, text, answered in zip(scenes, texts, answers)
+    ]
 
 
 def without_broken(cases: list[Case]) -> tuple[list[Case], list[SetAside]]:
@@ -147,16 +177,35 @@ def score_cases(cases: list[Case], seed: int = 0) -> list[Score]:
     model = cases[0].model
     scores = []
     for measure in MEASURES:
-        scores.append(Score(model, measure, *_ordered(ratio_interval([getattr(c, measure) for c in cases], seed), len(cases))))
+        scores.append(
+            Score(
+                model,
+                measure,
+                *_ordered(ratio_interval([getattr(c, measure) for c in cases], seed), len(cases)),
+            )
+        )
     words = np.array([c.words for c in cases])
     means = np.random.default_rng(seed).choice(words, (2000, len(words))).mean(axis=1)
-    scores.append(Score(model, "words", *_ordered((words.mean(), *np.percentile(means, [2.5, 97.5])), len(cases))))
+    scores.append(
+        Score(model, "words", *_ordered((words.mean(), *np.percentile(means, [2.5, 97.5])), len(cases)))
+    )
     counts = np.array([count_answers([(truth, said) for _, truth, said in c.answers]) for c in cases])
-    resampled = discriminative(counts[np.random.default_rng(seed).integers(0, len(cases), (2000, len(cases)))].sum(axis=1))
+    resampled = discriminative(
+        counts[np.random.default_rng(seed).integers(0, len(cases), (2000, len(cases)))].sum(axis=1)
+    )
     for measure, value in discriminative(counts.sum(axis=0)).items():
-        scores.append(Score(model, measure, *_ordered((value, *np.percentile(resampled[measure], [2.5, 97.5])), len(cases))))
+        scores.append(
+            Score(
+                model,
+                measure,
+                *_ordered((value, *np.percentile(resampled[measure], [2.5, 97.5])), len(cases)),
+            )
+        )
     for type in TYPES:
-        right = [(sum(t == s for y, t, s in c.answers if y == type), sum(y == type for y, _, _ in c.answers)) for c in cases]
+        right = [
+            (sum(t == s for y, t, s in c.answers if y == type), sum(y == type for y, _, _ in c.answers))
+            for c in cases
+        ]
         scores.append(Score(model, f"accuracy: {type}", *_ordered(ratio_interval(right, seed), len(cases))))
     return scores
 
@@ -231,9 +280,17 @@ def run_evaluation(
         raise ValueError("need n_scenes >= 1, batch_size >= 1 and max_new_tokens >= 1")
     named = {"base": ""} | parse_adapters(adapters)
     asked = dict(system_prompt=system_prompt, pad_pictures=pad_pictures, max_pixels=max_pixels)
-    parameters = dict(models=list(named), quantisation=quantisation, dtype=dtype, attention=attention,
-                      n_scenes=n_scenes, split=split, max_new_tokens=max_new_tokens, seed=seed,
-                      protocol=PROTOCOL)
+    parameters = dict(
+        models=list(named),
+        quantisation=quantisation,
+        dtype=dtype,
+        attention=attention,
+        n_scenes=n_scenes,
+        split=split,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        protocol=PROTOCOL,
+    )
     parameters |= {name: value for name, value in asked.items() if value}
     inputs = {"policy": folder_sha(model_folder(policy))}
     inputs |= {name: folder_sha(resolve_path(adapter)) for name, adapter in named.items() if adapter}

@@ -11,10 +11,19 @@ import re
 from .intervals import figure_intervals
 from .judgements import count_preferences, preference_figures
 from .objects import singular_of
-from .reviews import ask_reviews, finish_review, last_reviews, read_figures, review_stage, text_template
+from rlaifv_nb.reviews import (
+    ask_reviews,
+    finish_review,
+    last_reviews,
+    read_figures,
+    review_stage,
+    text_template,
+)
 
 # %% ../nbs/06_fact_review.ipynb #13ab2919
-FUNCTION_WORDS = frozenset("a an the is are was were there here it its this that in on at of to with and has have image picture".split())
+FUNCTION_WORDS = frozenset(
+    "a an the is are was were there here it its this that in on at of to with and has have image picture".split()
+)
 
 
 def content_words(text):
@@ -39,20 +48,41 @@ def review_facts(answers, items, judge, out, prompt, parse, mode="clean", suppor
     if mode != "clean":
         raise ValueError(f"mode={mode!r}: the review of facts is no official protocol, choose clean")
     template = text_template(prompt, "question", "response")
-    stage = review_stage(out, "facts", judge, mode, answers, items, {"facts": template}, retries=retries,
-                         support=getattr(support, "__name__", "description"))
+    stage = review_stage(
+        out,
+        "facts",
+        judge,
+        mode,
+        answers,
+        items,
+        {"facts": template},
+        retries=retries,
+        support=getattr(support, "__name__", "description"),
+    )
     if stage.is_done:
         return read_figures(out)
-    texts = {("model", id): answers[id] for id in items} | {(k, id): items[id][k] for k in ("reference", "description") for id in items}
+    texts = {("model", id): answers[id] for id in items} | {
+        (k, id): items[id][k] for k in ("reference", "description") for id in items
+    }
 
     def split(repeat, order, id, draw):
         return template.fill(draw, question=items[id]["question"], response=texts[order, id])
 
-    rows = ask_reviews(judge, "facts", [(0, order, id) for order, id in texts if texts[order, id].strip()], split, parse, mode, retries)
+    rows = ask_reviews(
+        judge,
+        "facts",
+        [(0, order, id) for order, id in texts if texts[order, id].strip()],
+        split,
+        parse,
+        mode,
+        retries,
+    )
     facts = dict.fromkeys(texts, []) | {(r.order, r.item_id): r.value for r in last_reviews(rows).values()}
     support = support or (lambda id, found: [is_supported(fact, facts["description", id]) for fact in found])
     counts, labels = count_unsupported(facts, {id: item["type"] for id, item in items.items()}, support)
-    return finish_review(stage, judge, rows, figure_intervals(counts, unsupported_figures), "", {"trust": labels})
+    return finish_review(
+        stage, judge, rows, figure_intervals(counts, unsupported_figures), "", {"trust": labels}
+    )
 
 
 def count_unsupported(facts, types, support):
@@ -63,9 +93,13 @@ def count_unsupported(facts, types, support):
         if any(facts[side, id] is None for side in (*sides, "description")):
             labels[id], more[id] = None, {}
             continue
-        bad = {side: sum(not ok for ok in support(id, found)) if found else 0 for side, found in sides.items()}
+        bad = {
+            side: sum(not ok for ok in support(id, found)) if found else 0 for side, found in sides.items()
+        }
         labels[id] = (bad["model"] < bad["reference"]) - (bad["model"] > bad["reference"])
-        more[id] = {("", f"unsupported {side}"): n for side, n in bad.items()} | {("", f"facts {side}"): len(found) for side, found in sides.items()}
+        more[id] = {("", f"unsupported {side}"): n for side, n in bad.items()} | {
+            ("", f"facts {side}"): len(found) for side, found in sides.items()
+        }
     marks = {id: {1: "[[B]]", -1: "[[A]]", 0: "[[C]]", None: ""}[label] for id, label in labels.items()}
     counts = count_preferences(marks, types)
     return {id: counts[id] | more[id] for id in types}, labels
@@ -74,6 +108,9 @@ def count_unsupported(facts, types, support):
 def unsupported_figures(sums):
     "`trust`, `trust: type`, `unread`, and the unsupported facts of both sides in percent, from summed counts."
     figures = preference_figures({key: value for key, value in sums.items() if key[0]})
-    shares = {f"unsupported: {side}": 100 * sums[("", f"unsupported {side}")] / sums[("", f"facts {side}")]
-              for side in ("model", "reference") if sums.get(("", f"facts {side}"))}
+    shares = {
+        f"unsupported: {side}": 100 * sums[("", f"unsupported {side}")] / sums[("", f"facts {side}")]
+        for side in ("model", "reference")
+        if sums.get(("", f"facts {side}"))
+    }
     return {name.replace("win", "trust"): value for name, value in figures.items()} | shares

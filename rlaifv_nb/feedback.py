@@ -15,8 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from .records import (Claim, Prompt, Response, SetAside, StageFolder, Verdict, YES_NO_SUFFIX,
-                               free_memory, is_out_of_memory, read_table, table_sha)
+from rlaifv_nb.records import (
+    Claim,
+    Prompt,
+    Response,
+    SetAside,
+    StageFolder,
+    Verdict,
+    YES_NO_SUFFIX,
+    free_memory,
+    is_out_of_memory,
+    read_table,
+    table_sha,
+)
 
 # %% ../nbs/03_feedback.ipynb #bbf57b5d
 LEAST_MASS = 1e-6  # a verdict keeps six digits: below this, both of its probabilities may be written as zero
@@ -51,6 +62,7 @@ def not_a_number(row_id: str, **values: float | str) -> SetAside:
 @dataclass
 class NumberCheck:
     "Counts the rows of a model with and without a finite number."
+
     model: str
     finite: int = 0
     broken: int = 0
@@ -61,17 +73,21 @@ class NumberCheck:
         self.finite += n_finite
         self.broken += len(broken)
         if broken and not self.finite and self.broken >= patience:
-            raise ValueError(f"{self.model} gives no numbers: all {self.broken} rows so far are not a number "
-                             f"({broken[0].row_id}: {broken[0].detail})")
+            raise ValueError(
+                f"{self.model} gives no numbers: all {self.broken} rows so far are not a number "
+                f"({broken[0].row_id}: {broken[0].detail})"
+            )
 
     def warnings(self) -> list[str]:
         "A sentence if some of the rows, but not all, had no finite number."
         if not self.broken:
             return []
         n = self.broken + self.finite
-        return [f"{self.broken:,} of {n:,} rows are set aside because {self.model} gave no finite number "
-                f"for them: float16 overflows (choose dtype bfloat16 or float32), "
-                f"or a weight is damaged."]
+        return [
+            f"{self.broken:,} of {n:,} rows are set aside because {self.model} gave no finite number "
+            f"for them: float16 overflows (choose dtype bfloat16 or float32), "
+            f"or a weight is damaged."
+        ]
 
 # %% ../nbs/03_feedback.ipynb #35380d3b
 def ask_alone(p_yes_no: Callable, pictures: list, questions: list, answers: list) -> list:
@@ -83,8 +99,12 @@ def ask_alone(p_yes_no: Callable, pictures: list, questions: list, answers: list
         return answers
     again = []
     for picture, texts, pairs in zip(pictures, questions, answers):
-        again.append([pair if is_number(pair) else p_yes_no([picture], [[text]])[0][0]
-                      for text, pair in zip(texts, pairs)])
+        again.append(
+            [
+                pair if is_number(pair) else p_yes_no([picture], [[text]])[0][0]
+                for text, pair in zip(texts, pairs)
+            ]
+        )
     return again
 
 
@@ -151,26 +171,36 @@ def labeler_warnings(
     labels = Counter(v.label for v in verdicts)
     same, several = blind_share(verdicts, claims, prompt_of)
     if several >= 20 and same > 0.95 * several:
-        reason = (f"the picture does not reach the labeler: {same} of {several} questions got the same "
-                  f"answer about every picture")
+        reason = (
+            f"the picture does not reach the labeler: {same} of {several} questions got the same "
+            f"answer about every picture"
+        )
     elif labels["no"] > 0.98 * n:
-        reason = ("the labeler says no to everything: it was given a chat template that is not its own, "
-                  "or it does not see the picture")
+        reason = (
+            "the labeler says no to everything: it was given a chat template that is not its own, "
+            "or it does not see the picture"
+        )
     else:
-        reason = ("a chat template that is not the labeler's own, or pictures it cannot make out, "
-                  "unless the answers are that wrong")
+        reason = (
+            "a chat template that is not the labeler's own, or pictures it cannot make out, "
+            "unless the answers are that wrong"
+        )
     overflow = "; float16 may overflow, try bfloat16 or float32" if dtype == "float16" else ""
     warnings = []
     if labels["no"] > n / 2:
-        warnings.append(f"{labels['no']:,} of {n:,} claims ({labels['no'] / n:.0%}) are rejected. "
-                        f"Likely reason: {reason}{overflow}. Read some verdicts before you train on them.")
+        warnings.append(
+            f"{labels['no']:,} of {n:,} claims ({labels['no'] / n:.0%}) are rejected. "
+            f"Likely reason: {reason}{overflow}. Read some verdicts before you train on them."
+        )
     if labels["abstain"] > n / 2:
         mass = median(v.p_yes + v.p_no for v in verdicts)
         share = labels["abstain"] / n
-        warnings.append(f"The labeler abstains on {labels['abstain']:,} of {n:,} claims ({share:.0%}); half "
-                        f"of all have P(yes) + P(no) of {mass:.2g} or less. Likely reason: it does not begin "
-                        f"its answers with yes or no, because it was given a chat template that is not its own "
-                        f"or was not trained to follow instructions{overflow}.")
+        warnings.append(
+            f"The labeler abstains on {labels['abstain']:,} of {n:,} claims ({share:.0%}); half "
+            f"of all have P(yes) + P(no) of {mass:.2g} or less. Likely reason: it does not begin "
+            f"its answers with yes or no, because it was given a chat template that is not its own "
+            f"or was not trained to follow instructions{overflow}."
+        )
     return warnings
 
 # %% ../nbs/03_feedback.ipynb #d7882a68
@@ -215,8 +245,10 @@ def plain_path_note(vlm, unit: str) -> str:
     "A sentence about a model that reads a prompt again for each branch (a `unit`); empty when it does not."
     if not vlm.sharing:
         return ""
-    return (f"{vlm.name} reads the picture and its prompt again for each {unit}, "
-            f"which can take 20 times as long: {vlm.sharing}.")
+    return (
+        f"{vlm.name} reads the picture and its prompt again for each {unit}, "
+        f"which can take 20 times as long: {vlm.sharing}."
+    )
 
 # %% ../nbs/03_feedback.ipynb #5a7e0009
 def run_feedback(
@@ -258,8 +290,10 @@ def judge_table(
     claims_of = {}
     for c in rows:
         if c.response_id not in prompt_of:
-            raise ValueError(f"claim {c.claim_id}: its response {c.response_id} is not in the responses "
-                             f"table. Are these tables of one run?")
+            raise ValueError(
+                f"claim {c.claim_id}: its response {c.response_id} is not in the responses "
+                f"table. Are these tables of one run?"
+            )
         claims_of.setdefault(prompt_of[c.response_id], []).append(c)
     asked = [p for p in read_table(prompts, "prompts", Prompt) if p.prompt_id in claims_of]
     slow = plain_path_note(vlm, "question")
@@ -283,7 +317,13 @@ def judge_table(
         print(f"WARNING: {warning}")
     labels = Counter(v.label for v in verdicts)
     used = {"batch_size": fitted, "max_tokens": asker.max_tokens}
-    stage.finish(len(rows), len(verdicts), ["verdicts"], set_aside,
-                 labels={label: labels[label] for label in ("yes", "no", "abstain")},
-                 **{name: {"asked": asked_for, "used": used[name]} for name, asked_for in sizes.items()},
-                 warnings=([slow] if slow else []) + warnings, **vlm.notes)
+    stage.finish(
+        len(rows),
+        len(verdicts),
+        ["verdicts"],
+        set_aside,
+        labels={label: labels[label] for label in ("yes", "no", "abstain")},
+        **{name: {"asked": asked_for, "used": used[name]} for name, asked_for in sizes.items()},
+        warnings=([slow] if slow else []) + warnings,
+        **vlm.notes,
+    )

@@ -21,11 +21,35 @@ from pathlib import Path
 from .inputs import HUB, write_bytes
 from .pairs import check_ids, pair_id_of
 from .pictures import decode_image
-from .records import (Pair, Prompt, RefLogp, SetAside, StageFolder, prompt_id_of, read_manifest, read_table, resolve_path, response_id_of,
-                               sha256_of, table_sha, write_json, write_table)
+from rlaifv_nb.records import (
+    Pair,
+    Prompt,
+    RefLogp,
+    SetAside,
+    StageFolder,
+    prompt_id_of,
+    read_manifest,
+    read_table,
+    resolve_path,
+    response_id_of,
+    sha256_of,
+    table_sha,
+    write_json,
+    write_table,
+)
 
 # %% ../nbs/09_formats.ipynb #6a049526
-RLAIFV_COLUMNS = ("ds_name", "image", "question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path")
+RLAIFV_COLUMNS = (
+    "ds_name",
+    "image",
+    "question",
+    "chosen",
+    "rejected",
+    "origin_dataset",
+    "origin_split",
+    "idx",
+    "image_path",
+)
 
 
 def image_bytes(image):
@@ -36,8 +60,13 @@ def image_bytes(image):
 
 def row_fault(row):
     "Why a row with the columns of RLAIF-V-Dataset cannot be used, as (reason, detail), or None."
-    texts, data = {name: row.get(name) for name in ("question", "chosen", "rejected")}, image_bytes(row.get("image"))
-    missing = [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()] + ["image"] * (data is None)
+    texts, data = (
+        {name: row.get(name) for name in ("question", "chosen", "rejected")},
+        image_bytes(row.get("image")),
+    )
+    missing = [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()] + [
+        "image"
+    ] * (data is None)
     if missing:
         return "missing field", ", ".join(missing)
     if any("<image>" in text for text in texts.values()):
@@ -56,7 +85,9 @@ def usable_rows(rows, set_aside):
         if fault:
             set_aside.append(SetAside(f"row {index}", *fault))
         elif row["chosen"].strip() == row["rejected"].strip():
-            raise ValueError(f"row {index}: chosen equals rejected, so there is nothing to prefer. Remove such rows first.")
+            raise ValueError(
+                f"row {index}: chosen equals rejected, so there is nothing to prefer. Remove such rows first."
+            )
         else:
             yield index, row
 
@@ -64,13 +95,31 @@ def usable_rows(rows, set_aside):
 def rlaifv_row(pair, prompt, folder):
     "A pair with the columns of RLAIF-V-Dataset; the prompt's image is read from `folder`."
     path = Path(folder) / prompt.image_path
-    details = {k: v for k, v in asdict(pair).items() if k not in ("chosen", "rejected")} | {"split": prompt.split}
+    details = {k: v for k, v in asdict(pair).items() if k not in ("chosen", "rejected")} | {
+        "split": prompt.split
+    }
     image = {"bytes": image_bytes({"path": path}), "path": path.name}
     content_id = prompt_id_of(sha256_of(image["bytes"] or b""), prompt.question)
-    if content_id != prompt.prompt_id:  # an id from elsewhere: what these details are about is known by content
+    if (
+        content_id != prompt.prompt_id
+    ):  # an id from elsewhere: what these details are about is known by content
         details["content_id"] = content_id
-    return dict(zip(RLAIFV_COLUMNS, ("rlaifv_nb", image, prompt.question, pair.chosen, pair.rejected, prompt.source,
-                                     json.dumps(details), pair.pair_id, prompt.image_path)))
+    return dict(
+        zip(
+            RLAIFV_COLUMNS,
+            (
+                "rlaifv_nb",
+                image,
+                prompt.question,
+                pair.chosen,
+                pair.rejected,
+                prompt.source,
+                json.dumps(details),
+                pair.pair_id,
+                prompt.image_path,
+            ),
+        )
+    )
 
 
 def export_rows(pairs, prompts, folder):
@@ -93,37 +142,62 @@ def to_rlaifv_dataset(pairs, prompts, folder, reference=None):
     With `reference`, rows of `RefLogp`, it has the column `logps`. Images are held in memory: `write_parquet` writes a large table in slices.
     Raises ValueError naming a pair without its prompt or with equal texts, KeyError for a pair that `reference` lacks."""
     import datasets
+
     rows, set_aside = export_rows(pairs, prompts, folder)
     columns = RLAIFV_COLUMNS
     if reference is not None:
         known, columns = {ref.pair_id: ref for ref in reference}, (*RLAIFV_COLUMNS, "logps")
         rows = [row | {"logps": logps_text(known[row["idx"]])} for row in rows]
-    features = datasets.Features({n: datasets.Image() if n == "image" else datasets.Value("string") for n in columns})
-    return datasets.Dataset.from_dict({n: [row[n] for row in rows] for n in columns}, features=features), set_aside
+    features = datasets.Features(
+        {n: datasets.Image() if n == "image" else datasets.Value("string") for n in columns}
+    )
+    return datasets.Dataset.from_dict(
+        {n: [row[n] for row in rows] for n in columns}, features=features
+    ), set_aside
 
 
 def to_trl_dataset(pairs, prompts, folder):
     "The same for TRL's DPOTrainer: conversations `prompt`, `chosen`, `rejected`, and `images`. Ids and scores have no place there."
     import datasets
+
     rows, set_aside = export_rows(pairs, prompts, folder)
     say = lambda role, text: [{"role": role, "content": text}]
-    talks = [{"prompt": say("user", r["question"]), "chosen": say("assistant", r["chosen"]),
-              "rejected": say("assistant", r["rejected"]), "images": [r["image"]]} for r in rows]
+    talks = [
+        {
+            "prompt": say("user", r["question"]),
+            "chosen": say("assistant", r["chosen"]),
+            "rejected": say("assistant", r["rejected"]),
+            "images": [r["image"]],
+        }
+        for r in rows
+    ]
     turns = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
-    features = datasets.Features({"prompt": turns, "chosen": turns, "rejected": turns, "images": datasets.List(datasets.Image())})
-    return datasets.Dataset.from_dict({n: [talk[n] for talk in talks] for n in features}, features=features), set_aside
+    features = datasets.Features(
+        {"prompt": turns, "chosen": turns, "rejected": turns, "images": datasets.List(datasets.Image())}
+    )
+    return datasets.Dataset.from_dict(
+        {n: [talk[n] for talk in talks] for n in features}, features=features
+    ), set_aside
 
 
 def write_parquet(pairs, make, folder, name="RLAIF-V-Dataset", rows_per_file=5000, step=200):
     "Writes slices of pairs, each made a Dataset by `make(slice) -> (dataset, set_aside)`, as Parquet files `<name>_000-<rows>.parquet`; returns rows set aside."
     import pyarrow.parquet as pq
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     set_aside = []
     for k, start in enumerate(range(0, len(pairs), rows_per_file)):
-        part, writer, n_rows, temporary = pairs[start : start + rows_per_file], None, 0, Path(folder) / f".{name}_{k:03}.tmp"
+        part, writer, n_rows, temporary = (
+            pairs[start : start + rows_per_file],
+            None,
+            0,
+            Path(folder) / f".{name}_{k:03}.tmp",
+        )
         for i in range(0, len(part), step):
             dataset, aside = make(part[i : i + step])
-            set_aside += [replace(s, row_id=part[i + int(s.row_id.removeprefix("row "))].pair_id) for s in aside]
+            set_aside += [
+                replace(s, row_id=part[i + int(s.row_id.removeprefix("row "))].pair_id) for s in aside
+            ]
             writer = writer or pq.ParquetWriter(temporary, dataset.features.arrow_schema)
             writer.write_table(dataset.data.table.cast(dataset.features.arrow_schema))
             n_rows += len(dataset)
@@ -145,6 +219,7 @@ def own_details(row, content_id):
 def image_format(data):
     "The format of an image file's bytes as a suffix: png, jpeg, ..."
     from PIL import Image
+
     return Image.open(io.BytesIO(data)).format.lower()
 
 
@@ -156,11 +231,24 @@ def import_row(row, data, indices):
     prompt_id = details.get("prompt_id", prompt_id)
     known = indices[prompt_id]
     i, j = (known.setdefault(row[side], len(known)) for side in ("chosen", "rejected"))
-    pair = Pair(pair_id_of(prompt_id, i, j), prompt_id, response_id_of(prompt_id, i), response_id_of(prompt_id, j),
-                row["chosen"], row["rejected"], 0.0, -1.0)
+    pair = Pair(
+        pair_id_of(prompt_id, i, j),
+        prompt_id,
+        response_id_of(prompt_id, i),
+        response_id_of(prompt_id, j),
+        row["chosen"],
+        row["rejected"],
+        0.0,
+        -1.0,
+    )
     source = row.get("origin_dataset") or row.get("ds_name") or ""
-    return (Prompt(prompt_id, name, sha, row["question"], source, details.get("split", "train")),
-            replace(pair, **{k: v for k, v in details.items() if k in asdict(pair) and k not in ("chosen", "rejected")}))
+    return (
+        Prompt(prompt_id, name, sha, row["question"], source, details.get("split", "train")),
+        replace(
+            pair,
+            **{k: v for k, v in details.items() if k in asdict(pair) and k not in ("chosen", "rejected")},
+        ),
+    )
 
 
 def read_logps(row, pair_id):
@@ -199,7 +287,9 @@ def squash(value):
 
 def leaves_of(value, key=""):
     "All (key, value) at the ends of nested JSON."
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
     return [(key, value)] if items is None else [leaf for k, v in items for leaf in leaves_of(v, str(k))]
 
 
@@ -214,7 +304,9 @@ def origin_matches(text, model="", round=0):
         leaves = [("", text or "")]
     numbers = {int(a or b) for leaf in leaves for x in leaf for a, b in ROUND_TEXT.findall(squash(x))}
     numbers |= {int(v) for k, v in leaves if re.search("iter|round", k.lower()) and str(v).strip().isdigit()}
-    return (not model or any(squash(model) in squash(x) for leaf in leaves for x in leaf)) and (not round or round in numbers)
+    return (not model or any(squash(model) in squash(x) for leaf in leaves for x in leaf)) and (
+        not round or round in numbers
+    )
 
 
 def select_rows(rows, counts, model="", round=0):
@@ -231,6 +323,7 @@ def open_rows(source):
     if not isinstance(source, (str, Path)):
         return source
     import datasets
+
     if str(source).startswith(HUB):
         return datasets.load_dataset(str(source).removeprefix(HUB), split="train", streaming=True)
     files = [source] if Path(source).is_file() else sorted(Path(source).rglob("*.parquet"))
@@ -245,29 +338,46 @@ def from_rlaifv_dataset(source, folder, model="", round=0):
     Writes them as tables, with the images and a manifest, to `folder`. `model` and `round` choose rows by `origin_split`; indices then count chosen
     rows. Raises ValueError naming a row whose chosen text equals its rejected one, or when no row matches."""
     import datasets
+
     rows, counts = open_rows(source).cast_column("image", datasets.Image(decode=False)), Counter()
     stage = StageFolder(folder, "rlaifv dataset", {"model": model, "round": round})
     prompts, pairs, set_aside = import_rows(select_rows(rows, counts, model, round), folder)
     if not pairs and (model or round):
-        raise ValueError(f"no pair of model={model!r}, round={round} in {sum(counts.values())} rows; origin_split says: {counts.most_common(5)}")
-    stage.finish(sum(counts.values()), len(pairs), ["prompts", "pairs"], set_aside, origins=dict(counts.most_common(50)))
+        raise ValueError(
+            f"no pair of model={model!r}, round={round} in {sum(counts.values())} rows; origin_split says: {counts.most_common(5)}"
+        )
+    stage.finish(
+        sum(counts.values()),
+        len(pairs),
+        ["prompts", "pairs"],
+        set_aside,
+        origins=dict(counts.most_common(50)),
+    )
     return prompts, pairs, set_aside
 
 
 def only_text(messages):
     "The text of a conversation of one message, as TRL stores it (plain, or in blocks); None for anything else."
     content = messages[0].get("content") if isinstance(messages, list) and len(messages) == 1 else messages
-    texts = [content] if isinstance(content, str) else [b.get("text") for b in content or () if b.get("type") == "text"]
+    texts = (
+        [content]
+        if isinstance(content, str)
+        else [b.get("text") for b in content or () if b.get("type") == "text"]
+    )
     return texts[0] if len(texts) == 1 else None
 
 
 def from_trl_dataset(source, folder):
     "The same from TRL's format. A row with several turns or images lacks the one question or image that a prompt has: set aside."
     import datasets
+
     rows = open_rows(source).cast_column("images", datasets.List(datasets.Image(decode=False)))
     image = lambda row: row["images"][0] if len(row["images"] or ()) == 1 else None
     texts = {"question": "prompt", "chosen": "chosen", "rejected": "rejected"}
-    return import_rows(({"image": image(row)} | {k: only_text(row[column]) for k, column in texts.items()} for row in rows), folder)
+    return import_rows(
+        ({"image": image(row)} | {k: only_text(row[column]) for k, column in texts.items()} for row in rows),
+        folder,
+    )
 
 # %% ../nbs/09_formats.ipynb #e5984821
 def merge_adapter(policy, adapter, out, dtype=""):
@@ -281,10 +391,17 @@ def merge_adapter(policy, adapter, out, dtype=""):
     out, adapter = Path(out), Path(resolve_path(adapter))
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: merged weights need a folder of their own")
-    dtype = dtype or str(AutoConfig.from_pretrained(model_folder(policy), local_files_only=True).dtype or "float32").removeprefix("torch.")
+    dtype = dtype or str(
+        AutoConfig.from_pretrained(model_folder(policy), local_files_only=True).dtype or "float32"
+    ).removeprefix("torch.")
     vlm = open_vlm(policy, str(adapter), dtype=dtype, share_prefix=False, any_quantisation=True)
-    made = {"base": card_name(vlm.name), "base_sha": vlm.sha, "adapter_sha": folder_sha(adapter), "dtype": dtype,
-            "adapter_trained_with": adapter_lineage(adapter).get("quantisation", "unknown")}
+    made = {
+        "base": card_name(vlm.name),
+        "base_sha": vlm.sha,
+        "adapter_sha": folder_sha(adapter),
+        "dtype": dtype,
+        "adapter_trained_with": adapter_lineage(adapter).get("quantisation", "unknown"),
+    }
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     vlm.model.merge_and_unload().save_pretrained(temporary, safe_serialization=True)
@@ -301,7 +418,10 @@ FOLDERS = {"responses": "01_sampling", "claims": "02_claims", "verdicts": "03_fe
 
 def last_round(run, stage):
     "The last round of a run whose `stage` is done. Raises ValueError when there is none."
-    found = [int(p.parent.parent.name.removeprefix("round_")) for p in Path(run).glob(f"round_*/{stage}/manifest.json")]
+    found = [
+        int(p.parent.parent.name.removeprefix("round_"))
+        for p in Path(run).glob(f"round_*/{stage}/manifest.json")
+    ]
     if not found:
         raise ValueError(f"{run} is no run with a finished {stage}")
     return max(found)
@@ -310,16 +430,32 @@ def last_round(run, stage):
 def export_pairs(run, round, to, out, logps):
     "Writes a round's pairs as Parquet files of `to`; returns rows in, rows out and rows set aside."
     here, prompts_folder = Path(run) / f"round_{round}", Path(run) / "prompts"
-    pairs, prompts, set_aside = read_table(here / "04_pairs", "pairs", Pair), read_table(prompts_folder, "prompts", Prompt), []
+    pairs, prompts, set_aside = (
+        read_table(here / "04_pairs", "pairs", Pair),
+        read_table(prompts_folder, "prompts", Prompt),
+        [],
+    )
     of = {p.prompt_id: p for p in prompts}
     wanted = lambda part: list({p.prompt_id: of[p.prompt_id] for p in part if p.prompt_id in of}.values())
     reference = {r.pair_id: r for r in read_table(here / "05_dpo", "reference", RefLogp)} if logps else {}
     if logps:
         set_aside = [SetAside(p.pair_id, "no log-probabilities") for p in pairs if p.pair_id not in reference]
     usable = [p for p in pairs if p.pair_id in reference or not logps]
-    make = (lambda part: to_trl_dataset(part, wanted(part), prompts_folder)) if to == "trl" else (
-        lambda part: to_rlaifv_dataset(part, wanted(part), prompts_folder, [reference[p.pair_id] for p in part] if logps else None))
-    set_aside += write_parquet(usable, make, out, "trl" if to == "trl" else "RLAIF-V-Dataset-withlogp" if logps else "RLAIF-V-Dataset")
+    make = (
+        (lambda part: to_trl_dataset(part, wanted(part), prompts_folder))
+        if to == "trl"
+        else (
+            lambda part: to_rlaifv_dataset(
+                part, wanted(part), prompts_folder, [reference[p.pair_id] for p in part] if logps else None
+            )
+        )
+    )
+    set_aside += write_parquet(
+        usable,
+        make,
+        out,
+        "trl" if to == "trl" else "RLAIF-V-Dataset-withlogp" if logps else "RLAIF-V-Dataset",
+    )
     return len(pairs), len(pairs) - len(set_aside), set_aside
 
 
@@ -337,15 +473,25 @@ def export_run(run, to, out, round=0, adapter="", logps=False):
     run = Path(run)
     if not (run / "recipe.yaml").exists():
         raise ValueError(f"{run} is no run folder: it has no recipe.yaml")
-    recipe, stage = load_recipe(str(run / "recipe.yaml")), {"merged": "05_dpo", "official": "01_sampling"}.get(to, "04_pairs")
+    recipe, stage = (
+        load_recipe(str(run / "recipe.yaml")),
+        {"merged": "05_dpo", "official": "01_sampling"}.get(to, "04_pairs"),
+    )
     round = round or (0 if adapter else last_round(run, "05_dpo" if logps else stage))
     here = run / f"round_{round}"
     if to == "merged":
         return merge_adapter(recipe.policy, adapter or str(here / "05_dpo/adapter"), out)
     if not (here / stage / "manifest.json").exists():
         raise ValueError(f"{run} has no finished {stage} in round {round}")
-    folders = {"prompts": run / "prompts"} | {table: here / f for table, f in FOLDERS.items() if (here / f / "manifest.json").exists()}
-    stage = StageFolder(out, "export", {"to": to, "round": round, "logps": logps}, {t: table_sha(f, t) for t, f in folders.items()})
+    folders = {"prompts": run / "prompts"} | {
+        table: here / f for table, f in FOLDERS.items() if (here / f / "manifest.json").exists()
+    }
+    stage = StageFolder(
+        out,
+        "export",
+        {"to": to, "round": round, "logps": logps},
+        {t: table_sha(f, t) for t, f in folders.items()},
+    )
     if not stage.is_done:
         if to == "official":
             stage.finish(0, 0, [], files=to_official(folders, out, recipe.policy, recipe.labeler))

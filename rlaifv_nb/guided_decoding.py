@@ -14,8 +14,21 @@ from functools import partial
 from pathlib import Path
 
 from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
-from .records import (Candidate, Choice, Prompt, Response, SetAside, StageFolder, free_memory,
-                               read_table, response_id_of, seed_of, shard_paths, table_sha, write_table)
+from rlaifv_nb.records import (
+    Candidate,
+    Choice,
+    Prompt,
+    Response,
+    SetAside,
+    StageFolder,
+    free_memory,
+    read_table,
+    response_id_of,
+    seed_of,
+    shard_paths,
+    table_sha,
+    write_table,
+)
 
 # %% ../nbs/07_guided_decoding.ipynb #da89746b
 def reward_of(candidate, ranking, beta=0.1):
@@ -91,8 +104,10 @@ def candidates_of(
     branches = [ids for _, _, ids in kept]
     scores = score_answers(vlm, prefixes, of_prompt, branches) if kept else []
     if any(is_number(score[1:]) for score in scores):  # one NaN spreads over its row: score these alone
-        scores = [score if is_number(score[1:]) else score_answers(vlm, prefixes, [k], [ids])[0]
-                  for score, k, ids in zip(scores, of_prompt, branches)]
+        scores = [
+            score if is_number(score[1:]) else score_answers(vlm, prefixes, [k], [ids])[0]
+            for score, k, ids in zip(scores, of_prompt, branches)
+        ]
     rows = []
     for (k, (response_id, text, reason), _), (n_tokens, aligned, base) in zip(kept, scores):
         if is_number((aligned, base)):
@@ -145,8 +160,17 @@ def sample_candidates(
     ids = [response_id_of(p.prompt_id, i) for p in prompts for i in range(n)]
     seeds = [seed_of(seed, "guided", source, i) for i in ids]
     with dict(policies_of(vlm))[source]():
-        sampled = sample_branches(vlm, prefixes[source], index, seeds, temperature, 1.0, max_new_tokens,
-                                  unsampled_ids(vlm), top_k=top_k)
+        sampled = sample_branches(
+            vlm,
+            prefixes[source],
+            index,
+            seeds,
+            temperature,
+            1.0,
+            max_new_tokens,
+            unsampled_ids(vlm),
+            top_k=top_k,
+        )
     texts = [vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens, _ in sampled]
     answers = [(i, text, reason) for i, text, (_, reason) in zip(ids, texts, sampled)]
     return candidates_of(vlm, prefixes, source, prompts, index, answers)
@@ -168,8 +192,9 @@ def guided_answer(
 
     Raises ValueError when none of the answers can be scored."""
     prompt = Prompt("question", "", "", question)
-    candidates, set_aside = sample_candidates(vlm, "aligned", [picture], [prompt], n, temperature,
-                                              max_new_tokens, seed, top_k=top_k)
+    candidates, set_aside = sample_candidates(
+        vlm, "aligned", [picture], [prompt], n, temperature, max_new_tokens, seed, top_k=top_k
+    )
     if not candidates:
         raise ValueError(f"none of {n} answers can be scored: {set_aside[0].reason} {set_aside[0].detail}")
     best = best_of(candidates, ranking)
@@ -196,7 +221,16 @@ def make_choices(candidates, beta=0.1):
         for ranking in RANKINGS:
             for n in powers_up_to(len(group)):
                 best = best_of(group[:n], ranking, beta)
-                choices.append(Choice(policy, ranking, prompt_id, n, best.response_id, round(reward_of(best, ranking, beta), 6)))
+                choices.append(
+                    Choice(
+                        policy,
+                        ranking,
+                        prompt_id,
+                        n,
+                        best.response_id,
+                        round(reward_of(best, ranking, beta), 6),
+                    )
+                )
     return choices
 
 # %% ../nbs/07_guided_decoding.ipynb #7a7e0001
@@ -206,8 +240,10 @@ def given_ids(prompts: list[Prompt], responses: list[Response]) -> dict[str, lis
     ids = {}
     for r in responses:
         if r.prompt_id not in known:
-            raise ValueError(f"response {r.response_id}: its prompt {r.prompt_id} is not in the prompts "
-                             f"table. Are these tables of one run?")
+            raise ValueError(
+                f"response {r.response_id}: its prompt {r.prompt_id} is not in the prompts "
+                f"table. Are these tables of one run?"
+            )
         ids.setdefault(r.prompt_id, []).append(r.response_id)
     return ids
 
@@ -264,8 +300,18 @@ def run_guided_decoding(
 
     if n_candidates < 1 or temperature < 0 or top_k < 0 or max_new_tokens < 1 or batch_size < 1:
         raise ValueError("need n_candidates, max_new_tokens and batch_size >= 1, temperature and top_k >= 0")
-    vlm = open_vlm(policy, adapter, dtype, quantisation, attention, share_prefix=share_prefix, device=device,
-                   system_prompt=system_prompt, pad_pictures=pad_pictures, max_pixels=max_pixels)
+    vlm = open_vlm(
+        policy,
+        adapter,
+        dtype,
+        quantisation,
+        attention,
+        share_prefix=share_prefix,
+        device=device,
+        system_prompt=system_prompt,
+        pad_pictures=pad_pictures,
+        max_pixels=max_pixels,
+    )
     options = dict(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     options |= {"top_k": top_k} if top_k else {}
     sampling = {} if responses else dict(n_candidates=n_candidates) | options
@@ -282,8 +328,10 @@ def run_guided_decoding(
             make = {"aligned": partial(score_candidates, responses=given)}
         else:
             ids = {p.prompt_id: [response_id_of(p.prompt_id, i) for i in range(n_candidates)] for p in rows}
-            make = {source: partial(sample_candidates, source=source, n=n_candidates, **options)
-                    for source in ("base", "aligned")}
+            make = {
+                source: partial(sample_candidates, source=source, n=n_candidates, **options)
+                for source in ("base", "aligned")
+            }
         sizes = {"batch_size": batch_size, "shard_size": shard_size}
         fill_candidates(stage, vlm, make, prompts, [p for p in rows if p.prompt_id in ids], ids, beta, sizes)
     del vlm
@@ -317,14 +365,22 @@ def fill_candidates(
     numbers.count(len(candidates), set_aside, patience=1)
     if not candidates:
         reasons = dict(Counter(s.reason for s in set_aside))
-        raise ValueError(f"{vlm.name}: there is not one candidate to choose from ({reasons}). A model that answers "
-                         f"nothing at all was given a chat template that is not its own, or gives no numbers")
+        raise ValueError(
+            f"{vlm.name}: there is not one candidate to choose from ({reasons}). A model that answers "
+            f"nothing at all was given a chat template that is not its own, or gives no numbers"
+        )
     for warning in numbers.warnings():
         print(f"WARNING: {warning}")
     write_table(stage.path, "choices", make_choices(candidates, beta))
-    stage.finish(len(tables) * sum(map(len, ids.values())), len(candidates), [*tables, "choices"], set_aside,
-                 batch_size={"asked": sizes["batch_size"], "used": fitted},
-                 warnings=([slow] if slow else []) + numbers.warnings(), **vlm.notes)
+    stage.finish(
+        len(tables) * sum(map(len, ids.values())),
+        len(candidates),
+        [*tables, "choices"],
+        set_aside,
+        batch_size={"asked": sizes["batch_size"], "used": fitted},
+        warnings=([slow] if slow else []) + numbers.warnings(),
+        **vlm.notes,
+    )
 
 # %% ../nbs/07_guided_decoding.ipynb #82325d7d
 def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
@@ -339,9 +395,23 @@ def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
     for policy, by_prompt in groups.items():
         for ranking in RANKINGS:
             for n in powers_up_to(min(map(len, by_prompt.values()))):
-                chosen = [[best_of(block, ranking, beta) for block in blocks_of(group, n)] for group in by_prompt.values()]
-                value, low, high = ratio_interval([(sum(bad[c.policy, c.response_id] for c in best), len(best)) for best in chosen], seed)
+                chosen = [
+                    [best_of(block, ranking, beta) for block in blocks_of(group, n)]
+                    for group in by_prompt.values()
+                ]
+                value, low, high = ratio_interval(
+                    [(sum(bad[c.policy, c.response_id] for c in best), len(best)) for best in chosen], seed
+                )
                 words = sum(len(c.text.split()) for best in chosen for c in best) / sum(map(len, chosen))
-                rows.append({"policy": policy, "ranking": ranking, "n_candidates": n, "value": round(float(value), 3), "ci_low": round(float(low), 3),
-                             "ci_high": round(float(high), 3), "words": round(words, 2)})
+                rows.append(
+                    {
+                        "policy": policy,
+                        "ranking": ranking,
+                        "n_candidates": n,
+                        "value": round(float(value), 3),
+                        "ci_low": round(float(low), 3),
+                        "ci_high": round(float(high), 3),
+                        "words": round(words, 2),
+                    }
+                )
     return rows

@@ -36,21 +36,68 @@ THEMES = {
 OBJECTS = tuple(o for group in THEMES.values() for o in group)
 THEME_OF = {o: theme for theme, group in THEMES.items() for o in group}
 COMPANION = {
-    "bicycle": "car", "motorcycle": "bus", "house": "tree", "lemon": "apple", "cookie": "cake", "burger": "pizza",
-    "fan": "lamp", "door": "clock", "couch": "chair", "frog": "cat", "cow": "horse", "spider": "bird",
-    "globe": "laptop", "letter": "pen", "bell": "phone", "moon": "sun", "rocket": "plane", "umbrella": "boat",
-    "hippo": "dog", "bed": "chair",
+    "bicycle": "car",
+    "motorcycle": "bus",
+    "house": "tree",
+    "lemon": "apple",
+    "cookie": "cake",
+    "burger": "pizza",
+    "fan": "lamp",
+    "door": "clock",
+    "couch": "chair",
+    "frog": "cat",
+    "cow": "horse",
+    "spider": "bird",
+    "globe": "laptop",
+    "letter": "pen",
+    "bell": "phone",
+    "moon": "sun",
+    "rocket": "plane",
+    "umbrella": "boat",
+    "hippo": "dog",
+    "bed": "chair",
 }
 TYPICAL_COLOUR = {
-    "bus": "yellow", "truck": "red", "tree": "green", "apple": "red", "carrot": "orange", "lemon": "yellow", "pizza": "orange",
-    "bed": "blue", "chair": "brown", "horse": "brown", "frog": "green", "hippo": "purple", "laptop": "black", "camera": "black",
-    "sun": "yellow", "cloud": "blue",
+    "bus": "yellow",
+    "truck": "red",
+    "tree": "green",
+    "apple": "red",
+    "carrot": "orange",
+    "lemon": "yellow",
+    "pizza": "orange",
+    "bed": "blue",
+    "chair": "brown",
+    "horse": "brown",
+    "frog": "green",
+    "hippo": "purple",
+    "laptop": "black",
+    "camera": "black",
+    "sun": "yellow",
+    "cloud": "blue",
 }
 USUAL_COUNT = {"tree": 2, "cup": 2, "cookie": 3, "book": 3, "bird": 2, "cat": 2, "pen": 2, "star": 3}
-USUAL_SIDE = {"car": "bottom", "carrot": "bottom", "clock": "top", "lamp": "top", "dog": "bottom", "bird": "top",
-              "key": "bottom", "sun": "top", "plane": "top", "boat": "bottom"}
-COLOURS = {"red": "#d62839", "orange": "#f4801a", "yellow": "#f2c200", "green": "#2a9d4a",
-           "blue": "#2667d9", "purple": "#8e3fc4", "brown": "#7a4a26", "black": "#22252b"}
+USUAL_SIDE = {
+    "car": "bottom",
+    "carrot": "bottom",
+    "clock": "top",
+    "lamp": "top",
+    "dog": "bottom",
+    "bird": "top",
+    "key": "bottom",
+    "sun": "top",
+    "plane": "top",
+    "boat": "bottom",
+}
+COLOURS = {
+    "red": "#d62839",
+    "orange": "#f4801a",
+    "yellow": "#f2c200",
+    "green": "#2a9d4a",
+    "blue": "#2667d9",
+    "purple": "#8e3fc4",
+    "brown": "#7a4a26",
+    "black": "#22252b",
+}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 TYPES = ("existence", "attribute", "number", "relation")
@@ -60,6 +107,7 @@ SPLITS = ("train", "dev", "test")
 @dataclass(frozen=True)
 class Group:
     "One to three equal icons at one place of the picture."
+
     object: str
     colour: str
     count: int
@@ -69,6 +117,7 @@ class Group:
 @dataclass(frozen=True)
 class Scene:
     "Three or four groups in reading order, each object at most once; `scene_id` names split and index."
+
     scene_id: str
     theme: str
     groups: tuple[Group, ...]
@@ -93,7 +142,9 @@ def draw_scene(rng):
         if o not in objects:
             objects.append(o)
     places = sorted(rng.sample(PLACES, n), key=PLACES.index)
-    return theme, tuple(Group(o, rng.choice(list(COLOURS)), rng.randint(1, 3), p) for o, p in zip(objects, places))
+    return theme, tuple(
+        Group(o, rng.choice(list(COLOURS)), rng.randint(1, 3), p) for o, p in zip(objects, places)
+    )
 
 
 def make_scene(split, index):
@@ -108,9 +159,22 @@ def make_scene(split, index):
 
 # %% ../nbs/08_iconworld.ipynb #9fa6c35b
 ICONS = {
-    "car": "car_side", "bus": "bus_simple", "truck": "truck", "bridge": "bridge_water", "apple": "apple_whole", "pizza": "pizza_slice",
-    "cake": "cake_candles", "cup": "mug_saucer", "cookie": "cookie_bite", "lamp": "lightbulb", "door": "door_closed",
-    "bird": "crow", "phone": "mobile_screen", "globe": "earth_europe", "letter": "envelope", "boat": "sailboat",
+    "car": "car_side",
+    "bus": "bus_simple",
+    "truck": "truck",
+    "bridge": "bridge_water",
+    "apple": "apple_whole",
+    "pizza": "pizza_slice",
+    "cake": "cake_candles",
+    "cup": "mug_saucer",
+    "cookie": "cookie_bite",
+    "lamp": "lightbulb",
+    "door": "door_closed",
+    "bird": "crow",
+    "phone": "mobile_screen",
+    "globe": "earth_europe",
+    "letter": "envelope",
+    "boat": "sailboat",
 }
 GROUNDS = ("#e8f1f8", "#f8efe4", "#e9f5ea", "#f5eaf3", "#f6f4e3", "#eceaf6")
 PICTURE_SIZE = 224
@@ -140,7 +204,9 @@ def draw_ground(colour, size):
     draw, half, gap = ImageDraw.Draw(ground), size / 2, size / 40
     for x in (0, half):
         for y in (0, half):
-            draw.rounded_rectangle((x + gap, y + gap, x + half - gap, y + half - gap), radius=size / 16, fill="white")
+            draw.rounded_rectangle(
+                (x + gap, y + gap, x + half - gap, y + half - gap), radius=size / 16, fill="white"
+            )
     return ground
 
 
@@ -170,6 +236,7 @@ def contact_sheet(pictures, columns=6):
 @dataclass(frozen=True)
 class IconClaim:
     "An atomic statement about a scene: `value` is a colour, a count or a place (None for existence)."
+
     type: str
     object: str
     value: str | int | None = None
@@ -181,8 +248,12 @@ def is_true(scene, claim):
     g = scene.group(claim.object)
     if g is None:
         return False
-    return {"existence": True, "attribute": g.colour == claim.value,
-            "number": g.count == claim.value, "relation": g.place == claim.value}[claim.type]
+    return {
+        "existence": True,
+        "attribute": g.colour == claim.value,
+        "number": g.count == claim.value,
+        "relation": g.place == claim.value,
+    }[claim.type]
 
 # %% ../nbs/08_iconworld.ipynb #64c91354
 PLURALS = {"bus": "buses", "couch": "couches"}
@@ -207,7 +278,11 @@ def subject_of(claim):
 def fact_text(claim):
     "The claim as a sentence."
     if claim.type == "existence":
-        return f"There are {plural_of(claim.object)}." if claim.plural else f"There is {with_article(claim.object)}."
+        return (
+            f"There are {plural_of(claim.object)}."
+            if claim.plural
+            else f"There is {with_article(claim.object)}."
+        )
     if claim.type == "number":
         return f"There are {NUMBERS[claim.value]} {plural_of(claim.object)}."
     where = f"in the {claim.value}" if claim.type == "relation" else claim.value
@@ -217,7 +292,11 @@ def fact_text(claim):
 def question_text(claim):
     "The claim as a yes/no question."
     if claim.type == "existence":
-        return f"Are there {plural_of(claim.object)} in the image?" if claim.plural else f"Is there {with_article(claim.object)} in the image?"
+        return (
+            f"Are there {plural_of(claim.object)} in the image?"
+            if claim.plural
+            else f"Is there {with_article(claim.object)} in the image?"
+        )
     if claim.type == "number":
         return f"Are there {NUMBERS[claim.value]} {plural_of(claim.object)} in the image?"
     where = f"in the {claim.value}" if claim.type == "relation" else claim.value
@@ -225,7 +304,12 @@ def question_text(claim):
     return f"{verb} {subject} {where}?".capitalize()
 
 # %% ../nbs/08_iconworld.ipynb #de84e84d
-CLOSERS = ("It is a lovely picture.", "It looks quite cheerful.", "The picture feels calm and neat.", "What a nice little scene.")
+CLOSERS = (
+    "It is a lovely picture.",
+    "It looks quite cheerful.",
+    "The picture feels calm and neat.",
+    "What a nice little scene.",
+)
 HABIT = {"existence": 0.85, "attribute": 0.65, "number": 0.65, "relation": 0.65}
 
 
@@ -291,8 +375,13 @@ def read_claims(text):
         place = _PLACE.search(sentence)
         for number, colour, noun in _GROUP.findall(sentence):
             count = _COUNT[number.lower()]
-            claims += group_claims(SINGULARS[noun.lower()], colour.lower(), count if count > 1 else None,
-                                   place and place[1].lower(), noun.lower() not in OBJECTS)
+            claims += group_claims(
+                SINGULARS[noun.lower()],
+                colour.lower(),
+                count if count > 1 else None,
+                place and place[1].lower(),
+                noun.lower() not in OBJECTS,
+            )
     return list(dict.fromkeys(claims))
 
 # %% ../nbs/08_iconworld.ipynb #958e6794
@@ -309,17 +398,31 @@ def true_claim(scene, type, rng):
 def false_claim(scene, type, rng):
     "A claim of this type that does not hold: an absent object (a companion half of the time), or a wrong value."
     absent = [o for o in OBJECTS if scene.group(o) is None]
-    likely = [o for o in absent if THEME_OF[o] == scene.theme] + 3 * [COMPANION[g.object] for g in scene.groups if COMPANION.get(g.object) in absent]
+    likely = [o for o in absent if THEME_OF[o] == scene.theme] + 3 * [
+        COMPANION[g.object] for g in scene.groups if COMPANION.get(g.object) in absent
+    ]
     g = rng.choice(scene.groups)
     if type == "existence" or rng.random() < 0.25:
         object, plural = rng.choice(likely if likely and rng.random() < 0.7 else absent), rng.random() < 0.5
-        value = {"existence": None, "attribute": rng.choice(list(COLOURS)), "number": rng.choice((2, 3)), "relation": rng.choice(PLACES)}[type]
+        value = {
+            "existence": None,
+            "attribute": rng.choice(list(COLOURS)),
+            "number": rng.choice((2, 3)),
+            "relation": rng.choice(PLACES),
+        }[type]
         return IconClaim(type, object, value, plural or type == "number")
-    wrong = {"attribute": [c for c in COLOURS if c != g.colour], "number": [n for n in (2, 3) if n != g.count],
-             "relation": [p for p in PLACES if p != g.place]}[type]
+    wrong = {
+        "attribute": [c for c in COLOURS if c != g.colour],
+        "number": [n for n in (2, 3) if n != g.count],
+        "relation": [p for p in PLACES if p != g.place],
+    }[type]
     habit = {"attribute": TYPICAL_COLOUR.get(g.object), "number": USUAL_COUNT.get(g.object)}.get(type)
     others = [h.colour for h in scene.groups if h.colour in wrong] if type == "attribute" else []
-    value = habit if habit in wrong and rng.random() < 0.4 else rng.choice(others if others and rng.random() < 0.5 else wrong)
+    value = (
+        habit
+        if habit in wrong and rng.random() < 0.4
+        else rng.choice(others if others and rng.random() < 0.5 else wrong)
+    )
     return IconClaim(type, g.object, value, g.count > 1 or type == "number")
 
 
@@ -333,19 +436,39 @@ def balanced_claims(scene, rng, per_type=1):
     return pairs
 
 # %% ../nbs/08_iconworld.ipynb #0a028d51
-DESCRIBE = ("Describe the image in detail.", "Please give a full description of this picture.",
-            "What can you see in this image?", "Write a thorough caption for the picture.")
+DESCRIBE = (
+    "Describe the image in detail.",
+    "Please give a full description of this picture.",
+    "What can you see in this image?",
+    "Write a thorough caption for the picture.",
+)
 
 
 def short_questions(scene, rng):
     "Question and answer pairs: what is at each place, and the count, colour and place of one object each."
     at = {g.place: g for g in scene.groups}
-    phrase = lambda g: with_article(f"{g.colour} {g.object}") if g.count == 1 else f"{NUMBERS[g.count]} {g.colour} {plural_of(g.object)}"
-    pairs = [(f"What is in the {p}?", f"{phrase(at[p])}.".capitalize() if p in at else "Nothing.") for p in PLACES]
+    phrase = lambda g: (
+        with_article(f"{g.colour} {g.object}")
+        if g.count == 1
+        else f"{NUMBERS[g.count]} {g.colour} {plural_of(g.object)}"
+    )
+    pairs = [
+        (f"What is in the {p}?", f"{phrase(at[p])}.".capitalize() if p in at else "Nothing.") for p in PLACES
+    ]
     a, b, c = (rng.choice(scene.groups) for _ in range(3))
     pairs.append((f"How many {plural_of(a.object)} are there?", f"{NUMBERS[a.count]}.".capitalize()))
-    pairs.append((f"What colour {'is' if b.count == 1 else 'are'} the {b.object if b.count == 1 else plural_of(b.object)}?", f"{b.colour}.".capitalize()))
-    pairs.append((f"Where {'is' if c.count == 1 else 'are'} the {c.object if c.count == 1 else plural_of(c.object)}?", f"In the {c.place}."))
+    pairs.append(
+        (
+            f"What colour {'is' if b.count == 1 else 'are'} the {b.object if b.count == 1 else plural_of(b.object)}?",
+            f"{b.colour}.".capitalize(),
+        )
+    )
+    pairs.append(
+        (
+            f"Where {'is' if c.count == 1 else 'are'} the {c.object if c.count == 1 else plural_of(c.object)}?",
+            f"In the {c.place}.",
+        )
+    )
     return pairs
 
 # %% ../nbs/08_iconworld.ipynb #2b996f6f
@@ -361,7 +484,16 @@ def write_prompts(folder, counts, blocks=1, seed=0):
                 path = folder / "images" / f"{scene.scene_id}.png"
                 draw_picture(scene).save(path)
                 sha = sha256_of(path.read_bytes())
-                prompts.append(Prompt(prompt_id_of(sha, question), f"images/{path.name}", sha, question, f"iconworld/{scene.scene_id}", split))
+                prompts.append(
+                    Prompt(
+                        prompt_id_of(sha, question),
+                        f"images/{path.name}",
+                        sha,
+                        question,
+                        f"iconworld/{scene.scene_id}",
+                        split,
+                    )
+                )
     write_table(folder, "prompts", prompts)
     return prompts
 

@@ -20,12 +20,38 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from .claims import WHOLE_QUESTION, fill, read_templates
-from .iconworld import (CLOSERS, COLOURS, DESCRIBE, HABIT, OBJECTS, PLACES, TYPES, Group, IconClaim, balanced_claims, biased_groups, caption_text,
-                                 draw_picture, fact_text, make_scene, question_text, read_claims, short_questions)
+from rlaifv_nb.iconworld import (
+    CLOSERS,
+    COLOURS,
+    DESCRIBE,
+    HABIT,
+    OBJECTS,
+    PLACES,
+    TYPES,
+    Group,
+    IconClaim,
+    balanced_claims,
+    biased_groups,
+    caption_text,
+    draw_picture,
+    fact_text,
+    make_scene,
+    question_text,
+    read_claims,
+    short_questions,
+)
 from .packing import collate_rows, pack_row
 from .records import YES_NO_SUFFIX
 
@@ -35,7 +61,8 @@ CHAT_TEMPLATE = (
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %} {% else %}ASSISTANT: {% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 IMAGE_SIZE, PATCH_SIZE = 112, 14
 TEMPLATES = read_templates()
 MILD_HABIT = {**HABIT, "existence": 0.7}
@@ -49,7 +76,10 @@ def corpus(n_scenes=3000):
         claims = read_claims(caption)
         yield f"USER: <image>\n{question} ASSISTANT: {caption}"
         yield from (f"USER: {q} ASSISTANT: {a}" for q, a in short_questions(scene, rng))
-        yield from (f"USER: {question_text(c)}{YES_NO_SUFFIX} ASSISTANT: {'Yes' if truth else 'No'}" for c, truth in balanced_claims(scene, rng))
+        yield from (
+            f"USER: {question_text(c)}{YES_NO_SUFFIX} ASSISTANT: {'Yes' if truth else 'No'}"
+            for c, truth in balanced_claims(scene, rng)
+        )
         facts = "\n".join(f"- {fact_text(c)}" for c in claims)
         yield f"USER: {fill(TEMPLATES.facts, question=question, response=caption)} ASSISTANT: {facts}"
         yield f"USER: {WHOLE_QUESTION.format(response=caption)}{YES_NO_SUFFIX}"
@@ -59,38 +89,87 @@ def corpus(n_scenes=3000):
 def build_tokenizer():
     "The tokenizer, with its special tokens and chat template."
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=1024, min_frequency=20, show_progress=False, special_tokens=[
-        "<pad>", "<s>", "</s>", "<image>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            min_frequency=20,
+            show_progress=False,
+            special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def build_processor(tokenizer):
     "LLaVA's processor for 112-pixel pictures, 64 image tokens each."
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    return LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH_SIZE, vision_feature_select_strategy="default",
-                          chat_template=CHAT_TEMPLATE, image_token="<image>", num_additional_image_tokens=1)
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 # %% ../nbs/10_iconworld_models.ipynb #3dcdb101
 def text_config(tokenizer, layers, kv_heads, tied):
     "A small Llama."
-    return LlamaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads,
-                       vocab_size=-(-len(tokenizer) // 64) * 64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-                       tie_word_embeddings=tied)
+    return LlamaConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
 
 
 def build_vlm(tokenizer, seed=0):
     "An untrained LLaVA: CLIP tower (128 x 4), projector, Llama (192 x 4)."
-    vision = CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=IMAGE_SIZE,
-                              patch_size=PATCH_SIZE, projection_dim=128)
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=128,
+    )
     torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=vision, text_config=text_config(tokenizer, 4, 4, False), image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text_config(tokenizer, 4, 4, False),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def build_splitter(tokenizer, seed=0):
@@ -105,11 +184,21 @@ def build_optimizers(model, lr, vision_scale=0.2):
     is_matrix = lambda n, p: p.ndim == 2 and "layers" in n
 
     def groups(wanted):
-        split = lambda vision: [p for n, p in named if is_matrix(n, p) == wanted and ("vision_tower" in n) == vision]
-        return [{"params": ps, "lr": rate} for ps, rate in ((split(False), lr), (split(True), lr * vision_scale)) if ps]
+        split = lambda vision: [
+            p for n, p in named if is_matrix(n, p) == wanted and ("vision_tower" in n) == vision
+        ]
+        return [
+            {"params": ps, "lr": rate}
+            for ps, rate in ((split(False), lr), (split(True), lr * vision_scale))
+            if ps
+        ]
 
-    return [torch.optim.Muon(groups(True), lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(groups(False), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))]
+    return [
+        torch.optim.Muon(
+            groups(True), lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups(False), lr=lr, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
 
 
 def save_state(path, step, model, optimizers):
@@ -117,7 +206,10 @@ def save_state(path, step, model, optimizers):
     tensors = {f"model.{n}": p.detach().contiguous().clone() for n, p in model.named_parameters()}
     for k, optimizer in enumerate(optimizers):
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{k}.{i}.{name}": torch.as_tensor(t).contiguous().clone() for name, t in state.items()}
+            tensors |= {
+                f"optimizer.{k}.{i}.{name}": torch.as_tensor(t).contiguous().clone()
+                for name, t in state.items()
+            }
     save_file(tensors, f"{path}.tmp", metadata={"step": str(step)})
     Path(f"{path}.tmp").replace(path)
 
@@ -143,10 +235,15 @@ def load_state(path, model, optimizers):
     return step
 
 
-def train(model, make_batch, loss_of, steps, checkpoint, lr=2e-3, warmup=100, horizon=0, every=100, name="training"):
+def train(
+    model, make_batch, loss_of, steps, checkpoint, lr=2e-3, warmup=100, horizon=0, every=100, name="training"
+):
     "Trains for `steps` steps of a schedule that ends at `horizon` (0: at `steps`); `make_batch(step)` gives a batch, `loss_of(model, batch)` its loss."
     optimizers, losses = build_optimizers(model, lr), []
-    factor = lambda s: min(1, (s + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / (horizon or steps)))))
+    factor = lambda s: (
+        min(1, (s + 1) / warmup)
+        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / (horizon or steps)))))
+    )
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     start = load_state(checkpoint, model, optimizers)
     for step in tqdm(range(start, steps), desc=name):
@@ -188,15 +285,22 @@ def vision_batch(processor, step, size=64):
     labels[..., 0] = len(OBJECTS)
     for b, scene in enumerate(scenes):
         for g in scene.groups:
-            labels[b, PLACES.index(g.place)] = torch.tensor([OBJECTS.index(g.object), colours.index(g.colour), g.count - 1])
-    return processor.image_processor([draw_picture(s) for s in scenes], return_tensors="pt")["pixel_values"], labels
+            labels[b, PLACES.index(g.place)] = torch.tensor(
+                [OBJECTS.index(g.object), colours.index(g.colour), g.count - 1]
+            )
+    return processor.image_processor([draw_picture(s) for s in scenes], return_tensors="pt")[
+        "pixel_values"
+    ], labels
 
 
 def vision_loss(model, batch):
     "Sum of the three cross-entropies."
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch[0])
-    return sum(F.cross_entropy(l.flatten(0, 1), batch[1][..., k].flatten(), ignore_index=-100) for k, l in enumerate(logits))
+    return sum(
+        F.cross_entropy(l.flatten(0, 1), batch[1][..., k].flatten(), ignore_index=-100)
+        for k, l in enumerate(logits)
+    )
 
 # %% ../nbs/10_iconworld_models.ipynb #db321fd0
 @lru_cache(maxsize=200_000)
@@ -214,7 +318,10 @@ def conversations(scene, rng, phase="tuning"):
     turns = [(rng.choice(DESCRIBE), caption_text(biased_groups(scene, rng, habit), rng), 0.5)]
     short = short_questions(scene, rng)
     turns += [(q, a, 1.0) for q, a in rng.sample(short[:4], 2) + short[4:]]
-    turns += [(question_text(c) + YES_NO_SUFFIX, "Yes" if truth else "No", yes_no_weight) for c, truth in balanced_claims(scene, rng)]
+    turns += [
+        (question_text(c) + YES_NO_SUFFIX, "Yes" if truth else "No", yes_no_weight)
+        for c, truth in balanced_claims(scene, rng)
+    ]
     if rng.random() < 0.5:
         groups = biased_groups(scene, rng, habit) if rng.random() < 0.6 else scene.groups
         whole = WHOLE_QUESTION.format(response=caption_text(groups, rng))
@@ -234,12 +341,24 @@ def conversation_row(tokenizer, inputs, turns):
 
 def vlm_batch(processor, step, phase, size=32):
     "A batch of pictures with their conversations."
-    head = torch.tensor([processor.tokenizer("USER: " + "<image>" * (IMAGE_SIZE // PATCH_SIZE) ** 2 + "\n", add_special_tokens=False).input_ids])
+    head = torch.tensor(
+        [
+            processor.tokenizer(
+                "USER: " + "<image>" * (IMAGE_SIZE // PATCH_SIZE) ** 2 + "\n", add_special_tokens=False
+            ).input_ids
+        ]
+    )
     rows = []
     for i in range(step * size, (step + 1) * size):
         scene = make_scene("train", i)
         pixels = processor.image_processor(draw_picture(scene), return_tensors="pt")["pixel_values"]
-        rows.append(conversation_row(processor.tokenizer, {"input_ids": head, "pixel_values": pixels}, conversations(scene, random.Random(f"row{i}"), phase)))
+        rows.append(
+            conversation_row(
+                processor.tokenizer,
+                {"input_ids": head, "pixel_values": pixels},
+                conversations(scene, random.Random(f"row{i}"), phase),
+            )
+        )
     return collate_rows(rows) | {"weights": torch.tensor([w for r in rows for w in r["weights"]])}
 
 
@@ -249,7 +368,10 @@ def branch_loss(model, batch):
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(**batch["inputs"], use_cache=False).last_hidden_state.flatten(0, 1)
         logits = model.lm_head(hidden[batch["predictors"][keep]])
-    losses, weights = F.cross_entropy(logits.float(), batch["targets"][keep], reduction="none"), batch["weights"][keep]
+    losses, weights = (
+        F.cross_entropy(logits.float(), batch["targets"][keep], reduction="none"),
+        batch["weights"][keep],
+    )
     return (losses * weights).sum() / weights.sum()
 
 # %% ../nbs/10_iconworld_models.ipynb #60434eee
@@ -260,14 +382,26 @@ def random_groups(scene, rng):
         return biased_groups(scene, rng)
     if kind < 0.94:
         places = sorted(rng.sample(PLACES, rng.randint(2, 4)), key=PLACES.index)
-        return tuple(Group(rng.choice(OBJECTS), rng.choice(list(COLOURS)), rng.randint(1, 3), p) for p in places)
-    return tuple(Group(rng.choice(scene.groups).object, rng.choice(list(COLOURS)), rng.randint(1, 3), rng.choice(PLACES)) for _ in range(rng.randint(2, 5)))
+        return tuple(
+            Group(rng.choice(OBJECTS), rng.choice(list(COLOURS)), rng.randint(1, 3), p) for p in places
+        )
+    return tuple(
+        Group(
+            rng.choice(scene.groups).object, rng.choice(list(COLOURS)), rng.randint(1, 3), rng.choice(PLACES)
+        )
+        for _ in range(rng.randint(2, 5))
+    )
 
 
 def random_claim(rng):
     "A claim about any object."
     type, plural = rng.choice(TYPES), rng.random() < 0.5
-    value = {"existence": None, "attribute": rng.choice(list(COLOURS)), "number": rng.choice((2, 3)), "relation": rng.choice(PLACES)}[type]
+    value = {
+        "existence": None,
+        "attribute": rng.choice(list(COLOURS)),
+        "number": rng.choice((2, 3)),
+        "relation": rng.choice(PLACES),
+    }[type]
     return IconClaim(type, rng.choice(OBJECTS), value, plural or type == "number")
 
 
@@ -275,7 +409,11 @@ def splitter_turns(i):
     "(prompt, answer, weight) triples of one training row: an answer to split, and two facts to turn into questions."
     scene, rng = make_scene("train", i), random.Random(f"split{i}")
     short = rng.random() < 0.1
-    question, response = rng.choice(short_questions(scene, rng)[:4]) if short else (rng.choice(DESCRIBE), caption_text(random_groups(scene, rng), rng))
+    question, response = (
+        rng.choice(short_questions(scene, rng)[:4])
+        if short
+        else (rng.choice(DESCRIBE), caption_text(random_groups(scene, rng), rng))
+    )
     if not short and rng.random() < 0.06:
         response = " ".join(rng.sample(CLOSERS, rng.choice((1, 1, 2))))
     claims = read_claims(response)
@@ -329,21 +467,34 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
     from rlaifv_nb.records import Prompt, Response
     from rlaifv_nb.sampling import Question, vlm_generator
 
-    generate, ask = vlm_generator(open_vlm(policy), max_new_tokens=128), partial(generate_texts, open_llm(splitter), max_new_tokens=256)
+    generate, ask = (
+        vlm_generator(open_vlm(policy), max_new_tokens=128),
+        partial(generate_texts, open_llm(splitter), max_new_tokens=256),
+    )
     exact, total = 0, 0
     for first in range(0, n_scenes, batch_size):
         scenes = [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
         questions = [random.Random(s.scene_id).choice(DESCRIBE) for s in scenes]
         seeds = [[n_samples * (first + k) + j for j in range(n_samples)] for k in range(len(scenes))]
-        asked = [Question(k, Prompt(s.scene_id, "", "", q), draw_picture(s), seeds[k], [0.7] * n_samples) for k, (s, q) in enumerate(zip(scenes, questions))]
+        asked = [
+            Question(k, Prompt(s.scene_id, "", "", q), draw_picture(s), seeds[k], [0.7] * n_samples)
+            for k, (s, q) in enumerate(zip(scenes, questions))
+        ]
         answers = {question.number: texts for question, texts in generate(asked)}
         texts = [answers[k] for k in range(len(scenes))]
-        responses = [Response(f"{s.scene_id}-{j}", s.scene_id, j, 0, t, reason) for s, row in zip(scenes, texts) for j, (t, reason) in enumerate(row)]
+        responses = [
+            Response(f"{s.scene_id}-{j}", s.scene_id, j, 0, t, reason)
+            for s, row in zip(scenes, texts)
+            for j, (t, reason) in enumerate(row)
+        ]
         claims, *_ = extract_claims(responses, {s.scene_id: q for s, q in zip(scenes, questions)}, ask)
         found = {r.response_id: [] for r in responses}
         for c in claims:
             found[c.response_id].append((c.text, c.question))
-        exact += sum(found[r.response_id] == [(fact_text(c), question_text(c)) for c in read_claims(r.text)] for r in responses)
+        exact += sum(
+            found[r.response_id] == [(fact_text(c), question_text(c)) for c in read_claims(r.text)]
+            for r in responses
+        )
         total += len(responses)
     return total, exact
 
@@ -355,5 +506,7 @@ def measure_vlm(policy, n_scenes, batch_size=100):
 
     vlm, cases = open_vlm(policy), []
     for first in range(0, n_scenes, batch_size):
-        cases += evaluate_batch(vlm, "base", [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))])
+        cases += evaluate_batch(
+            vlm, "base", [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
+        )
     return {s.metric: s.value for s in score_cases(cases)}

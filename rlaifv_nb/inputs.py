@@ -22,11 +22,39 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
-from .records import Prompt, SetAside, StageFolder, prompt_id_of, read_table, sha256_of, shard_paths, write_table
+from rlaifv_nb.records import (
+    Prompt,
+    SetAside,
+    StageFolder,
+    prompt_id_of,
+    read_table,
+    sha256_of,
+    shard_paths,
+    write_table,
+)
 
 # %% ../nbs/09_inputs.ipynb #49fed518
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
-RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw")  # of cameras; what Pillow reads of them is a thumbnail
+PICTURE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".jp2",
+    ".ppm",
+    ".pgm",
+)
+RAW_SUFFIXES = (
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+)  # of cameras; what Pillow reads of them is a thumbnail
 CAMERA_SUFFIXES = (".heic", ".heif", *RAW_SUFFIXES)  # photographs that must be converted first
 TABLE_SUFFIXES = (".parquet", ".arrow")
 HUB = "dataset:"
@@ -54,7 +82,10 @@ def input_kind(source):
     if path.is_file():
         tables = " or ".join(TABLE_SUFFIXES)
         raise ValueError(f"{path} is not a file of questions (.jsonl or .json) or a dataset ({tables})")
-    raise ValueError(f"no prompts-*.jsonl, no pictures and no Parquet or Arrow files in {path}" + ("" if path.exists() else ", which does not exist"))
+    raise ValueError(
+        f"no prompts-*.jsonl, no pictures and no Parquet or Arrow files in {path}"
+        + ("" if path.exists() else ", which does not exist")
+    )
 
 
 def source_sha(source, split="train"):
@@ -64,9 +95,15 @@ def source_sha(source, split="train"):
 
         return sha256_of(f"{datasets.load_dataset_builder(str(source).removeprefix(HUB)).hash}/{split}")
     path, digest = Path(source), hashlib.sha256()
-    for file in [path] if path.is_file() else files_below(path, PICTURE_SUFFIXES + TABLE_SUFFIXES + (".json", ".jsonl")):
+    for file in (
+        [path]
+        if path.is_file()
+        else files_below(path, PICTURE_SUFFIXES + TABLE_SUFFIXES + (".json", ".jsonl"))
+    ):
         with open(file, "rb") as f:
-            digest.update(file.relative_to(path.parent).as_posix().encode() + hashlib.file_digest(f, "sha256").digest())
+            digest.update(
+                file.relative_to(path.parent).as_posix().encode() + hashlib.file_digest(f, "sha256").digest()
+            )
     return digest.hexdigest()
 
 # %% ../nbs/09_inputs.ipynb #b7c0a001
@@ -87,6 +124,7 @@ def count_rows(source) -> int | None:
 @dataclass(frozen=True)
 class InputRow:
     "A row of a source: its id, its question, and its picture as bytes, as a file's path, or (missing) as None with the reason in `detail`."
+
     row_id: str
     question: object
     image: object
@@ -189,18 +227,24 @@ def read_questions(path, question="", images=""):
         image, problem = picture_of(named, folder)
         if not named:
             problem = f"none is named: there is no `image` among {', '.join(row) or 'no keys'}"
-        yield InputRow(f"line {number}", row.get("question") or question, image, row.get("split", ""), problem)
+        yield InputRow(
+            f"line {number}", row.get("question") or question, image, row.get("split", ""), problem
+        )
 
 
 def read_folder(folder, question=""):
     "Yields a row for every picture in a folder and below, each with the same question. Raises ValueError without one."
     if not question.strip():
-        raise ValueError(f"a folder of pictures needs one question for all of them, or a JSONL file that names pictures and questions: {folder}")
+        raise ValueError(
+            f"a folder of pictures needs one question for all of them, or a JSONL file that names pictures and questions: {folder}"
+        )
     for path in files_below(folder, PICTURE_SUFFIXES + CAMERA_SUFFIXES):
         yield InputRow(path.relative_to(folder).as_posix(), question, path)
 
 
-def read_dataset(source, question="", images="", image_column="image", question_column="question", split="train"):
+def read_dataset(
+    source, question="", images="", image_column="image", question_column="question", split="train"
+):
     "Yields the rows of a dataset, one at a time. With a `question`, it is asked about every picture. Raises ValueError for a column or split it does not have."
     import datasets
 
@@ -215,11 +259,18 @@ def read_dataset(source, question="", images="", image_column="image", question_
             rows = rows[split]
     else:
         files = [path] if path.is_file() else files_below(path, TABLE_SUFFIXES)
-        rows = datasets.load_dataset(files[0].suffix[1:].lower(), data_files=[str(f) for f in files if f.suffix == files[0].suffix], split="train", streaming=True)
+        rows = datasets.load_dataset(
+            files[0].suffix[1:].lower(),
+            data_files=[str(f) for f in files if f.suffix == files[0].suffix],
+            split="train",
+            streaming=True,
+        )
     columns = [image_column] + ([] if question else [question_column])
     missing = [c for c in columns if c not in (rows.column_names or [])]
     if missing:
-        raise ValueError(f"{source} has no column {', '.join(missing)}: there are {', '.join(rows.column_names or [])}")
+        raise ValueError(
+            f"{source} has no column {', '.join(missing)}: there are {', '.join(rows.column_names or [])}"
+        )
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     folder = PictureFolder(images or (path if path.is_dir() else path.parent))
@@ -228,24 +279,42 @@ def read_dataset(source, question="", images="", image_column="image", question_
         yield InputRow(f"row {number}", question or row[question_column], image, "", problem)
 
 
-INPUT_OPTIONS = {"prompts": (), "questions": ("question", "images"), "pictures": ("question",),
-                 "dataset": ("question", "images", "image_column", "question_column", "split")}
+INPUT_OPTIONS = {
+    "prompts": (),
+    "questions": ("question", "images"),
+    "pictures": ("question",),
+    "dataset": ("question", "images", "image_column", "question_column", "split"),
+}
 
 
 def read_input(source, **options):
     "Yields the rows of a source of any kind but `prompts`. Raises ValueError for a source that is none, and for an option that its kind does not have."
     kind = input_kind(source)
     if unused := [name for name in options if name not in INPUT_OPTIONS[kind]]:
-        raise ValueError(f"{source} is read as {kind}, for which {', '.join(unused)} means nothing; there are: {', '.join(INPUT_OPTIONS[kind]) or 'no options'}")
+        raise ValueError(
+            f"{source} is read as {kind}, for which {', '.join(unused)} means nothing; there are: {', '.join(INPUT_OPTIONS[kind]) or 'no options'}"
+        )
     if kind == "prompts":
         raise ValueError(f"{source} is a table of prompts already")
-    return {"questions": read_questions, "pictures": read_folder, "dataset": read_dataset}[kind](source, **options)
+    return {"questions": read_questions, "pictures": read_folder, "dataset": read_dataset}[kind](
+        source, **options
+    )
 
 # %% ../nbs/09_inputs.ipynb #cdcef87c
 MAX_ASPECT = 200  # transformers, qwen2_vl image processing, smart_resize
-HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # ISO/IEC 23008-12: in a file's first bytes
-CONVERT = ("convert it to JPEG first: sips on macOS, heif-convert or ImageMagick elsewhere, the camera's own program for its "
-           "raw format")
+HEIF_BRANDS = (
+    b"heic",
+    b"heix",
+    b"hevc",
+    b"heim",
+    b"heis",
+    b"mif1",
+    b"msf1",
+)  # ISO/IEC 23008-12: in a file's first bytes
+CONVERT = (
+    "convert it to JPEG first: sips on macOS, heif-convert or ImageMagick elsewhere, the camera's own program for its "
+    "raw format"
+)
 
 
 def write_bytes(path, data):
@@ -268,7 +337,9 @@ def decode_problem(data: bytes, name: str) -> tuple[str, str] | None:
         width, height = decode_image(data, name).size
     except ValueError as e:
         is_heic = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
-        return "unreadable picture", f"{name} is HEIC, which is not read here: {CONVERT}" if is_heic else str(e)
+        return "unreadable picture", f"{name} is HEIC, which is not read here: {CONVERT}" if is_heic else str(
+            e
+        )
     strip = max(width, height) > MAX_ASPECT * min(width, height)
     return ("extreme shape", f"{width} x {height}") if strip else None
 
@@ -312,10 +383,14 @@ def make_prompts(rows, out, name, n_prompts=0, copy=True):
         sha = sha256_of(data)
         prompt_id = prompt_id_of(sha, question)
         if prompt_id in prompts:
-            set_aside.append(SetAside(row.row_id, "same picture and question as another row", prompts[prompt_id].source))
+            set_aside.append(
+                SetAside(row.row_id, "same picture and question as another row", prompts[prompt_id].source)
+            )
             continue
         split = row.split if row.split in ("train", "dev") else "train"
-        prompts[prompt_id] = Prompt(prompt_id, place_picture(row, data, sha, out, copy), sha, question, f"{name}/{row.row_id}", split)
+        prompts[prompt_id] = Prompt(
+            prompt_id, place_picture(row, data, sha, out, copy), sha, question, f"{name}/{row.row_id}", split
+        )
         if len(prompts) == n_prompts:
             break
     return list(prompts.values()), set_aside, n_rows
@@ -340,7 +415,10 @@ def input_warnings(name: str, n_rows: int, set_aside: list[SetAside], shown: int
     "A sentence that names the first rows of a source that were set aside; none when there are none."
     if not set_aside:
         return []
-    rows = [f"{s.row_id} ({s.reason}: {s.detail})" if s.detail else f"{s.row_id} ({s.reason})" for s in set_aside[:shown]]
+    rows = [
+        f"{s.row_id} ({s.reason}: {s.detail})" if s.detail else f"{s.row_id} ({s.reason})"
+        for s in set_aside[:shown]
+    ]
     more = f"; and {len(set_aside) - shown} more, see set_aside-prompts" if len(set_aside) > shown else ""
     return [f"{len(set_aside)} of {n_rows} rows of {name} are set aside: {'; '.join(rows)}{more}."]
 
@@ -356,14 +434,31 @@ def import_prompts(source, out, n_prompts=0, copy=True, **options):
     `options` go to `read_input`. What was started with another source or other options is refused; what is finished comes back as it is.
     A stopped import begins again, and finds the pictures that it has copied. Raises ValueError when no row can be used."""
     shown = {k: v for k, v in options.items() if k != "images"}
-    stage = StageFolder(out, "inputs", shown | {"n_prompts": n_prompts, "copy": copy}, {"source": source_sha(source, options.get("split", "train"))})
+    stage = StageFolder(
+        out,
+        "inputs",
+        shown | {"n_prompts": n_prompts, "copy": copy},
+        {"source": source_sha(source, options.get("split", "train"))},
+    )
     if not stage.is_done:
-        prompts, set_aside, n_rows = make_prompts(read_input(source, **options), out, source_name(source), n_prompts, copy)
+        prompts, set_aside, n_rows = make_prompts(
+            read_input(source, **options), out, source_name(source), n_prompts, copy
+        )
         write_table(out, "set_aside-prompts", set_aside)
         if not prompts:
-            first = f"; the first: {set_aside[0].row_id}, {set_aside[0].reason} {set_aside[0].detail}" if set_aside else ""
+            first = (
+                f"; the first: {set_aside[0].row_id}, {set_aside[0].reason} {set_aside[0].detail}"
+                if set_aside
+                else ""
+            )
             raise ValueError(f"no prompt in any of {n_rows} rows of {source}{first}")
         write_table(out, "prompts", prompts)
-        stage.finish(n_rows, len(prompts), ["prompts"], set_aside, source=source_name(source),
-                     warnings=input_warnings(source_name(source), n_rows, set_aside))
+        stage.finish(
+            n_rows,
+            len(prompts),
+            ["prompts"],
+            set_aside,
+            source=source_name(source),
+            warnings=input_warnings(source_name(source), n_rows, set_aside),
+        )
     return stage

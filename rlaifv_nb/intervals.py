@@ -34,7 +34,11 @@ def count_table(counts, groups=None):
     for id, row in counts.items():
         units.setdefault(id if groups is None else groups[id], Counter()).update(row)
     names = sorted({name for row in units.values() for name in row})
-    return names, list(units), np.array([[row[name] for name in names] for row in units.values()], dtype=float)
+    return (
+        names,
+        list(units),
+        np.array([[row[name] for name in names] for row in units.values()], dtype=float),
+    )
 
 # %% ../nbs/06_intervals.ipynb #25d4f993
 def resample_sums(table, seed=0, n_resamples=2000):
@@ -47,7 +51,11 @@ def middle(values, level=0.95):
     "Low and high end of the middle `level` of the values that are numbers; NaN when there are none."
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
-    return tuple(float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])) if len(values) else (float("nan"),) * 2
+    return (
+        tuple(float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
+        if len(values)
+        else (float("nan"),) * 2
+    )
 
 
 def figure_intervals(counts, figures, groups=None, seed=0, n_resamples=2000):
@@ -67,7 +75,9 @@ def average_repeats(repeats):
         raise ValueError("no repeats to average")
     for counts in repeats:
         if counts.keys() != repeats[0].keys():
-            raise ValueError(f"repeats of different items: {sorted(map(str, counts.keys() ^ repeats[0].keys()))[:5]}")
+            raise ValueError(
+                f"repeats of different items: {sorted(map(str, counts.keys() ^ repeats[0].keys()))[:5]}"
+            )
     totals = {id: Counter() for id in repeats[0]}
     for counts in repeats:
         for id, row in counts.items():
@@ -81,11 +91,20 @@ def compare_models(first, second, figures, groups=None, seed=0, n_resamples=2000
     `p` is two-sided: twice the smaller share of draws on one side of no difference (never below 2 / (n_resamples + 1)).
     Raises ValueError naming items that only one of the two has."""
     if first.keys() != second.keys():
-        raise ValueError(f"the models were not measured on the same items: {sorted(map(str, first.keys() ^ second.keys()))[:5]}")
-    both = {id: {("first", k): v for k, v in first[id].items()} | {("second", k): v for k, v in second[id].items()} for id in first}
+        raise ValueError(
+            f"the models were not measured on the same items: {sorted(map(str, first.keys() ^ second.keys()))[:5]}"
+        )
+    both = {
+        id: {("first", k): v for k, v in first[id].items()}
+        | {("second", k): v for k, v in second[id].items()}
+        for id in first
+    }
 
     def differences(sums):
-        a, b = (figures({k: v for (side, k), v in sums.items() if side == wanted}) for wanted in ("first", "second"))
+        a, b = (
+            figures({k: v for (side, k), v in sums.items() if side == wanted})
+            for wanted in ("first", "second")
+        )
         return {name: b[name] - a[name] for name in a if name in b}
 
     names, _, table = count_table(both, groups)
@@ -104,7 +123,9 @@ def minimum_detectable_difference(rate, n, correlation=0.0, power=0.8, alpha=0.0
     `rate` in percent; `correlation` is that of the two models' item scores (0: unrelated errors). Normal approximation.
     Raises ValueError for values outside their range."""
     if not (0 < rate < 100 and n > 0 and -1 <= correlation < 1 and 0 < power < 1 and 0 < alpha < 1):
-        raise ValueError(f"rate={rate} must be in (0, 100), n={n} positive, correlation={correlation} in [-1, 1), power and alpha in (0, 1)")
+        raise ValueError(
+            f"rate={rate} must be in (0, 100), n={n} positive, correlation={correlation} in [-1, 1), power and alpha in (0, 1)"
+        )
     quantiles = NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(power)
     return quantiles * (2 * rate * (100 - rate) * (1 - correlation) / n) ** 0.5
 
@@ -114,7 +135,9 @@ def kappa_of(sums):
     n = sum(sums.values())
     labels = {label for pair in sums for label in pair}
     seen = sum(v for (a, b), v in sums.items() if a == b) / n
-    judged, true = ({x: sum(v for pair, v in sums.items() if pair[side] == x) / n for x in labels} for side in (0, 1))
+    judged, true = (
+        {x: sum(v for pair, v in sums.items() if pair[side] == x) / n for x in labels} for side in (0, 1)
+    )
     chance = sum(judged[x] * true[x] for x in labels)
     return (seen - chance) / (1 - chance) if chance < 1 else float("nan")
 
@@ -125,7 +148,9 @@ def judge_agreement(judged, truth, groups=None, seed=0):
     Both map item ids to labels. Raises ValueError naming items that only one of the two has."""
     if judged.keys() != truth.keys():
         raise ValueError(f"labels of different items: {sorted(map(str, judged.keys() ^ truth.keys()))[:5]}")
-    _, _, table = count_table({id: {"all": 1, "wrong": int(judged[id] != truth[id])} for id in judged}, groups)
+    _, _, table = count_table(
+        {id: {"all": 1, "wrong": int(judged[id] != truth[id])} for id in judged}, groups
+    )
     wrong, low, high = ratio_interval(table[:, ::-1], seed)
     counts = {id: {(judged[id], truth[id]): 1} for id in judged}
     kappa = figure_intervals(counts, lambda sums: {"kappa": kappa_of(sums)}, groups, seed)["kappa"]

@@ -13,9 +13,26 @@ from collections import Counter
 
 from .benchmarks import check_mode, read_json_rows, require_ids, rows_by_id
 
-MMHAL_TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
-REFOMB_TYPES = ("Coarse Perception", "Fine-grained perception", "Relation reasoning", "Attribute reasoning", "Time series inference",
-                "Mechanical logical reasoning", "Creative generation", "OCR")
+MMHAL_TYPES = (
+    "attribute",
+    "adversarial",
+    "comparison",
+    "counting",
+    "relation",
+    "environment",
+    "holistic",
+    "other",
+)
+REFOMB_TYPES = (
+    "Coarse Perception",
+    "Fine-grained perception",
+    "Relation reasoning",
+    "Attribute reasoning",
+    "Time series inference",
+    "Mechanical logical reasoning",
+    "Creative generation",
+    "OCR",
+)
 
 # %% ../nbs/06_judgements.ipynb #0024d433
 def read_rating(text, mode="clean"):
@@ -76,14 +93,26 @@ def rating_figures(sums, mode="clean"):
     total = Counter()
     for (_, name), value in sums.items():
         total[name] += value
-    n, per_type = total["n"], {type: (sums.get((type, "score"), 0), k) for (type, name), k in sums.items() if name == "n" and k}
-    score, hallucination, informative = (total[k] / n if n else float("nan") for k in ("score", "hallucinating", "informative"))
+    n, per_type = (
+        total["n"],
+        {type: (sums.get((type, "score"), 0), k) for (type, name), k in sums.items() if name == "n" and k},
+    )
+    score, hallucination, informative = (
+        total[k] / n if n else float("nan") for k in ("score", "hallucinating", "informative")
+    )
     if mode == "official":
-        figures = {"score": float(f"{score:.2f}"), "hallucination": float(f"{hallucination:.3f}"),
-                   "informativeness": float(f"{informative / 3 * 100:.2f}")}
+        figures = {
+            "score": float(f"{score:.2f}"),
+            "hallucination": float(f"{hallucination:.3f}"),
+            "informativeness": float(f"{informative / 3 * 100:.2f}"),
+        }
         return figures | {f"score: {type}": round(a / k, 2) for type, (a, k) in per_type.items()}
     figures = {"score": score, "hallucination": 100 * hallucination, "informativeness": 100 * informative / 3}
-    return figures | {f"score: {type}": a / k for type, (a, k) in per_type.items()} | {"unread": 100 * total["unread"] / (n + total["unread"])}
+    return (
+        figures
+        | {f"score: {type}": a / k for type, (a, k) in per_type.items()}
+        | {"unread": 100 * total["unread"] / (n + total["unread"])}
+    )
 
 # %% ../nbs/06_judgements.ipynb #e27ecd81
 def read_preference(text, mode="clean"):
@@ -127,8 +156,14 @@ def _count_orders(second, first):
     if not read:
         return {"unread": 1}
     both, decided = len(read) == 2, sum(s != 0 for s in read)
-    return {"n": 1, "win": sum((s + 1) / 2 for s in read) / len(read), "both": int(both), "consistent": int(both and second == first),
-            "decided": decided if both else 0, "first": int(both) * ((second == -1) + (first == 1))}
+    return {
+        "n": 1,
+        "win": sum((s + 1) / 2 for s in read) / len(read),
+        "both": int(both),
+        "consistent": int(both and second == first),
+        "decided": decided if both else 0,
+        "first": int(both) * ((second == -1) + (first == 1)),
+    }
 
 
 def preference_figures(sums, mode="clean"):
@@ -145,7 +180,11 @@ def preference_figures(sums, mode="clean"):
     if mode == "official":
         return figures
     shares = {"unread": ("unread", None), "consistent": ("consistent", "both"), "first": ("first", "decided")}
-    rest = {name: total[a] / (total[b] if b else total["n"] + total["unread"]) for name, (a, b) in shares.items() if b is None or total[b]}
+    rest = {
+        name: total[a] / (total[b] if b else total["n"] + total["unread"])
+        for name, (a, b) in shares.items()
+        if b is None or total[b]
+    }
     return {name: 100 * value for name, value in (figures | rest).items()}
 
 # %% ../nbs/06_judgements.ipynb #a3d22483
@@ -154,11 +193,16 @@ def read_reviews(path):
 
     Raises ValueError naming a row without text, of an unknown type, or with an id that comes twice."""
     texts = read_judge_texts(path)
-    rows = [{"id": row.get("image", i), "text": text, "type": row.get("type_name")} for i, (row, text) in enumerate(zip(read_json_rows(path), texts))]
+    rows = [
+        {"id": row.get("image", i), "text": text, "type": row.get("type_name")}
+        for i, (row, text) in enumerate(zip(read_json_rows(path), texts))
+    ]
     found = rows_by_id(rows, "id", "text", "type", source=str(path))
     unknown = [id for id, row in found.items() if row["type"] not in REFOMB_TYPES]
     if unknown:
-        raise ValueError(f"{path}, item {unknown[0]!r}: unknown type {found[unknown[0]]['type']!r}; there are {', '.join(REFOMB_TYPES)}")
+        raise ValueError(
+            f"{path}, item {unknown[0]!r}: unknown type {found[unknown[0]]['type']!r}; there are {', '.join(REFOMB_TYPES)}"
+        )
     return {id: row["text"] for id, row in found.items()}, {id: row["type"] for id, row in found.items()}
 
 # %% ../nbs/06_judgements.ipynb #221dd679
@@ -169,8 +213,15 @@ def count_points(reviews):
     counts = {}
     for number, row in enumerate(reviews, 1):
         points, category = row.get("tuple"), row.get("category")
-        if not (isinstance(points, list) and len(points) == 2 and all(isinstance(p, (int, float)) for p in points) and isinstance(category, str)):
-            raise ValueError(f"review {number}: category {category!r} and tuple {points!r} must be a text and two numbers")
+        if not (
+            isinstance(points, list)
+            and len(points) == 2
+            and all(isinstance(p, (int, float)) for p in points)
+            and isinstance(category, str)
+        ):
+            raise ValueError(
+                f"review {number}: category {category!r} and tuple {points!r} must be a text and two numbers"
+            )
         row = {"failed": 1} if points[0] == -1 else {"n": 1, "reference": points[0], "model": points[1]}
         counts[number] = {(category, name): value for name, value in row.items()}
     return counts
@@ -185,10 +236,15 @@ def point_figures(sums, mode="clean"):
         rows["all"][name] += value
     scored = {category: row for category, row in rows.items() if row["n"]}
     if mode == "official":
-        means = {c: [round(row[side] / row["n"], 3) for side in ("reference", "model")] for c, row in scored.items()}
+        means = {
+            c: [round(row[side] / row["n"], 3) for side in ("reference", "model")]
+            for c, row in scored.items()
+        }
         return {c: round(model / reference * 100, 1) for c, (reference, model) in means.items()}
     failed, n = rows["all"]["failed"], rows["all"]["n"]
-    return {c: 100 * row["model"] / row["reference"] for c, row in scored.items()} | {"failed": 100 * failed / (failed + n)}
+    return {c: 100 * row["model"] / row["reference"] for c, row in scored.items()} | {
+        "failed": 100 * failed / (failed + n)
+    }
 
 # %% ../nbs/06_judgements.ipynb #39365bf3
 def read_human_labels(path, key="id", label="hallucinated"):

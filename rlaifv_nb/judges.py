@@ -27,6 +27,7 @@ from .records import sha256_of
 @dataclass(frozen=True)
 class JudgePrompt:
     "What a judge is asked: a text, a system message if any, and which draw of it (another draw is asked again)."
+
     text: str
     system: str = ""
     draw: str = "0"
@@ -35,6 +36,7 @@ class JudgePrompt:
 @dataclass(frozen=True)
 class Answer:
     "What came back: `finish_reason` is `stop`, `length` or the server's word; `version` is the weights' hash, or what the server says of itself."
+
     text: str
     finish_reason: str
     version: str
@@ -45,6 +47,7 @@ class Answer:
 @dataclass(frozen=True)
 class Judgement:
     "An answer with all that led to it. `key` is the hash of judge, parameters and prompt."
+
     key: str
     kind: str
     model: str
@@ -75,7 +78,9 @@ def read_judgements(folder):
             try:
                 row = Judgement(**json.loads(line))
             except (ValueError, TypeError) as e:
-                raise ValueError(f"{path}, line {number} is no judgement ({e}): delete the line, and it is asked again") from e
+                raise ValueError(
+                    f"{path}, line {number} is no judgement ({e}): delete the line, and it is asked again"
+                ) from e
             found.setdefault(row.key, row)
     return found
 
@@ -101,6 +106,7 @@ def append_judgements(file, judgements):
 @dataclass
 class Budget:
     "Requests and tokens that one run may use (0: no limit), and those it has used."
+
     max_requests: int = 0
     max_tokens: int = 0
     requests: int = 0
@@ -120,7 +126,9 @@ class Budget:
         "Counts the tokens of an answer. Raises JudgeError when there is a limit of tokens and the server does not count them."
         if answer.prompt_tokens is None or answer.answer_tokens is None:
             if self.max_tokens:
-                raise JudgeError("the server does not say how many tokens it used: give max_requests instead of max_tokens")
+                raise JudgeError(
+                    "the server does not say how many tokens it used: give max_requests instead of max_tokens"
+                )
             return
         with self.lock:
             self.tokens += answer.prompt_tokens + answer.answer_tokens
@@ -129,6 +137,7 @@ class Budget:
 @dataclass
 class Judge:
     "Whoever answers prompts. `greedy`: the same prompt always gets the same answer, so repeats tell nothing."
+
     kind: str
     model: str
     version: str
@@ -144,7 +153,12 @@ class Judge:
     @property
     def identity(self):
         "What of a judge decides its answers, for keys and manifests; no secret is in it."
-        return {"kind": self.kind, "model": self.model, "version": self.version, "parameters": self.parameters}
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "version": self.version,
+            "parameters": self.parameters,
+        }
 
     def key_of(self, prompt):
         "The content hash of a prompt to this judge."
@@ -162,14 +176,19 @@ class Judge:
                 self._keep([(*items[position], answer) for position, answer in found])
         except JudgeError as e:
             left = sum(k not in self.known for k in missing)
-            raise type(e)(f"{e}. {left} of {len(set(keys))} judgements are missing, the others are kept in {self.folder}: "
-                          "the same call goes on from there") from e
+            raise type(e)(
+                f"{e}. {left} of {len(set(keys))} judgements are missing, the others are kept in {self.folder}: "
+                "the same call goes on from there"
+            ) from e
         return [self.known[k] for k in keys]
 
     def _keep(self, rows):
         "Stores `(key, prompt, answer)` rows, and knows them from then on."
         self.file = self.file or new_shard(self.folder)
-        found = [Judgement(key, self.kind, self.model, self.parameters, p.system, p.text, p.draw, **asdict(a)) for key, p, a in rows]
+        found = [
+            Judgement(key, self.kind, self.model, self.parameters, p.system, p.text, p.draw, **asdict(a))
+            for key, p, a in rows
+        ]
         append_judgements(self.file, found)
         self.known |= {j.key: j for j in found}
 
@@ -187,15 +206,21 @@ def local_answers(prompts, load, max_new_tokens, batch_size, budget):
         batch = texts[start : start + batch_size]
         sizes = [count(prompt_text(llm, text, image=None)) for text in batch]
         if room and max(sizes) + max_new_tokens > room:
-            raise JudgeError(f"a prompt of {max(sizes)} tokens and an answer of {max_new_tokens} do not fit into the {room} of {llm.name}")
+            raise JudgeError(
+                f"a prompt of {max(sizes)} tokens and an answer of {max_new_tokens} do not fit into the {room} of {llm.name}"
+            )
         try:
             for allowed in range(len(batch)):
                 budget.take()
             allowed = len(batch)
         except BudgetSpent as e:
             spent = e
-        answers = [Answer(text, reason, llm.sha, size, count(text))
-                   for (text, reason), size in zip(generate_texts(llm, batch[:allowed], max_new_tokens) if allowed else [], sizes)]
+        answers = [
+            Answer(text, reason, llm.sha, size, count(text))
+            for (text, reason), size in zip(
+                generate_texts(llm, batch[:allowed], max_new_tokens) if allowed else [], sizes
+            )
+        ]
         for answer in answers:
             budget.add(answer)
         yield list(enumerate(answers, start))
@@ -206,7 +231,10 @@ def local_answers(prompts, load, max_new_tokens, batch_size, budget):
 def request_body(prompt, model, parameters):
     "The JSON object of a request. A seed among the parameters becomes another one for every draw; a parameter that is None is left out."
     roles = (("system", prompt.system), ("user", prompt.text))
-    body = {"model": model, "messages": [{"role": role, "content": text} for role, text in roles if text]} | parameters
+    body = {
+        "model": model,
+        "messages": [{"role": role, "content": text} for role, text in roles if text],
+    } | parameters
     if body.get("seed") is not None and prompt.draw != "0":
         body["seed"] = int(sha256_of(f"{body['seed']}/{prompt.draw}")[:8], 16) >> 1
     return {k: v for k, v in body.items() if v is not None}
@@ -223,7 +251,9 @@ def read_answer(body):
         raise ValueError(f"no answer in {body[:200]!r} ({type(e).__name__}: {e})") from e
     if not (text is None or isinstance(text, str)):
         raise ValueError(f"the content is no text in {body[:200]!r}")
-    return Answer(text or "", str(reason), version, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    return Answer(
+        text or "", str(reason), version, usage.get("prompt_tokens"), usage.get("completion_tokens")
+    )
 
 
 def retry_after(value, longest=300):
@@ -239,12 +269,16 @@ def retry_after(value, longest=300):
 
 # %% ../nbs/06_judges.ipynb #17254da2
 def send(url, body, authorise, timeout):
-    "Posts once: `(Answer, \"\", None)`, or `(None, problem, seconds to wait)` for what may pass. Raises JudgeError for what will not."
+    'Posts once: `(Answer, "", None)`, or `(None, problem, seconds to wait)` for what may pass. Raises JudgeError for what will not.'
     import requests
 
     try:
         response = requests.post(url, json=body, auth=authorise, timeout=timeout, allow_redirects=False)
-    except (requests.exceptions.SSLError, requests.exceptions.InvalidURL, requests.exceptions.InvalidHeader) as e:
+    except (
+        requests.exceptions.SSLError,
+        requests.exceptions.InvalidURL,
+        requests.exceptions.InvalidHeader,
+    ) as e:
         raise JudgeError(f"{url}: {e}") from e
     except requests.RequestException as e:
         return None, f"{type(e).__name__}: {str(e)[:200]}", None
@@ -307,14 +341,16 @@ SPECS = "local:MODEL (a folder, a Hub id or packaged:NAME) or URL|MODEL (an Open
 
 
 def parse_spec(spec):
-    "`(\"local\", model, \"\", \"\")` or `(\"endpoint\", model, url, name of the key's variable)`. Raises ValueError for anything else."
+    '`("local", model, "", "")` or `("endpoint", model, url, name of the key\'s variable)`. Raises ValueError for anything else.'
     if spec.startswith("local:") and spec != "local:":
         return "local", spec.removeprefix("local:"), "", ""
     url, _, rest = spec.partition("|")
     model, _, variable = rest.partition("|")
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise ValueError(f"the judge's address at {parts.hostname} holds a name, a password or a query: give a plain address and a key")
+        raise ValueError(
+            f"the judge's address at {parts.hostname} holds a name, a password or a query: give a plain address and a key"
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname or not model or "|" in variable:
         raise ValueError(f"the judge {spec!r} is not supported: write {SPECS}")
     return "endpoint", model, url.rstrip("/"), variable
@@ -329,6 +365,7 @@ def key_sender(api_key):
         if api_key:
             request.headers["Authorization"] = f"Bearer {api_key}"
         return request
+
     return authorise
 
 
@@ -339,8 +376,25 @@ def read_api_key(variable):
     return os.environ[variable]
 
 
-def open_judge(spec, folder, *, max_new_tokens=1024, temperature=0.0, seed=None, extra=None, api_key="", max_requests=0, max_tokens=0,
-               concurrency=8, timeout=120.0, retries=5, backoff=1.0, batch_size=16, dtype="auto", quantisation="none"):
+def open_judge(
+    spec,
+    folder,
+    *,
+    max_new_tokens=1024,
+    temperature=0.0,
+    seed=None,
+    extra=None,
+    api_key="",
+    max_requests=0,
+    max_tokens=0,
+    concurrency=8,
+    timeout=120.0,
+    retries=5,
+    backoff=1.0,
+    batch_size=16,
+    dtype="auto",
+    quantisation="none",
+):
     """A judge by its spec: `local:MODEL` or `URL|MODEL` or `URL|MODEL|KEY_VARIABLE`; judgements are kept in `folder`.
 
     `max_requests` and `max_tokens` limit this run (0: no limit). For endpoints: `temperature`, `seed`, `extra` (more of the request's JSON;
@@ -351,17 +405,47 @@ def open_judge(spec, folder, *, max_new_tokens=1024, temperature=0.0, seed=None,
     budget = Budget(max_requests, max_tokens)
     if kind == "local":
         if temperature or seed is not None or extra or api_key:
-            raise ValueError("a local judge decodes greedily: temperature, seed, extra and api_key are options of endpoints")
+            raise ValueError(
+                "a local judge decodes greedily: temperature, seed, extra and api_key are options of endpoints"
+            )
         from rlaifv_nb.models import folder_sha, model_folder, open_llm
 
-        parameters = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "dtype": dtype, "quantisation": quantisation}
-        answer = partial(local_answers, load=cache(partial(open_llm, model, dtype, quantisation)), max_new_tokens=max_new_tokens,
-                         batch_size=batch_size, budget=budget)
-        return Judge(kind, model, folder_sha(model_folder(model)), parameters, Path(folder), answer, budget, greedy=True)
+        parameters = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": 0.0,
+            "dtype": dtype,
+            "quantisation": quantisation,
+        }
+        answer = partial(
+            local_answers,
+            load=cache(partial(open_llm, model, dtype, quantisation)),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            budget=budget,
+        )
+        return Judge(
+            kind,
+            model,
+            folder_sha(model_folder(model)),
+            parameters,
+            Path(folder),
+            answer,
+            budget,
+            greedy=True,
+        )
     parameters = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | (extra or {})
     authorise = key_sender(api_key or (read_api_key(variable) if variable else ""))
-    post = partial(send_with_retries, url=f"{url}/chat/completions", model=model, parameters=parameters, authorise=authorise, budget=budget,
-                   timeout=timeout, retries=retries, backoff=backoff)
+    post = partial(
+        send_with_retries,
+        url=f"{url}/chat/completions",
+        model=model,
+        parameters=parameters,
+        authorise=authorise,
+        budget=budget,
+        timeout=timeout,
+        retries=retries,
+        backoff=backoff,
+    )
     answer = partial(endpoint_answers, post=post, concurrency=concurrency, budget=budget)
     return Judge(kind, model, "", {"url": url} | parameters, Path(folder), answer, budget)
 
@@ -381,7 +465,13 @@ def named_judge(model):
 
 def judge_note(judge, published=""):
     "One line for the report: who judged, and which judge the published figures come from."
-    where = f" at {judge.parameters['url']}" if judge.kind == "endpoint" else f" ({judge.kind}, version {judge.version[:12]})"
+    where = (
+        f" at {judge.parameters['url']}"
+        if judge.kind == "endpoint"
+        else f" ({judge.kind}, version {judge.version[:12]})"
+    )
     note = f"judged by {named_judge(judge.model)}{where}"
     other = published and published != judge.model
-    return note + (f"; published figures by {named_judge(published)}: not comparable with other judges" if other else "")
+    return note + (
+        f"; published figures by {named_judge(published)}: not comparable with other judges" if other else ""
+    )

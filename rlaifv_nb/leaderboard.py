@@ -23,6 +23,7 @@ from .report import html_table, page, plain, source
 @dataclass(frozen=True)
 class Entry:
     "One model's figures. Entries with the same `measured` may be ranked together; `baseline` is what always answering No would get."
+
     name: str
     folder: Path
     measured: tuple
@@ -46,9 +47,16 @@ def read_entries(folder):
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     p, run, made = manifest["parameters"], folder.parent / "manifest.json", dict(manifest.get("made", {}))
     if manifest["stage"] == "evaluation":
-        above = json.loads(run.read_text(encoding="utf-8")) if run.exists() and folder.name == "06_evaluation" else {}
-        made = {"commit": above.get("commit", ""), "recipe": above.get("recipe", {}).get("name", ""),
-                "date": time.strftime("%Y-%m-%d", time.localtime((folder / "manifest.json").stat().st_mtime))}
+        above = (
+            json.loads(run.read_text(encoding="utf-8"))
+            if run.exists() and folder.name == "06_evaluation"
+            else {}
+        )
+        made = {
+            "commit": above.get("commit", ""),
+            "recipe": above.get("recipe", {}).get("name", ""),
+            "date": time.strftime("%Y-%m-%d", time.localtime((folder / "manifest.json").stat().st_mtime)),
+        }
     found = {}
     for s in read_table(folder, "scores", Score):
         found.setdefault(s.model, {})[s.metric] = s
@@ -56,10 +64,28 @@ def read_entries(folder):
         raise ValueError("there are no scores")
     judge = manifest.get("judged_by", "none (rule)")
     measured = (p["protocol"], judge, p.get("judge", ""), set_of(manifest))
-    facts = {"mode": p.get("mode", "clean"), "date": made.get("date", ""), "commit": made.get("commit", "")[:10], "recipe": made.get("recipe", "")}
-    above = f"{folder.parent.name}: " if manifest["stage"] == "evaluation" and folder.name == "06_evaluation" else ""
-    return [Entry(above + (f"{folder.name}: " if manifest["stage"] == "evaluation" and not above else "") + model, folder, measured, facts, scores,
-                  manifest.get("always_no", {})) for model, scores in found.items()]
+    facts = {
+        "mode": p.get("mode", "clean"),
+        "date": made.get("date", ""),
+        "commit": made.get("commit", "")[:10],
+        "recipe": made.get("recipe", ""),
+    }
+    above = (
+        f"{folder.parent.name}: "
+        if manifest["stage"] == "evaluation" and folder.name == "06_evaluation"
+        else ""
+    )
+    return [
+        Entry(
+            above + (f"{folder.name}: " if manifest["stage"] == "evaluation" and not above else "") + model,
+            folder,
+            measured,
+            facts,
+            scores,
+            manifest.get("always_no", {}),
+        )
+        for model, scores in found.items()
+    ]
 
 
 def find_entries(folder):
@@ -80,9 +106,28 @@ def find_entries(folder):
     return entries, problems
 
 # %% ../nbs/09_leaderboard.ipynb #c4a9945a
-SHOWN = {"POPE": ("accuracy", "precision", "recall", "F1", "yes ratio"), "": ("response", "mention", "any_claim", "cover", "accuracy", "F1")}
-LESS_IS_BETTER = {"CHAIR", "Hal", "Cog", "response", "mention", "any_claim", "hallucination", "CHAIRs", "CHAIRs_refine", "CHAIRi", "attribute",
-                  "number", "relation", "unread", "response over all", "failed"}
+SHOWN = {
+    "POPE": ("accuracy", "precision", "recall", "F1", "yes ratio"),
+    "": ("response", "mention", "any_claim", "cover", "accuracy", "F1"),
+}
+LESS_IS_BETTER = {
+    "CHAIR",
+    "Hal",
+    "Cog",
+    "response",
+    "mention",
+    "any_claim",
+    "hallucination",
+    "CHAIRs",
+    "CHAIRs_refine",
+    "CHAIRi",
+    "attribute",
+    "number",
+    "relation",
+    "unread",
+    "response over all",
+    "failed",
+}
 SCRIPT = """<script>
 document.querySelectorAll("table.sorts").forEach(table => table.querySelectorAll("th").forEach((th, i) => th.addEventListener("click", () => {
   const up = th.getAttribute("aria-sort") !== "ascending", body = table.tBodies[0], value = row => row.cells[i].dataset.v ?? row.cells[i].textContent;
@@ -106,7 +151,9 @@ def shown_metrics(entries):
     chosen = []
     for part in dict.fromkeys(split_metric(m)[0] for m in found):
         spec = PARTS.get(part)
-        names = SHOWN.get(part) or ([spec.rate[mode][0]] if mode in spec.rate else []) + list(spec.published.get(mode, {}))
+        names = SHOWN.get(part) or ([spec.rate[mode][0]] if mode in spec.rate else []) + list(
+            spec.published.get(mode, {})
+        )
         chosen += [m for name in dict.fromkeys(names) for m in found if split_metric(m) == (part, name)]
     return chosen or found[:6]
 
@@ -114,7 +161,9 @@ def shown_metrics(entries):
 def column_title(metric):
     "A figure's name, its part, and which direction is better."
     part, figure = split_metric(metric)
-    return f"{plain(figure)} {'↓' if figure in LESS_IS_BETTER else '↑'}" + (f"<small>{plain(part)}</small>" if part else "")
+    return f"{plain(figure)} {'↓' if figure in LESS_IS_BETTER else '↑'}" + (
+        f"<small>{plain(part)}</small>" if part else ""
+    )
 
 
 def figure_cell(score):
@@ -128,12 +177,17 @@ def ranking(entries, metrics):
     "Entries by their first metric, the better one first, undefined values last."
     sign = 1 if split_metric(metrics[0])[1] in LESS_IS_BETTER else -1
     value = lambda e: e.scores[metrics[0]].value if metrics[0] in e.scores else float("nan")
-    return sorted(entries, key=lambda e: (value(e) != value(e), sign * value(e) if value(e) == value(e) else 0, e.name))
+    return sorted(
+        entries, key=lambda e: (value(e) != value(e), sign * value(e) if value(e) == value(e) else 0, e.name)
+    )
 
 
 def entry_row(entry, metrics, folder):
     "The line of one entry."
-    link, n = html.escape(Path(os.path.relpath(entry.folder, folder)).as_posix()), max(s.n for s in entry.scores.values())
+    link, n = (
+        html.escape(Path(os.path.relpath(entry.folder, folder)).as_posix()),
+        max(s.n for s in entry.scores.values()),
+    )
     cells = "".join(figure_cell(entry.scores.get(m)) for m in metrics)
     facts = "".join(f"<td>{html.escape(entry.facts[k]) or '–'}</td>" for k in ("date", "commit", "recipe"))
     return f'<tr><td><a href="{link}">{html.escape(entry.name)}</a></td>{cells}<td data-v="{n}">{n:,}</td>{facts}</tr>'
@@ -149,8 +203,13 @@ def baseline_row(baseline, metrics):
 def more_figures(ranked, metrics):
     "All other figures, folded away: a line a figure, a column an entry."
     rest = [m for m in dict.fromkeys(m for e in ranked for m in e.scores) if m not in metrics]
-    cell = lambda s: f"{number(s.value)}<small>{number(s.ci_low)} to {number(s.ci_high)}</small>" if s else "–"
-    table = html_table(["", *(html.escape(e.name) for e in ranked)], [[plain(m), *(cell(e.scores.get(m)) for e in ranked)] for m in rest])
+    cell = lambda s: (
+        f"{number(s.value)}<small>{number(s.ci_low)} to {number(s.ci_high)}</small>" if s else "–"
+    )
+    table = html_table(
+        ["", *(html.escape(e.name) for e in ranked)],
+        [[plain(m), *(cell(e.scores.get(m)) for e in ranked)] for m in rest],
+    )
     return f"<details><summary>{len(rest)} more figures</summary>{table}</details>" if rest else ""
 
 
@@ -159,12 +218,18 @@ def group_section(place, measured, entries, folder):
     protocol, judge, _, items = map(html.escape, measured)
     metrics = shown_metrics(entries)
     ranked = ranking(entries, metrics)
-    head = "".join(f"<th>{t}</th>" for t in ["model", *map(column_title, metrics), "items", "date", "commit", "recipe"])
+    head = "".join(
+        f"<th>{t}</th>" for t in ["model", *map(column_title, metrics), "items", "date", "commit", "recipe"]
+    )
     rows = "".join(entry_row(e, metrics, folder) for e in ranked)
-    return (f'<section><h2 id="table-{place}">{protocol}</h2><p>Mode {entries[0].facts["mode"]}; judge: {judge}; {items}.</p>'
-            f'<div class=wide><table class=sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
-            f"{baseline_row(ranked[0].baseline, metrics)}</table></div>"
-            + more_figures(ranked, metrics) + source(folder, *dict.fromkeys(e.folder / "manifest.json" for e in ranked)) + "</section>\n")
+    return (
+        f'<section><h2 id="table-{place}">{protocol}</h2><p>Mode {entries[0].facts["mode"]}; judge: {judge}; {items}.</p>'
+        f"<div class=wide><table class=sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+        f"{baseline_row(ranked[0].baseline, metrics)}</table></div>"
+        + more_figures(ranked, metrics)
+        + source(folder, *dict.fromkeys(e.folder / "manifest.json" for e in ranked))
+        + "</section>\n"
+    )
 
 
 def leaderboard_body(folder, entries, problems):
@@ -172,12 +237,22 @@ def leaderboard_body(folder, entries, problems):
     groups = {}
     for e in entries:
         groups.setdefault(e.measured, []).append(e)
-    title = f"{len(entries)} model{'s' * (len(entries) != 1)} in {len(groups)} table{'s' * (len(groups) != 1)}"
-    body = (f"<p class=eyebrow>Leaderboard of {html.escape(Path(folder).resolve().name)}</p><h1>{title}</h1>"
-            "<p>Figures stand in one table only where protocol, mode, judge and items are the same. Small figures are 95% bootstrap intervals; "
-            "↓ less is better, ↑ more is better. A click on a column sorts by it.</p>")
-    body += "".join(group_section(i, measured, group, folder) for i, (measured, group) in enumerate(sorted(groups.items()), 1))
-    lines = [[html.escape(Path(os.path.relpath(here, folder)).as_posix()), html.escape(reason)] for here, reason in problems]
+    title = (
+        f"{len(entries)} model{'s' * (len(entries) != 1)} in {len(groups)} table{'s' * (len(groups) != 1)}"
+    )
+    body = (
+        f"<p class=eyebrow>Leaderboard of {html.escape(Path(folder).resolve().name)}</p><h1>{title}</h1>"
+        "<p>Figures stand in one table only where protocol, mode, judge and items are the same. Small figures are 95% bootstrap intervals; "
+        "↓ less is better, ↑ more is better. A click on a column sorts by it.</p>"
+    )
+    body += "".join(
+        group_section(i, measured, group, folder)
+        for i, (measured, group) in enumerate(sorted(groups.items()), 1)
+    )
+    lines = [
+        [html.escape(Path(os.path.relpath(here, folder)).as_posix()), html.escape(reason)]
+        for here, reason in problems
+    ]
     if lines:
         body += f'<section><h2 id="unread">Not read</h2>{html_table(["folder", "reason"], lines, left=(1,))}</section>'
     return body + SCRIPT
@@ -187,7 +262,14 @@ def write_leaderboard(folder):
     "Writes `leaderboard.html` into a folder of evaluations and runs; returns its path. Raises FileNotFoundError where there are none."
     entries, problems = find_entries(folder)
     if not entries and not problems:
-        raise FileNotFoundError(f"no evaluation below {folder}: rlaifv evaluate makes them, and the step 06_evaluation of a run")
+        raise FileNotFoundError(
+            f"no evaluation below {folder}: rlaifv evaluate makes them, and the step 06_evaluation of a run"
+        )
     path = Path(folder) / "leaderboard.html"
-    write_text(path, page(f"RLAIF-V leaderboard: {Path(folder).resolve().name}", leaderboard_body(folder, entries, problems)))
+    write_text(
+        path,
+        page(
+            f"RLAIF-V leaderboard: {Path(folder).resolve().name}", leaderboard_body(folder, entries, problems)
+        ),
+    )
     return path

@@ -24,6 +24,7 @@ from .records import resolve_path
 @dataclass(frozen=True)
 class WantedModel:
     "A model that a run opens: a folder, a packaged model or a Hub id, and whether it sees pictures."
+
     name: str
     is_vlm: bool
 
@@ -82,13 +83,17 @@ def not_ready(name: str, error: Exception) -> NotReady:
     if isinstance(error, errors.HFValidationError):
         return NotReady(f"{name} is neither a folder nor the name of a model on the Hub")
     if isinstance(error, errors.GatedRepoError):
-        return NotReady(f"{name} is gated: accept its terms at {page}, then log in with `hf auth login`, with an "
-                        "account that has been given access")
+        return NotReady(
+            f"{name} is gated: accept its terms at {page}, then log in with `hf auth login`, with an "
+            "account that has been given access"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return NotReady(f"the model {name} has no such revision: see {page}/commits/main")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return NotReady(f"there is no model {name} on the Hub, or it is private: check its name at {page}; "
-                        "for a private one, `hf auth login`")
+        return NotReady(
+            f"there is no model {name} on the Hub, or it is private: check its name at {page}; "
+            "for a private one, `hf auth login`"
+        )
     return Unreachable(" ".join(f"{type(error).__name__}: {error}".split())[:150])
 
 
@@ -97,8 +102,10 @@ def unreachable_text(names: list[str], reason: str) -> str:
     from huggingface_hub import constants
 
     commands = " and ".join(f"`hf download {name.replace('@', ' --revision ')}`" for name in names)
-    return (f"the Hub cannot be reached ({reason}), and the cache {constants.HF_HUB_CACHE} is not complete: "
-            f"go online, or run {commands} beforehand")
+    return (
+        f"the Hub cannot be reached ({reason}), and the cache {constants.HF_HUB_CACHE} is not complete: "
+        f"go online, or run {commands} beforehand"
+    )
 
 
 def find_model(name: str) -> tuple[Path, int]:
@@ -115,8 +122,9 @@ def find_model(name: str) -> tuple[Path, int]:
         return folder, 0
     hub_id, revision = pinned(name)
     try:
-        files = snapshot_download(hub_id, revision=revision or None, allow_patterns=list(MODEL_FILES),
-                                  dry_run=True)
+        files = snapshot_download(
+            hub_id, revision=revision or None, allow_patterns=list(MODEL_FILES), dry_run=True
+        )
         folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=SMALL_FILES))
     except Exception as error:  # its own, those of its HTTP client, OSError
         folder = cached_folder(name)
@@ -150,7 +158,9 @@ def small_files_problem(model: WantedModel, folder: Path) -> str:
             opened = open_processor(folder)
         else:
             opened = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # for a file that is missing or wrong: OSError, ValueError, KeyError, TypeError
+    except (
+        Exception
+    ) as error:  # for a file that is missing or wrong: OSError, ValueError, KeyError, TypeError
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return f"its small files cannot be opened: {reason}"
     if not getattr(opened, "chat_template", None):
@@ -195,15 +205,21 @@ def why_no_cuda() -> str:
         return "this machine has no CUDA device"
     release = torch.__version__.partition("+")[0]
     if torch.version.cuda is None:
-        return (f"this machine has a graphics card, but torch {torch.__version__} was built without CUDA: "
-                f"install a build of {release} with CUDA ({CUDA_BUILDS})")
+        return (
+            f"this machine has a graphics card, but torch {torch.__version__} was built without CUDA: "
+            f"install a build of {release} with CUDA ({CUDA_BUILDS})"
+        )
     least, driver = LEAST_DRIVER.get(int(torch.version.cuda.partition(".")[0])), driver_version()
     if driver and least and int(driver.partition(".")[0]) < least:
-        return (f"torch {release} was built for CUDA {torch.version.cuda}, which needs NVIDIA's driver {least} or "
-                f"newer, and this machine has {driver}: update the driver, or take a build for CUDA 12.6 (driver "
-                f"{LEAST_DRIVER[12]} or newer): {CUDA_BUILDS}")
-    return (f"torch {release} was built for CUDA {torch.version.cuda} and cannot use the graphics card (driver "
-            f"{driver or 'not found'}): `nvidia-smi` must run without an error before this can")
+        return (
+            f"torch {release} was built for CUDA {torch.version.cuda}, which needs NVIDIA's driver {least} or "
+            f"newer, and this machine has {driver}: update the driver, or take a build for CUDA 12.6 (driver "
+            f"{LEAST_DRIVER[12]} or newer): {CUDA_BUILDS}"
+        )
+    return (
+        f"torch {release} was built for CUDA {torch.version.cuda} and cannot use the graphics card (driver "
+        f"{driver or 'not found'}): `nvidia-smi` must run without an error before this can"
+    )
 
 # %% ../nbs/09_machine.ipynb #ac400014
 BILLION = 10**9
@@ -234,8 +250,10 @@ def device_problem(device: str, sizes: dict[str, int]) -> tuple[str, bool]:
     large = {name: n for name, n in sizes.items() if n >= BILLION}
     if large:
         models = ", ".join(f"{name} ({n / BILLION:.1f} billion weights)" for name, n in large.items())
-        return (f"{models}: too large for a CPU, and {reason}. `device: cpu` in the recipe runs it on the CPU all "
-                "the same"), True
+        return (
+            f"{models}: too large for a CPU, and {reason}. `device: cpu` in the recipe runs it on the CPU all "
+            "the same"
+        ), True
     if has_nvidia_card():
         return f"on the CPU, since {reason}", False
     return "", False
@@ -252,13 +270,16 @@ def space_problem(to_download: dict[str, int]) -> str:
     if total <= free:
         return ""
     parts = ", ".join(f"{name} {n / 1e9:.1f} GB" for name, n in to_download.items() if n)
-    return (f"{total / 1e9:.1f} GB are still to be downloaded ({parts}), and {cache} has {free / 1e9:.1f} GB "
-            "free: make room, or set HF_HOME to a folder on a larger disk")
+    return (
+        f"{total / 1e9:.1f} GB are still to be downloaded ({parts}), and {cache} has {free / 1e9:.1f} GB "
+        "free: make room, or set HF_HOME to a folder on a larger disk"
+    )
 
 # %% ../nbs/09_machine.ipynb #ac40001b
 @dataclass(frozen=True)
 class Findings:
     "What stands in the way of a run, what should be known, and the bytes to download by model."
+
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     to_download: dict[str, int]

@@ -13,16 +13,55 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .benchmarks import (always_no, amber_figures, check_mode, compare_published, count_amber_answers, count_mmstar_answers,
-                                  count_pope_answers, mmstar_figures, pope_figures, read_amber_annotations, read_amber_answers, read_json_rows, read_pope,
-                                  read_published, require_ids, rows_by_id)
+from rlaifv_nb.benchmarks import (
+    always_no,
+    amber_figures,
+    check_mode,
+    compare_published,
+    count_amber_answers,
+    count_mmstar_answers,
+    count_pope_answers,
+    mmstar_figures,
+    pope_figures,
+    read_amber_annotations,
+    read_amber_answers,
+    read_json_rows,
+    read_pope,
+    read_published,
+    require_ids,
+    rows_by_id,
+)
 from .fact_review import unsupported_figures
 from .intervals import compare_models, figure_intervals, minimum_detectable_difference, sum_counts
-from .judgements import (count_labels, count_points, count_preferences, count_ratings, label_figures, point_figures, preference_figures,
-                                  rating_figures, read_human_labels, read_judge_texts, read_reviews)
-from .objects import (count_amber_descriptions, count_mentions, description_figures, mention_figures, never_similar, open_amber_tools,
-                               open_halbench_tools, read_amber_words, read_coco_truth, read_coco_words, read_halbench_answers, simple_lemmas,
-                               text_mentions, vocabulary_nouns)
+from rlaifv_nb.judgements import (
+    count_labels,
+    count_points,
+    count_preferences,
+    count_ratings,
+    label_figures,
+    point_figures,
+    preference_figures,
+    rating_figures,
+    read_human_labels,
+    read_judge_texts,
+    read_reviews,
+)
+from rlaifv_nb.objects import (
+    count_amber_descriptions,
+    count_mentions,
+    description_figures,
+    mention_figures,
+    never_similar,
+    open_amber_tools,
+    open_halbench_tools,
+    read_amber_words,
+    read_coco_truth,
+    read_coco_words,
+    read_halbench_answers,
+    simple_lemmas,
+    text_mentions,
+    vocabulary_nouns,
+)
 from .records import Score, shard_paths, write_table
 
 # %% ../nbs/06_measures.ipynb #3741acc4
@@ -31,6 +70,7 @@ class Part:
     """How one part of a benchmark is figured, and how many items the published one has.
 
     `rate` and `published` give, for each mode, (figure, factor to percent) and {figure: (published name, factor)}."""
+
     figures: Callable
     benchmark: str
     n_items: int
@@ -44,30 +84,80 @@ def both(value):
 
 
 PARTS = {
-    "AMBER generative": Part(description_figures, "AMBER generative", 1004, both(("Hal", 1)), both({k: (k, 1) for k in ("CHAIR", "Cover", "Hal")})),
-    "AMBER discriminative": Part(amber_figures, "AMBER discriminative", 14216, both(("all accuracy", 1)),
-                                 both({f"all {k}": (k, 1) for k in ("accuracy", "F1")})),
-    "Object HalBench": Part(mention_figures, "Object HalBench", 300, {"official": ("CHAIRs_refine", 100), "clean": ("response", 1)},
-                            {"official": {"CHAIRs_refine": ("response", 100), "CHAIRi": ("mention", 100)},
-                             "clean": {k: (k, 1) for k in ("response", "mention")}}),
-    "MMHal-Bench": Part(rating_figures, "MMHal-Bench", 96, {"official": ("hallucination", 100), "clean": ("hallucination", 1)},
-                        {m: {"score": ("score", 1), "hallucination": ("hallucination", factor)} for m, factor in {"official": 100, "clean": 1}.items()}),
-    "RefoMB win": Part(preference_figures, "RefoMB", 99, {"official": ("win", 100), "clean": ("win", 1)},
-                       {"official": {"win": ("win", 100)}, "clean": {"win": ("win", 1)}}),
-    "RefoMB trust": Part(preference_figures, "RefoMB", 99, {"official": ("win", 100), "clean": ("win", 1)},
-                         {"official": {"win": ("trust", 100)}, "clean": {"win": ("trust", 1)}}),
-    "RefoMB facts": Part(lambda sums, mode: unsupported_figures(sums), "RefoMB facts", 99, {"clean": ("trust", 1)}),
+    "AMBER generative": Part(
+        description_figures,
+        "AMBER generative",
+        1004,
+        both(("Hal", 1)),
+        both({k: (k, 1) for k in ("CHAIR", "Cover", "Hal")}),
+    ),
+    "AMBER discriminative": Part(
+        amber_figures,
+        "AMBER discriminative",
+        14216,
+        both(("all accuracy", 1)),
+        both({f"all {k}": (k, 1) for k in ("accuracy", "F1")}),
+    ),
+    "Object HalBench": Part(
+        mention_figures,
+        "Object HalBench",
+        300,
+        {"official": ("CHAIRs_refine", 100), "clean": ("response", 1)},
+        {
+            "official": {"CHAIRs_refine": ("response", 100), "CHAIRi": ("mention", 100)},
+            "clean": {k: (k, 1) for k in ("response", "mention")},
+        },
+    ),
+    "MMHal-Bench": Part(
+        rating_figures,
+        "MMHal-Bench",
+        96,
+        {"official": ("hallucination", 100), "clean": ("hallucination", 1)},
+        {
+            m: {"score": ("score", 1), "hallucination": ("hallucination", factor)}
+            for m, factor in {"official": 100, "clean": 1}.items()
+        },
+    ),
+    "RefoMB win": Part(
+        preference_figures,
+        "RefoMB",
+        99,
+        {"official": ("win", 100), "clean": ("win", 1)},
+        {"official": {"win": ("win", 100)}, "clean": {"win": ("win", 1)}},
+    ),
+    "RefoMB trust": Part(
+        preference_figures,
+        "RefoMB",
+        99,
+        {"official": ("win", 100), "clean": ("win", 1)},
+        {"official": {"win": ("trust", 100)}, "clean": {"win": ("trust", 1)}},
+    ),
+    "RefoMB facts": Part(
+        lambda sums, mode: unsupported_figures(sums), "RefoMB facts", 99, {"clean": ("trust", 1)}
+    ),
     "POPE": Part(pope_figures, "POPE", 3000, {"official": ("accuracy", 100), "clean": ("accuracy", 1)}),
-    "MMStar": Part(mmstar_figures, "MMStar", 1500, {"official": ("final score", 100), "clean": ("final score", 1)},
-                   {"official": {"final score": ("final score", 100)}, "clean": {"final score": ("final score", 1)}}),
+    "MMStar": Part(
+        mmstar_figures,
+        "MMStar",
+        1500,
+        {"official": ("final score", 100), "clean": ("final score", 1)},
+        {"official": {"final score": ("final score", 100)}, "clean": {"final score": ("final score", 1)}},
+    ),
     "LLaVA-Bench": Part(point_figures, "LLaVA-Bench", 60, {}, both({"all": ("score", 1)})),
-    "MHumanEval": Part(lambda sums, mode: label_figures(sums), "MHumanEval", 146, both(("response", 1)), both({"response": ("response", 1)})),
+    "MHumanEval": Part(
+        lambda sums, mode: label_figures(sums),
+        "MHumanEval",
+        146,
+        both(("response", 1)),
+        both({"response": ("response", 1)}),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Measured:
     "Counts per item of one part; `groups` (item to picture) are the units that intervals draw; `blind` are the counts of always answering No."
+
     part: str
     counts: dict
     groups: dict | None = None
@@ -103,17 +193,32 @@ def halbench_tools():
 
 def measure_amber(folder, path, questions, mode, tools):
     "AMBER's parts that the questions belong to."
-    annotations, answers, parts = read_amber_annotations(Path(folder) / "annotations.json"), read_amber_answers(path), []
-    asked = {kind: {q.question_id: q.image for q in questions if q.kind == kind} for kind in ("open", "yes/no")}
+    annotations, answers, parts = (
+        read_amber_annotations(Path(folder) / "annotations.json"),
+        read_amber_answers(path),
+        [],
+    )
+    asked = {
+        kind: {q.question_id: q.image for q in questions if q.kind == kind} for kind in ("open", "yes/no")
+    }
     require_ids(answers, [q.question_id for q in questions], str(path))
     if asked["open"]:
         nouns, similar = amber_tools(tools)
         said = {id: answers[id] for id in asked["open"]}
-        parts.append(Measured("AMBER generative", count_amber_descriptions(said, annotations, read_amber_words(folder), nouns, similar)))
+        parts.append(
+            Measured(
+                "AMBER generative",
+                count_amber_descriptions(said, annotations, read_amber_words(folder), nouns, similar),
+            )
+        )
     if asked["yes/no"]:
         said = {id: answers[id] for id in asked["yes/no"]}
         blind = count_amber_answers(always_no(said), annotations, mode)
-        parts.append(Measured("AMBER discriminative", count_amber_answers(said, annotations, mode), asked["yes/no"], blind))
+        parts.append(
+            Measured(
+                "AMBER discriminative", count_amber_answers(said, annotations, mode), asked["yes/no"], blind
+            )
+        )
     return parts
 
 
@@ -121,14 +226,28 @@ def measure_pope(folder, path, questions, mode, tools):
     "POPE: the answers stand in the order of the questions."
     answers, labels = read_pope(path, [q.row for q in questions])
     blind = count_pope_answers(always_no(labels), labels, mode)
-    return [Measured("POPE", count_pope_answers(answers, labels, mode), {q.question_id: q.image for q in questions}, blind)]
+    return [
+        Measured(
+            "POPE",
+            count_pope_answers(answers, labels, mode),
+            {q.question_id: q.image for q in questions},
+            blind,
+        )
+    ]
 
 
 def measure_mmstar(folder, path, questions, mode, tools):
     "MMStar: predictions by index; the right answers are the question file's."
     rows = rows_by_id(read_json_rows(path), "index", "prediction", source=str(path))
     require_ids(rows, [q.question_id for q in questions], str(path))
-    return [Measured("MMStar", count_mmstar_answers([q.row | {"prediction": rows[q.question_id]["prediction"]} for q in questions], mode))]
+    return [
+        Measured(
+            "MMStar",
+            count_mmstar_answers(
+                [q.row | {"prediction": rows[q.question_id]["prediction"]} for q in questions], mode
+            ),
+        )
+    ]
 
 
 def measure_halbench(folder, path, questions, mode, tools):
@@ -142,8 +261,16 @@ def measure_halbench(folder, path, questions, mode, tools):
     return [Measured("Object HalBench", count_mentions(answers, mentions, truth, mode))]
 
 
-RULES = {"amber": measure_amber, "amber-generative": measure_amber, "amber-discriminative": measure_amber, "objhal": measure_halbench,
-         "pope-random": measure_pope, "pope-popular": measure_pope, "pope-adversarial": measure_pope, "mmstar": measure_mmstar}
+RULES = {
+    "amber": measure_amber,
+    "amber-generative": measure_amber,
+    "amber-discriminative": measure_amber,
+    "objhal": measure_halbench,
+    "pope-random": measure_pope,
+    "pope-popular": measure_pope,
+    "pope-adversarial": measure_pope,
+    "mmstar": measure_mmstar,
+}
 
 
 def measure_answers(bench, folder, path, questions, mode="clean", tools="builtin"):
@@ -165,12 +292,18 @@ def measure_reviews(bench, path, mode="clean", types=None):
         return [Measured("MMHal-Bench", count_ratings(read_judge_texts(path), types, mode))]
     if bench == "refomb":
         found = {"RefoMB win": path, "RefoMB trust": path.with_name(f"{path.stem}.hall.json")}
-        return [Measured(part, count_preferences(*read_reviews(p), mode=mode)) for part, p in found.items() if p == path or p.exists()]
+        return [
+            Measured(part, count_preferences(*read_reviews(p), mode=mode))
+            for part, p in found.items()
+            if p == path or p.exists()
+        ]
     if bench == "llava-bench":
         return [Measured("LLaVA-Bench", count_points(read_json_rows(path)))]
     if bench == "mhumaneval":
         return [Measured("MHumanEval", count_labels(read_human_labels(path)))]
-    raise ValueError(f"no judgements are read for {bench}: choose one of mmhal, refomb, llava-bench, mhumaneval")
+    raise ValueError(
+        f"no judgements are read for {bench}: choose one of mmhal, refomb, llava-bench, mhumaneval"
+    )
 
 # %% ../nbs/06_measures.ipynb #c92bea91
 def certain_end(value, n, factor=1):
@@ -189,10 +322,18 @@ def measure_scores(model, measured, mode, protocol, seed=0):
     scores = []
     for m in measured:
         rate, factor = PARTS[m.part].rate.get(mode, ("", 1))
-        for name, (value, low, high) in figure_intervals(m.counts, figures_of(m.part, mode), m.groups, seed).items():
+        for name, (value, low, high) in figure_intervals(
+            m.counts, figures_of(m.part, mode), m.groups, seed
+        ).items():
             if name == rate and low == high and factor * value in (0, 100):
-                low, high = certain_end(value, len(set(m.groups.values())) if m.groups else len(m.counts), factor)
-            scores.append(Score(model, f"{m.part}: {name}", float(value), len(m.counts), float(low), float(high), protocol))
+                low, high = certain_end(
+                    value, len(set(m.groups.values())) if m.groups else len(m.counts), factor
+                )
+            scores.append(
+                Score(
+                    model, f"{m.part}: {name}", float(value), len(m.counts), float(low), float(high), protocol
+                )
+            )
     return scores
 
 
@@ -211,8 +352,10 @@ def detectable(measured, scores, mode):
     if not 0 < rate < 100:
         return f"A {name} of {number(rate)}% in {found.n} items is no certainty, and too near the end to say what difference could be seen."
     apart, together = (minimum_detectable_difference(rate, found.n, correlation) for correlation in (0, 0.7))
-    return (f"With {found.n} items, two models must differ by {apart:.1f} points in {name} to be told apart in 80% of trials; "
-            f"by {together:.1f} if their errors correlate at 0.7 (items taken as independent).")
+    return (
+        f"With {found.n} items, two models must differ by {apart:.1f} points in {name} to be told apart in 80% of trials; "
+        f"by {together:.1f} if their errors correlate at 0.7 (items taken as independent)."
+    )
 
 
 def measure_table(measured, scores, mode):
@@ -221,8 +364,13 @@ def measure_table(measured, scores, mode):
     for m in measured:
         rows = [s for s in scores if s.metric.startswith(f"{m.part}: ")]
         blind = figures_of(m.part, mode)(sum_counts(m.blind)) if m.blind else {}
-        lines = [f"**{m.part}**, {mode} mode, {len(m.counts)} items" + (f" about {len(set(m.groups.values()))} pictures" if m.groups else ""), "",
-                 "| figure | value | 95% interval |" + " always No |" * bool(blind), "|---|---|---|" + "---|" * bool(blind)]
+        lines = [
+            f"**{m.part}**, {mode} mode, {len(m.counts)} items"
+            + (f" about {len(set(m.groups.values()))} pictures" if m.groups else ""),
+            "",
+            "| figure | value | 95% interval |" + " always No |" * bool(blind),
+            "|---|---|---|" + "---|" * bool(blind),
+        ]
         for s in rows:
             name = s.metric.removeprefix(f"{m.part}: ")
             line = f"| {name} | {number(s.value)} | {number(s.ci_low)} to {number(s.ci_high)} |"
@@ -244,19 +392,31 @@ def published_tables(model, measured, scores, mode, protocol, judge):
                     own[published] = tuple(factor * v for v in found[f"{m.part}: {name}"])
         n_items = PARTS[parts[0].part].n_items
         if own and len(parts[0].counts) != n_items:
-            blocks.append(f"**{benchmark}**: not set beside published figures, which are of {n_items:,} items, these of {len(parts[0].counts):,}.")
+            blocks.append(
+                f"**{benchmark}**: not set beside published figures, which are of {n_items:,} items, these of {len(parts[0].counts):,}."
+            )
         elif own and any(r["benchmark"] == benchmark for r in read_published()):
-            blocks.append(f"**{benchmark}**, in percent, beside published figures (never compare across versions, judges or splits)\n\n"
-                          + compare_published({model: (own, f"{protocol}, {len(parts[0].counts)} items", judge)}, benchmark))
+            blocks.append(
+                f"**{benchmark}**, in percent, beside published figures (never compare across versions, judges or splits)\n\n"
+                + compare_published(
+                    {model: (own, f"{protocol}, {len(parts[0].counts)} items", judge)}, benchmark
+                )
+            )
     return "\n\n".join(blocks)
 
 # %% ../nbs/06_measures.ipynb #70d3bee0
 def write_counts(folder, measured):
     "Writes the table `counts`."
+
     def rows():
         for m in measured:
             for item, row in m.counts.items():
-                yield {"part": m.part, "item": item, "group": m.groups[item] if m.groups else None, "counts": list(map(list, row.items()))}
+                yield {
+                    "part": m.part,
+                    "item": item,
+                    "group": m.groups[item] if m.groups else None,
+                    "counts": list(map(list, row.items())),
+                }
 
     write_table(folder, "counts", rows(), 10000)
 
@@ -279,14 +439,28 @@ def compare_measured(first, second, mode, seed=0):
 
     Raises ValueError for different parts or items."""
     if [m.part for m in first] != [m.part for m in second]:
-        raise ValueError(f"different parts were measured: {[m.part for m in first]} and {[m.part for m in second]}")
+        raise ValueError(
+            f"different parts were measured: {[m.part for m in first]} and {[m.part for m in second]}"
+        )
     rows = []
     for a, b in zip(first, second):
         figures = figures_of(a.part, mode)
         values = [figures(sum_counts(m.counts)) for m in (a, b)]
-        for name, (difference, low, high, p) in compare_models(a.counts, b.counts, figures, a.groups, seed).items():
-            rows.append({"part": a.part, "figure": name, "first": values[0][name], "second": values[1][name], "difference": difference,
-                         "low": low, "high": high, "p": p})
+        for name, (difference, low, high, p) in compare_models(
+            a.counts, b.counts, figures, a.groups, seed
+        ).items():
+            rows.append(
+                {
+                    "part": a.part,
+                    "figure": name,
+                    "first": values[0][name],
+                    "second": values[1][name],
+                    "difference": difference,
+                    "low": low,
+                    "high": high,
+                    "p": p,
+                }
+            )
     return rows
 
 
@@ -294,6 +468,8 @@ def comparison_table(rows, first, second):
     "A Markdown table of a paired comparison."
     lines = [f"| part | figure | {first} | {second} | difference | 95% interval | p |", "|---" * 7 + "|"]
     for r in rows:
-        lines.append(f"| {r['part']} | {r['figure']} | {number(r['first'])} | {number(r['second'])} | {r['difference']:+.4g} | "
-                     f"{number(r['low'])} to {number(r['high'])} | {r['p']:.3g} |")
+        lines.append(
+            f"| {r['part']} | {r['figure']} | {number(r['first'])} | {number(r['second'])} | {r['difference']:+.4g} | "
+            f"{number(r['low'])} to {number(r['high'])} | {r['p']:.3g} |"
+        )
     return "\n".join(lines)

@@ -13,13 +13,31 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .iconworld import (COMPANION, DESCRIBE, OBJECTS, SINGULARS, THEMES, IconClaim, balanced_claims, biased_groups, caption_text,
-                                 draw_picture, is_true, make_scene, question_text, short_questions)
+from rlaifv_nb.iconworld import (
+    COMPANION,
+    DESCRIBE,
+    OBJECTS,
+    SINGULARS,
+    THEMES,
+    IconClaim,
+    balanced_claims,
+    biased_groups,
+    caption_text,
+    draw_picture,
+    is_true,
+    make_scene,
+    question_text,
+    short_questions,
+)
 from .records import write_json, write_rows, write_text
 
 # %% ../nbs/08_miniature.ipynb #1f73c634
-AMBER_TYPE = {"existence": "discriminative-hallucination", "attribute": "discriminative-attribute-state", "number": "discriminative-attribute-number",
-              "relation": "discriminative-relation"}
+AMBER_TYPE = {
+    "existence": "discriminative-hallucination",
+    "attribute": "discriminative-attribute-state",
+    "number": "discriminative-attribute-number",
+    "relation": "discriminative-relation",
+}
 N_LIKELY = 5
 
 
@@ -31,7 +49,11 @@ def likely_objects(scene, n=N_LIKELY):
 
 def yes_no_claims(scene):
     "The claims that a scene's yes/no questions ask about, each once: absent objects, and true and false colours, counts and places."
-    pairs = [c for c, _ in balanced_claims(scene, random.Random(f"miniature/{scene.scene_id}"), per_type=2) if c.type != "existence"]
+    pairs = [
+        c
+        for c, _ in balanced_claims(scene, random.Random(f"miniature/{scene.scene_id}"), per_type=2)
+        if c.type != "existence"
+    ]
     return list(dict.fromkeys([IconClaim("existence", o) for o in likely_objects(scene)] + pairs))
 
 
@@ -40,12 +62,26 @@ def write_miniature_amber(folder, scenes):
     folder, generative, discriminative, annotations = Path(folder), [], [], []
     for id, scene in enumerate(scenes, 1):
         generative.append({"id": id, "image": f"{scene.scene_id}.png", "query": DESCRIBE[0]})
-        annotations.append({"id": id, "type": "generative", "truth": [g.object for g in scene.groups], "hallu": likely_objects(scene)})
+        annotations.append(
+            {
+                "id": id,
+                "type": "generative",
+                "truth": [g.object for g in scene.groups],
+                "hallu": likely_objects(scene),
+            }
+        )
     for id, (scene, claim) in enumerate(((s, c) for s in scenes for c in yes_no_claims(s)), len(scenes) + 1):
         discriminative.append({"id": id, "image": f"{scene.scene_id}.png", "query": question_text(claim)})
-        annotations.append({"id": id, "type": AMBER_TYPE[claim.type], "truth": "yes" if is_true(scene, claim) else "no"})
-    files = {"query/query_generative.json": generative, "query/query_discriminative.json": discriminative,
-             "query/query_all.json": generative + discriminative, "annotations.json": annotations, "relation.json": {o: [] for o in OBJECTS}}
+        annotations.append(
+            {"id": id, "type": AMBER_TYPE[claim.type], "truth": "yes" if is_true(scene, claim) else "no"}
+        )
+    files = {
+        "query/query_generative.json": generative,
+        "query/query_discriminative.json": discriminative,
+        "query/query_all.json": generative + discriminative,
+        "annotations.json": annotations,
+        "relation.json": {o: [] for o in OBJECTS},
+    }
     for name, rows in files.items():
         write_json(folder / name, rows)
     write_text(folder / "safe_words.txt", "")
@@ -56,25 +92,51 @@ def absent_objects(scene, part, n=3):
     rng = random.Random(f"pope/{part}/{scene.scene_id}")
     absent = [o for o in OBJECTS if scene.group(o) is None]
     theme = [o for o in THEMES[scene.theme] if o in absent]
-    return likely_objects(scene, n) if part == "adversarial" else rng.sample(theme if part == "popular" else absent, n)
+    return (
+        likely_objects(scene, n)
+        if part == "adversarial"
+        else rng.sample(theme if part == "popular" else absent, n)
+    )
 
 
 def write_miniature_pope(folder, scenes):
     "POPE's three question files."
     for part in ("random", "popular", "adversarial"):
-        asked = [(s, o, label) for s in scenes for objects, label in (([g.object for g in s.groups][:3], "yes"), (absent_objects(s, part), "no"))
-                 for o in objects]
-        write_rows(Path(folder) / f"coco_pope_{part}.json", [
-            {"question_id": i, "image": f"{s.scene_id}.png", "text": question_text(IconClaim("existence", o)), "label": label}
-            for i, (s, o, label) in enumerate(asked, 1)])
+        asked = [
+            (s, o, label)
+            for s in scenes
+            for objects, label in (([g.object for g in s.groups][:3], "yes"), (absent_objects(s, part), "no"))
+            for o in objects
+        ]
+        write_rows(
+            Path(folder) / f"coco_pope_{part}.json",
+            [
+                {
+                    "question_id": i,
+                    "image": f"{s.scene_id}.png",
+                    "text": question_text(IconClaim("existence", o)),
+                    "label": label,
+                }
+                for i, (s, o, label) in enumerate(asked, 1)
+            ],
+        )
 
 
-REFOMB_TYPE = {"What": "Coarse Perception", "How": "Fine-grained perception", "colour": "Attribute reasoning", "Where": "Relation reasoning"}
+REFOMB_TYPE = {
+    "What": "Coarse Perception",
+    "How": "Fine-grained perception",
+    "colour": "Attribute reasoning",
+    "Where": "Relation reasoning",
+}
 
 
 def refomb_type(question):
     "One of RefoMB's types for a question of this world."
-    return REFOMB_TYPE["colour" if "colour" in question else question.split()[0]] if question not in DESCRIBE else "Coarse Perception"
+    return (
+        REFOMB_TYPE["colour" if "colour" in question else question.split()[0]]
+        if question not in DESCRIBE
+        else "Coarse Perception"
+    )
 
 
 def write_miniature_refomb(folder, scenes):
@@ -83,10 +145,18 @@ def write_miniature_refomb(folder, scenes):
     for scene in scenes:
         rng = random.Random(f"refomb/{scene.scene_id}")
         description, habit = caption_text(scene.groups, rng), caption_text(biased_groups(scene, rng), rng)
-        question, answer = rng.choice(short_questions(scene, rng)[4:])  # count, colour or place; the first four ask what is at a place
+        question, answer = rng.choice(
+            short_questions(scene, rng)[4:]
+        )  # count, colour or place; the first four ask what is at a place
         for text, said in ((rng.choice(DESCRIBE), habit), (question, answer)):
-            row = {"image_url": f"https://iconworld.example/{scene.scene_id}.png", "question": text, "description": description,
-                   "type": refomb_type(text), "split": "dev", "id": len(rows)}
+            row = {
+                "image_url": f"https://iconworld.example/{scene.scene_id}.png",
+                "question": text,
+                "description": description,
+                "type": refomb_type(text),
+                "split": "dev",
+                "id": len(rows),
+            }
             rows.append(row | {"answer": ""})
             reference.append(row | {"answer": said})
     write_rows(Path(folder) / "RefoMB_dev.jsonl", rows)
@@ -115,23 +185,46 @@ def true_description_figures(scenes, texts):
     for scene, text in zip(scenes, texts, strict=True):
         named, likely = named_objects(text), set(likely_objects(scene))
         absent = [o for o in named if scene.group(o) is None]
-        total.update(mentions=len(named), absent=len(absent), there=len(scene.groups), found=len({*named} - {*absent}),
-                     texts=1, wrong=int(absent != []), likely=len(likely), fooled=len({*named} & likely))
+        total.update(
+            mentions=len(named),
+            absent=len(absent),
+            there=len(scene.groups),
+            found=len({*named} - {*absent}),
+            texts=1,
+            wrong=int(absent != []),
+            likely=len(likely),
+            fooled=len({*named} & likely),
+        )
     ratio = lambda a, b: 100 * total[a] / total[b] if total[b] else float("nan")
-    return {"CHAIR": ratio("absent", "mentions"), "Cover": ratio("found", "there"), "Hal": ratio("wrong", "texts"), "Cog": ratio("fooled", "likely")}
+    return {
+        "CHAIR": ratio("absent", "mentions"),
+        "Cover": ratio("found", "there"),
+        "Hal": ratio("wrong", "texts"),
+        "Cog": ratio("fooled", "likely"),
+    }
 
 
 def true_answer_figures(scenes, answers):
     "`{part: {accuracy, precision, recall, F1}}` in percent, counted from the scenes; answers are true for yes, false for no, None for neither."
     asked = [(c.type, is_true(s, c)) for s in scenes for c in yes_no_claims(s)]
-    parts = {"all": set(AMBER_TYPE), "existence": {"existence"}, "attribute": {"attribute", "number"}, "state": {"attribute"}, "number": {"number"},
-             "relation": {"relation"}}
+    parts = {
+        "all": set(AMBER_TYPE),
+        "existence": {"existence"},
+        "attribute": {"attribute", "number"},
+        "state": {"attribute"},
+        "number": {"number"},
+        "relation": {"relation"},
+    }
     found = {}
     for part, types in parts.items():
         rows = [(truth, said) for (type, truth), said in zip(asked, answers, strict=True) if type in types]
         right, caught = sum(t is s for t, s in rows), sum(t is s is False for t, s in rows)
         said_no, is_no = sum(s is False for _, s in rows), sum(not t for t, _ in rows)
         precision, recall = 100 * caught / max(1, said_no), 100 * caught / max(1, is_no)
-        found[part] = {"accuracy": 100 * right / len(rows), "precision": precision, "recall": recall,
-                       "F1": 2 * precision * recall / (precision + recall) if caught else 0.0}
+        found[part] = {
+            "accuracy": 100 * right / len(rows),
+            "precision": precision,
+            "recall": recall,
+            "F1": 2 * precision * recall / (precision + recall) if caught else 0.0,
+        }
     return found

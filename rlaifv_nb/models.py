@@ -32,7 +32,9 @@ from .pictures import VIDEO_PACKAGES, pad_to_square, torchvision_for, within_pix
 from .records import resolve_path, sha256_of, write_text
 
 # %% ../nbs/00_models.ipynb #2a8181d5
-PICTURE_PART = re.compile(r"<row_\d+_col_\d+>")  # tiles of a picture in Idefics3 and SmolVLM, not special in every tokenizer
+PICTURE_PART = re.compile(
+    r"<row_\d+_col_\d+>"
+)  # tiles of a picture in Idefics3 and SmolVLM, not special in every tokenizer
 
 
 def language_model_name(model):
@@ -42,32 +44,42 @@ def language_model_name(model):
 
 def lora_targets(model):
     "A regular expression for the linear layers of the language model inside a model, and none of its vision tower or projector."
-    linear = [name.rpartition(".")[2] for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [
+        name.rpartition(".")[2]
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     return rf".*{language_model_name(model).rpartition('.')[2]}.*\.({'|'.join(dict.fromkeys(linear))})"
 
 
 def unquantised_modules(model):
     "Names of what stays unquantised: the head and all of a model but its language model."
     text = language_model_name(model)
-    return [f"model.{name}" for name, _ in model.model.named_children() if text not in ("model", f"model.{name}")] + ["lm_head"]
+    return [
+        f"model.{name}" for name, _ in model.model.named_children() if text not in ("model", f"model.{name}")
+    ] + ["lm_head"]
 
 
 @torch.no_grad()
 def missing_parts(vlm):
     "What this package needs of a vision-language model and does not find in this one; an empty list for the tested architectures."
     core, ids = vlm.core, torch.arange(10, 18, device=vlm.device)[None]
-    parts = {"image features (`get_image_features`)": hasattr(getattr(core, "model", None), "get_image_features"),
-             "`lm_head`": hasattr(core, "lm_head"),
-             "`image_token_id` in its configuration": getattr(core.config, "image_token_id", None) is not None,
-             "`image_token` in its processor": hasattr(vlm.processor, "image_token"),
-             "chat template": bool(getattr(vlm.processor, "chat_template", None))}
+    parts = {
+        "image features (`get_image_features`)": hasattr(getattr(core, "model", None), "get_image_features"),
+        "`lm_head`": hasattr(core, "lm_head"),
+        "`image_token_id` in its configuration": getattr(core.config, "image_token_id", None) is not None,
+        "`image_token` in its processor": hasattr(vlm.processor, "image_token"),
+        "chat template": bool(getattr(vlm.processor, "chat_template", None)),
+    }
     missing = [name for name, found in parts.items() if not found]
     if not missing:
         out = core(input_ids=ids, output_hidden_states=True)
-        missing = [] if torch.equal(out.logits, core.lm_head(out.hidden_states[-1])) else ["logits that are its head's output alone"]
+        missing = (
+            []
+            if torch.equal(out.logits, core.lm_head(out.hidden_states[-1]))
+            else ["logits that are its head's output alone"]
+        )
     return missing
-
-
 
 # %% ../nbs/00_models.ipynb #0915dc15
 QUANTISATIONS = ("none", "nf4")
@@ -92,13 +104,18 @@ def attention_for(attention, device, dtype):
         fast = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and not before_ampere()
         return "flash_attention_2" if fast and installed else "sdpa"
     if attention == "flash_attention_2" and not installed:
-        raise ImportError("attention='flash_attention_2' needs the package flash-attn (pip install flash-attn); 'sdpa' and 'flex_attention' need none")
+        raise ImportError(
+            "attention='flash_attention_2' needs the package flash-attn (pip install flash-attn); 'sdpa' and 'flex_attention' need none"
+        )
     if attention in ("flash_attention_2", "flex_attention") and device != "cuda":
-        raise ValueError(f"attention={attention!r} needs a CUDA device, this is {device}: choose 'sdpa', 'eager' or 'auto'")
+        raise ValueError(
+            f"attention={attention!r} needs a CUDA device, this is {device}: choose 'sdpa', 'eager' or 'auto'"
+        )
     if attention == "flash_attention_2" and dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"attention='flash_attention_2' needs dtype bfloat16 or float16, not {str(dtype).removeprefix('torch.')}: choose 'sdpa' or 'auto'")
+        raise ValueError(
+            f"attention='flash_attention_2' needs dtype bfloat16 or float16, not {str(dtype).removeprefix('torch.')}: choose 'sdpa' or 'auto'"
+        )
     return attention
-
 
 # %% ../nbs/00_models.ipynb #ccf3b592
 def before_ampere() -> bool:
@@ -112,8 +129,10 @@ def cuda_problem() -> str:
         return ""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} was built without CUDA"
-    return (f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no card: does nvidia-smi show one, does CUDA_VISIBLE_DEVICES "
-            "hide it, and is NVIDIA's driver new enough (CUDA 13 needs 580, CUDA 12 needs 525)?")
+    return (
+        f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no card: does nvidia-smi show one, does CUDA_VISIBLE_DEVICES "
+        "hide it, and is NVIDIA's driver new enough (CUDA 13 needs 580, CUDA 12 needs 525)?"
+    )
 
 
 def device_for(device: str) -> str:
@@ -121,7 +140,9 @@ def device_for(device: str) -> str:
     with the likely reason: a run that was meant for a card would take weeks on a CPU without a word."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if checked(device, DEVICES, "device") == "cuda" and found == "cpu":
-        raise ValueError(f"device='cuda' cannot be had: {cuda_problem()}; device='cpu' or 'auto' runs on the CPU")
+        raise ValueError(
+            f"device='cuda' cannot be had: {cuda_problem()}; device='cpu' or 'auto' runs on the CPU"
+        )
     return found if device == "auto" else device
 
 
@@ -137,7 +158,11 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 def pinned(name: str) -> tuple[str, str]:
     "A model's name and its revision: `org/name@revision` of the Hub pins one (a commit, tag or branch); empty for anything else."
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", name)
-    return (hub[1], hub[2]) if hub and not name.startswith((".", "/", "~")) and not Path(name).is_dir() else (name, "")
+    return (
+        (hub[1], hub[2])
+        if hub and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+        else (name, "")
+    )
 
 
 def model_folder(name):
@@ -155,7 +180,9 @@ def model_folder(name):
 def folder_sha(folder):
     "Content hash of a model or adapter folder: weights, configuration, tokenizer, processor and chat template."
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")):
+    for path in sorted(
+        p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+    ):
         with open(path, "rb") as f:
             digest.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
@@ -164,13 +191,16 @@ def folder_sha(folder):
 @dataclass
 class OpenModel:
     "A loaded model with its processor (a tokenizer for a language model), where it came from, and the hash of its weights."
+
     model: torch.nn.Module
     processor: object
     name: str
     sha: str
     quantisation: str = "none"
     sharing: str = ""  # why branches do not share their prompt; empty: they do
-    notes: dict = field(default_factory=dict)  # what a manifest should say about how the model was put together
+    notes: dict = field(
+        default_factory=dict
+    )  # what a manifest should say about how the model was put together
     system_prompt: str = ""  # text before the conversation; empty: what the chat template does by itself
     pad_pictures: bool = False  # pad pictures to a square before the processor sees them
     max_pixels: int = 0  # scale larger pictures down to this many pixels; 0 leaves them to the processor
@@ -193,7 +223,11 @@ class OpenModel:
     @property
     def asked(self):
         "How the model is asked, where that is not what its chat template and processor do by themselves: option -> value."
-        options = {"system_prompt": self.system_prompt, "pad_pictures": self.pad_pictures, "max_pixels": self.max_pixels}
+        options = {
+            "system_prompt": self.system_prompt,
+            "pad_pictures": self.pad_pictures,
+            "max_pixels": self.max_pixels,
+        }
         return {name: value for name, value in options.items() if value}
 
     @property
@@ -206,23 +240,40 @@ class OpenModel:
         """How the model was opened, for a manifest: `dtype`, `quantisation`, `attention`, `sharing`, and what `asked` names. `attention` is what really
         runs; while branches share their prompt, this is `rlaifv_branches` in the language model ([00_attention](00_attention.ipynb))."""
         config, text = self.core.config, self.core.config.get_text_config()
-        others = [getattr(config, key) for key in config.sub_configs if getattr(config, key) is not text] if text is not config else []
-        kinds = [text._attn_implementation, *sorted({c._attn_implementation for c in others if c is not None})]
-        return {"dtype": str(self.core.dtype).removeprefix("torch."), "quantisation": self.quantisation, "attention": ", vision: ".join(kinds),
-                "sharing": self.sharing, **self.asked}
+        others = (
+            [getattr(config, key) for key in config.sub_configs if getattr(config, key) is not text]
+            if text is not config
+            else []
+        )
+        kinds = [
+            text._attn_implementation,
+            *sorted({c._attn_implementation for c in others if c is not None}),
+        ]
+        return {
+            "dtype": str(self.core.dtype).removeprefix("torch."),
+            "quantisation": self.quantisation,
+            "attention": ", vision: ".join(kinds),
+            "sharing": self.sharing,
+            **self.asked,
+        }
 
     @cached_property
     def special_ids(self):
         "Token ids that are no text: special tokens, and what stands for a picture or a part of it."
         added = self.tokenizer.added_tokens_decoder.items()
-        ids = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special or PICTURE_PART.fullmatch(token.content))}
+        ids = {
+            *self.tokenizer.all_special_ids,
+            *(i for i, token in added if token.special or PICTURE_PART.fullmatch(token.content)),
+        }
         return sorted(ids | {getattr(self.core.config, "image_token_id", None)} - {None})
 
     @cached_property
     def end_id(self):
         "The token that ends an answer: the first special token behind it in the chat template, else the tokenizer's end token (Gemma's are two)."
         image = None if self.processor is self.tokenizer else True
-        whole = self.processor.apply_chat_template(chat_messages("Question?", image, "Answer."), tokenize=False)
+        whole = self.processor.apply_chat_template(
+            chat_messages("Question?", image, "Answer."), tokenize=False
+        )
         behind = self.tokenizer(whole.rpartition("Answer.")[2], add_special_tokens=False).input_ids
         return next((i for i in behind if i in self.special_ids), self.tokenizer.eos_token_id)
 
@@ -235,7 +286,9 @@ class OpenModel:
         for ending in ("", self.tokenizer.decode(tail).removesuffix(behind)):
             if text_behind_picture(self, "What?", ending) == tail:
                 return ending
-        raise ValueError(f"{self.name}: the processor writes {self.tokenizer.decode(tail)!r} behind a picture where the chat template has {behind!r}")
+        raise ValueError(
+            f"{self.name}: the processor writes {self.tokenizer.decode(tail)!r} behind a picture where the chat template has {behind!r}"
+        )
 
 # %% ../nbs/00_models.ipynb #83688aef
 def open_processor(folder):
@@ -246,7 +299,9 @@ def open_processor(folder):
 
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     if not isinstance(getattr(processor, "image_processor", None), PilBackend | None):
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, backend="pil"
+        )
     return processor
 
 
@@ -257,11 +312,15 @@ def processor_problem(folder) -> str:
     try:
         open_processor(folder)
     except ImportError as e:
-        missing = [package for package in VIDEO_PACKAGES if package in str(e).lower() and not find_spec(package)]
+        missing = [
+            package for package in VIDEO_PACKAGES if package in str(e).lower() and not find_spec(package)
+        ]
         if not missing:
             return f"its processor cannot be opened: {' '.join(str(e).split())}"
-        return (f"its processor needs {' and '.join(missing)} for videos, even if only pictures are shown to it: pip install "
-                f"torchvision=={torchvision_for(torch.__version__)} num2words (torchvision from where PyTorch {torch.__version__} came from)")
+        return (
+            f"its processor needs {' and '.join(missing)} for videos, even if only pictures are shown to it: pip install "
+            f"torchvision=={torchvision_for(torch.__version__)} num2words (torchvision from where PyTorch {torch.__version__} came from)"
+        )
     except (OSError, ValueError) as e:
         return f"its processor cannot be opened: {' '.join(str(e).split())}"
     return ""
@@ -273,7 +332,11 @@ def chat_messages(question, image=None, answer=None, system_prompt=""):
     turns = [("system", system_prompt), ("user", question), ("assistant", answer)]
     if image is None:
         return [{"role": role, "content": text} for role, text in turns if text or role == "user"]
-    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns if text or role == "user"]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in turns
+        if text or role == "user"
+    ]
     picture = {"type": "image"} if image is True else {"type": "image", "image": image}
     messages[1 if system_prompt else 0]["content"].insert(0, picture)
     return messages
@@ -282,15 +345,25 @@ def chat_messages(question, image=None, answer=None, system_prompt=""):
 def prompt_inputs(vlm, image, question):
     "The processor's tensors for a question about an image, up to where the answer begins: `input_ids` (1, n), `pixel_values`, ..."
     messages = chat_messages(question, picture_as_asked(vlm, image), system_prompt=vlm.system_prompt)
-    inputs = vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    has_types = "token_type_ids" in inspect.signature(vlm.core.model.forward).parameters  # Gemma 3: image tokens see each other both ways
+    inputs = vlm.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    has_types = (
+        "token_type_ids" in inspect.signature(vlm.core.model.forward).parameters
+    )  # Gemma 3: image tokens see each other both ways
     return {k: v for k, v in inputs.items() if k != "token_type_ids" or has_types}
 
 
 def prompt_positions(core, batch):
     "Position ids of a left-padded batch: (B, n), or (3, B, n) for models with rotary positions in three dimensions, which know them best themselves."
     if "image_grid_thw" in batch and hasattr(core.model, "get_rope_index"):
-        return core.model.get_rope_index(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")})[0]
+        return core.model.get_rope_index(
+            **{
+                k: v
+                for k, v in batch.items()
+                if k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+            }
+        )[0]
     return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
 
@@ -310,13 +383,17 @@ def answer_ids(vlm, question, answer):
     if special:
         raise ValueError(f"the answer contains the special token {special}")
     prompt = prompt_text(vlm, question)
-    whole = vlm.processor.apply_chat_template(chat_messages(question, True, answer, vlm.system_prompt), tokenize=False)
+    whole = vlm.processor.apply_chat_template(
+        chat_messages(question, True, answer, vlm.system_prompt), tokenize=False
+    )
     behind = whole.removeprefix(prompt)
     text = answer if answer in behind else answer.strip()
     encode = lambda text: vlm.tokenizer(text, add_special_tokens=False).input_ids
     prompt_tokens, tokens = encode(prompt), encode(prompt + behind.partition(text)[0] + text)
     if not whole.startswith(prompt) or text not in behind or tokens[: len(prompt_tokens)] != prompt_tokens:
-        raise ValueError("the chat template or tokenizer changes the prompt when an answer follows; answers cannot be scored")
+        raise ValueError(
+            "the chat template or tokenizer changes the prompt when an answer follows; answers cannot be scored"
+        )
     return tokens[len(prompt_tokens) :] + [vlm.end_id]
 
 
@@ -324,14 +401,18 @@ def text_behind_picture(vlm, question, ending):
     "Token ids of a prompt behind its last image token, where the processor writes `ending` between that and the text."
     before, placeholder, behind = prompt_text(vlm, question).partition(vlm.processor.image_token)
     image_id = vlm.core.config.image_token_id
-    ids = vlm.tokenizer(before + vlm.tokenizer.convert_ids_to_tokens(image_id) + ending + behind, add_special_tokens=False).input_ids
+    ids = vlm.tokenizer(
+        before + vlm.tokenizer.convert_ids_to_tokens(image_id) + ending + behind, add_special_tokens=False
+    ).input_ids
     return ids[ids.index(image_id) + 1 :]
 
 
 def sibling_ids(vlm, question, inputs):
     "Token ids of another question about the image of `inputs`, without processing the image again."
     first, image_id = inputs["input_ids"][0].tolist(), vlm.core.config.image_token_id
-    return first[: len(first) - first[::-1].index(image_id)] + text_behind_picture(vlm, question, vlm.picture_ending)
+    return first[: len(first) - first[::-1].index(image_id)] + text_behind_picture(
+        vlm, question, vlm.picture_ending
+    )
 
 
 def unsampled_ids(vlm):
@@ -352,11 +433,15 @@ def padding_colour(processor) -> tuple[int, int, int]:
 
 def padding_problem(opened: OpenModel, pad_pictures: bool = True) -> str:
     "Why pictures should not be padded for this processor; empty for one that makes one picture of one size of every shape, which is tried."
-    shapes = {tuple(prompt_inputs(opened, Image.new("RGB", size, "white"), "What?")["pixel_values"].shape)
-              for size in ((512, 512), (1024, 256))}
+    shapes = {
+        tuple(prompt_inputs(opened, Image.new("RGB", size, "white"), "What?")["pixel_values"].shape)
+        for size in ((512, 512), (1024, 256))
+    }
     if len(shapes) > 1 or len(next(iter(shapes))) != 4 or next(iter(shapes))[0] != 1:
-        return ("its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many tokens as the picture needs; "
-                "padding would add bars that cost tokens and show nothing")
+        return (
+            "its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many tokens as the picture needs; "
+            "padding would add bars that cost tokens and show nothing"
+        )
     return ""
 
 
@@ -374,7 +459,9 @@ def max_pixels_problem(opened: OpenModel, max_pixels: int) -> str:
 
 def system_prompt_problem(opened: OpenModel, system_prompt: str) -> str:
     "Why a system prompt would not reach the model as one: the chat template refuses it, drops it, or takes it for somebody else's turn."
-    special = next((t for t in opened.tokenizer.convert_ids_to_tokens(opened.special_ids) if t in system_prompt), None)
+    special = next(
+        (t for t in opened.tokenizer.convert_ids_to_tokens(opened.special_ids) if t in system_prompt), None
+    )
     if special:
         return f"it contains the special token {special}"
 
@@ -396,16 +483,23 @@ def system_prompt_problem(opened: OpenModel, system_prompt: str) -> str:
     return ""
 
 # %% ../nbs/00_models.ipynb #b88f35cd
-def ask_with(opened: OpenModel, system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0) -> OpenModel:
+def ask_with(
+    opened: OpenModel, system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0
+) -> OpenModel:
     """Sets how a model is asked from now on, and returns it.
 
     `system_prompt` goes before the conversation as a system turn. `pad_pictures` makes every picture square before the processor sees it.
     `max_pixels` (more than 0) is the most pixels of a picture: the processor's own limit where it has one, else larger pictures are scaled
     down first. Raises ValueError for an option that the model's chat template or processor cannot obey, with the reason."""
     if type(max_pixels) is not int or max_pixels < 0:
-        raise ValueError(f"{opened.name}: max_pixels={max_pixels!r}: it is a whole number of pixels, or 0 for no limit")
-    for option, asked, problem in (("system_prompt", system_prompt, system_prompt_problem), ("pad_pictures", pad_pictures, padding_problem),
-                                   ("max_pixels", max_pixels, max_pixels_problem)):
+        raise ValueError(
+            f"{opened.name}: max_pixels={max_pixels!r}: it is a whole number of pixels, or 0 for no limit"
+        )
+    for option, asked, problem in (
+        ("system_prompt", system_prompt, system_prompt_problem),
+        ("pad_pictures", pad_pictures, padding_problem),
+        ("max_pixels", max_pixels, max_pixels_problem),
+    ):
         found = problem(opened, asked) if asked else ""
         if found:
             raise ValueError(f"{opened.name}: {option}={asked!r} cannot be obeyed: {found}")
@@ -431,8 +525,13 @@ def quantisation_config(quantisation, dtype, skipped):
         return None
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
 
 
 def keep_4bit_weights_unpacked(model):
@@ -449,10 +548,18 @@ def open_weights(auto_class, folder, dtype, quantisation, attention, device="aut
     device = device_for(device)
     dtype = dtype_for(dtype, device)
     with torch.device("meta"):
-        skipped = unquantised_modules(auto_class.from_config(AutoConfig.from_pretrained(folder, local_files_only=True)))
+        skipped = unquantised_modules(
+            auto_class.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        )
     model = auto_class.from_pretrained(
-        folder, dtype=dtype, device_map=device, attn_implementation=attention_for(attention, device, dtype),
-        quantization_config=quantisation_config(quantisation, dtype, skipped), use_safetensors=True, local_files_only=True)
+        folder,
+        dtype=dtype,
+        device_map=device,
+        attn_implementation=attention_for(attention, device, dtype),
+        quantization_config=quantisation_config(quantisation, dtype, skipped),
+        use_safetensors=True,
+        local_files_only=True,
+    )
     keep_4bit_weights_unpacked(model)
     return model.eval()
 
@@ -462,9 +569,21 @@ def sharing_of(model, share_prefix):
     return sharing_problem(model) if share_prefix else "share_prefix is false"
 
 # %% ../nbs/00_models.ipynb #c66bcdc7
-def open_vlm(name: str, adapter: str = "", dtype: str = "auto", quantisation: str = "none", attention: str = "auto",
-             trainable: bool = False, share_prefix: bool = True, any_quantisation: bool | None = None, *, device: str = "auto",
-             system_prompt: str = "", pad_pictures: bool = False, max_pixels: int = 0) -> OpenModel:
+def open_vlm(
+    name: str,
+    adapter: str = "",
+    dtype: str = "auto",
+    quantisation: str = "none",
+    attention: str = "auto",
+    trainable: bool = False,
+    share_prefix: bool = True,
+    any_quantisation: bool | None = None,
+    *,
+    device: str = "auto",
+    system_prompt: str = "",
+    pad_pictures: bool = False,
+    max_pixels: int = 0,
+) -> OpenModel:
     """A vision-language model, with a LoRA adapter if one is named, on `device`, asked as `ask_with` says.
 
     With `share_prefix`, branches of a prompt share one reading of it ([00_prefix](00_prefix.ipynb)) if the model can; `sharing` says why
@@ -480,23 +599,36 @@ def open_vlm(name: str, adapter: str = "", dtype: str = "auto", quantisation: st
     opened = OpenModel(model, open_processor(folder), name, folder_sha(folder), quantisation)
     missing = missing_parts(opened)
     if missing:
-        raise ValueError(f"{name}: {type(model).__name__} is not supported: it has no {', no '.join(missing)}")
+        raise ValueError(
+            f"{name}: {type(model).__name__} is not supported: it has no {', no '.join(missing)}"
+        )
     ask_with(opened, system_prompt, pad_pictures, max_pixels)
     opened.sharing = sharing_of(model, share_prefix)
     return with_adapter(opened, adapter, trainable, any_quantisation) if adapter else opened
 
 
-def open_llm(name: str, dtype: str = "auto", quantisation: str = "none", attention: str = "auto", share_prefix: bool = True, *,
-             device: str = "auto") -> OpenModel:
+def open_llm(
+    name: str,
+    dtype: str = "auto",
+    quantisation: str = "none",
+    attention: str = "auto",
+    share_prefix: bool = True,
+    *,
+    device: str = "auto",
+) -> OpenModel:
     "A text-only chat model, for splitting answers into claims. Raises ValueError for an unknown option or a model without chat template."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
-        raise ValueError(f"{name}: its tokenizer has no chat template, so nobody says how it is asked; choose an instruct or chat model")
+        raise ValueError(
+            f"{name}: its tokenizer has no chat template, so nobody says how it is asked; choose an instruct or chat model"
+        )
     model = open_weights(AutoModelForCausalLM, folder, dtype, quantisation, attention, device)
-    return OpenModel(model, tokenizer, name, folder_sha(folder), quantisation, sharing_of(model, share_prefix))
+    return OpenModel(
+        model, tokenizer, name, folder_sha(folder), quantisation, sharing_of(model, share_prefix)
+    )
 
 # %% ../nbs/00_models.ipynb #8cfc05b3
 def adapter_lineage(folder):
@@ -507,7 +639,10 @@ def adapter_lineage(folder):
 
 def asked_text(asked: dict) -> str:
     "What `OpenModel.asked` holds, in words for a note or a card."
-    return ", ".join(f"{name} {value!r}" for name, value in asked.items()) or "the chat template's and processor's own way"
+    return (
+        ", ".join(f"{name} {value!r}" for name, value in asked.items())
+        or "the chat template's and processor's own way"
+    )
 
 
 def with_adapter(opened, adapter, trainable=False, any_quantisation=None):
@@ -525,17 +660,23 @@ def with_adapter(opened, adapter, trainable=False, any_quantisation=None):
     lineage = {"base_sha": opened.sha, "quantisation": opened.quantisation} | stored
     base_sha, trained_on = lineage["base_sha"], lineage["quantisation"]
     if base_sha != opened.sha:
-        raise ValueError(f"the adapter {adapter} was trained on another base: it names {base_sha[:12]}, {opened.name} is {opened.sha[:12]}")
+        raise ValueError(
+            f"the adapter {adapter} was trained on another base: it names {base_sha[:12]}, {opened.name} is {opened.sha[:12]}"
+        )
     if trained_on != opened.quantisation:
         if not (not trainable if any_quantisation is None else any_quantisation):
-            raise ValueError(f"the adapter {adapter} was trained with quantisation {trained_on!r} and is opened with {opened.quantisation!r}: open it with "
-                             f"quantisation={trained_on!r}, or merge it into its base (rlaifv export RUN --to merged) and go on from that, or say any_quantisation=True")
+            raise ValueError(
+                f"the adapter {adapter} was trained with quantisation {trained_on!r} and is opened with {opened.quantisation!r}: open it with "
+                f"quantisation={trained_on!r}, or merge it into its base (rlaifv export RUN --to merged) and go on from that, or say any_quantisation=True"
+            )
         opened.notes["adapter_quantisation"] = f"trained with {trained_on}, opened with {opened.quantisation}"
     asked = stored.get("asked", {}) if stored else opened.asked
     if asked != opened.asked:
         difference = f"trained with {asked_text(asked)}, opened with {asked_text(opened.asked)}"
         if trainable:
-            raise ValueError(f"the adapter {adapter} is asked in another way than it was trained: {difference}; train it further with the options it has")
+            raise ValueError(
+                f"the adapter {adapter} is asked in another way than it was trained: {difference}; train it further with the options it has"
+            )
         opened.notes["adapter_asked"] = difference
     opened.model = PeftModel.from_pretrained(opened.model, folder, is_trainable=trainable).eval()
     return opened
@@ -548,8 +689,12 @@ def save_adapter(opened, folder, parent=""):
         config.base_model_name_or_path = name
         config.revision = revision or config.revision
     opened.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    lineage = {"base": opened.name, "base_sha": opened.sha, "quantisation": opened.quantisation,
-               "parent_sha": folder_sha(Path(resolve_path(parent))) if parent else None}
+    lineage = {
+        "base": opened.name,
+        "base_sha": opened.sha,
+        "quantisation": opened.quantisation,
+        "parent_sha": folder_sha(Path(resolve_path(parent))) if parent else None,
+    }
     lineage |= {"asked": opened.asked} if opened.asked else {}
     (Path(folder) / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")
     write_adapter_card(folder, {})
@@ -582,13 +727,33 @@ def card_name(name):
 
 def card_facts(manifest):
     "The parts of a stage's manifest that its adapter's card shows, as Markdown tables: nothing of this machine, nothing that differs between equal runs."
-    data = {"pairs": manifest.get("rows_out"), "of these for training": manifest.get("train_pairs"), "pictures and questions from": manifest.get("sources")}
+    data = {
+        "pairs": manifest.get("rows_out"),
+        "of these for training": manifest.get("train_pairs"),
+        "pictures and questions from": manifest.get("sources"),
+    }
     data |= {f"content of {name}": sha for name, sha in manifest.get("inputs", {}).items() if sha}
     figures = {name: manifest.get(name) for name in ("best_step", "best_dev_loss", "engine", "preflight")}
-    tables = {"Data": data, "Parameters": manifest.get("parameters", {}), "Figures": figures, "Versions": manifest.get("versions", {})}
-    shown = lambda value: ", ".join(f"{k} {shown(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value).replace("|", "/")
-    rows = {title: [f"| {k} | {shown(v)} |" for k, v in table.items() if v is not None] for title, table in tables.items()}
-    return "".join(f"\n## {title}\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n" for title, lines in rows.items() if lines)
+    tables = {
+        "Data": data,
+        "Parameters": manifest.get("parameters", {}),
+        "Figures": figures,
+        "Versions": manifest.get("versions", {}),
+    }
+    shown = lambda value: (
+        ", ".join(f"{k} {shown(v)}" for k, v in value.items())
+        if isinstance(value, dict)
+        else str(value).replace("|", "/")
+    )
+    rows = {
+        title: [f"| {k} | {shown(v)} |" for k, v in table.items() if v is not None]
+        for title, table in tables.items()
+    }
+    return "".join(
+        f"\n## {title}\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"
+        for title, lines in rows.items()
+        if lines
+    )
 
 
 def write_adapter_card(folder, manifest):
@@ -597,9 +762,22 @@ def write_adapter_card(folder, manifest):
 
     lineage = adapter_lineage(folder)
     base = card_name(lineage["base"])
-    metadata = ModelCardData(base_model=base, library_name="peft", license="other", license_name="as-the-base-model", pipeline_tag="image-text-to-text",
-                             tags=["rlaif-v", "dpo", "lora"]).to_yaml()
+    metadata = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        license="other",
+        license_name="as-the-base-model",
+        pipeline_tag="image-text-to-text",
+        tags=["rlaif-v", "dpo", "lora"],
+    ).to_yaml()
     revision = pinned(lineage["base"])[1]
-    shown = lineage | {"base": base, "parent_sha": lineage["parent_sha"] or "none", "revision": f', revision="{revision}"' if revision else "",
-                       "asked": f", asked with {asked_text(lineage['asked'])}" if "asked" in lineage else ""}
-    write_text(Path(folder) / "README.md", ADAPTER_CARD.format(metadata=metadata, **shown, facts=card_facts(manifest)))
+    shown = lineage | {
+        "base": base,
+        "parent_sha": lineage["parent_sha"] or "none",
+        "revision": f', revision="{revision}"' if revision else "",
+        "asked": f", asked with {asked_text(lineage['asked'])}" if "asked" in lineage else "",
+    }
+    write_text(
+        Path(folder) / "README.md",
+        ADAPTER_CARD.format(metadata=metadata, **shown, facts=card_facts(manifest)),
+    )

@@ -18,8 +18,17 @@ from pathlib import Path
 
 from .benchmarks import check_mode, read_json_rows, require_ids, rows_by_id
 
-IRREGULAR = {"men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth",
-             "leaves": "leaf", "oxen": "ox"}
+IRREGULAR = {
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "mice": "mouse",
+    "geese": "goose",
+    "feet": "foot",
+    "teeth": "tooth",
+    "leaves": "leaf",
+    "oxen": "ox",
+}
 
 # %% ../nbs/06_objects.ipynb #9a3a3e5a
 def singular_of(word, vocabulary):
@@ -27,7 +36,9 @@ def singular_of(word, vocabulary):
     if word in vocabulary or not word.endswith("s") and word not in IRREGULAR:
         return word
     endings = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))
-    forms = [IRREGULAR.get(word, word)] + [word[: -len(old)] + new for old, new in endings if word.endswith(old)]
+    forms = [IRREGULAR.get(word, word)] + [
+        word[: -len(old)] + new for old, new in endings if word.endswith(old)
+    ]
     return next((form for form in forms if form in vocabulary), word)
 
 
@@ -39,6 +50,7 @@ def simple_lemmas(text, vocabulary):
 @dataclass(frozen=True)
 class AmberWords:
     "AMBER's vocabulary: `association` maps a word to those that may stand for it; `safe` are words that never count as hallucinated."
+
     association: dict
     safe: frozenset
 
@@ -53,7 +65,9 @@ def read_amber_words(folder):
     folder = Path(folder)
     for name in ("relation.json", "safe_words.txt"):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing: put the folder `data` of github.com/junyangwang0410/AMBER (Apache-2.0) there")
+            raise FileNotFoundError(
+                f"{folder / name} is missing: put the folder `data` of github.com/junyangwang0410/AMBER (Apache-2.0) there"
+            )
     safe = frozenset((folder / "safe_words.txt").read_text(encoding="utf-8").split("\n")) - {""}
     return AmberWords(json.loads((folder / "relation.json").read_text(encoding="utf-8")), safe)
 
@@ -74,7 +88,9 @@ def _owners(listed, association):
     missing = [word for word in listed if word not in association]
     if missing:
         raise ValueError(f"the association list has no {missing}")
-    return [(word, i) for i, base in enumerate(listed) for word in association[base]] + [(base, i) for i, base in enumerate(listed)]
+    return [(word, i) for i, base in enumerate(listed) for word in association[base]] + [
+        (base, i) for i, base in enumerate(listed)
+    ]
 
 
 def _first_owner(owners, fits):
@@ -86,7 +102,11 @@ def count_description(nouns, truth, hallu, words, similar=never_similar):
     """Counts of one description from its nouns: n, hallucinating, kept, bad, truth, covered, targets and hit.
 
     `truth` and `hallu` are the lists of the annotation. Raises ValueError when the association list lacks one of their words."""
-    true, invented, vocabulary = _owners(truth, words.association), _owners(hallu, words.association), words.vocabulary
+    true, invented, vocabulary = (
+        _owners(truth, words.association),
+        _owners(hallu, words.association),
+        words.vocabulary,
+    )
     kept, covered, hit, bad = [noun for noun in nouns if noun in vocabulary], set(), set(), 0
     for noun in (noun for noun in kept if noun not in words.safe):
         supported = _first_owner(true, lambda word: word == noun)
@@ -96,8 +116,16 @@ def count_description(nouns, truth, hallu, words, similar=never_similar):
             supported = _first_owner(true, lambda word: similar(noun, word))
         covered |= supported
         bad += not supported
-    return {"n": 1, "hallucinating": int(bad > 0), "kept": len(kept), "bad": bad, "truth": len(truth), "covered": len(covered),
-            "targets": len(hallu), "hit": len(hit)}
+    return {
+        "n": 1,
+        "hallucinating": int(bad > 0),
+        "kept": len(kept),
+        "bad": bad,
+        "truth": len(truth),
+        "covered": len(covered),
+        "targets": len(hallu),
+        "hit": len(hit),
+    }
 
 
 def count_amber_descriptions(answers, annotations, words, nouns=vocabulary_nouns, similar=never_similar):
@@ -108,11 +136,16 @@ def count_amber_descriptions(answers, annotations, words, nouns=vocabulary_nouns
     if unknown:
         raise ValueError(f"{len(unknown)} ids are not in the annotations: {unknown[:5]}")
     rows = {id: annotations[id] for id in answers if annotations[id]["type"] == "generative"}
-    return {id: count_description(nouns(answers[id], words), row["truth"], row["hallu"], words, similar) for id, row in rows.items()}
+    return {
+        id: count_description(nouns(answers[id], words), row["truth"], row["hallu"], words, similar)
+        for id, row in rows.items()
+    }
 
 # %% ../nbs/06_objects.ipynb #00768fe1
-AMBER_NEEDS = ("AMBER's official finder needs: pip install nltk spacy; python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger "
-               "averaged_perceptron_tagger_eng wordnet; python -m spacy download en_core_web_lg")
+AMBER_NEEDS = (
+    "AMBER's official finder needs: pip install nltk spacy; python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger "
+    "averaged_perceptron_tagger_eng wordnet; python -m spacy download en_core_web_lg"
+)
 
 
 def open_amber_tools(limit=0.8):
@@ -127,7 +160,11 @@ def open_amber_tools(limit=0.8):
 
         def nouns(text, words):
             "Lemmas of the words that NLTK tags as nouns, case kept."
-            return [lemmatizer.lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag.startswith("NN")]
+            return [
+                lemmatizer.lemmatize(word)
+                for word, tag in nltk.pos_tag(nltk.word_tokenize(text))
+                if tag.startswith("NN")
+            ]
 
         nouns("two dogs", None)  # NLTK looks for its data only when it is used
     except (ImportError, LookupError, OSError) as e:
@@ -138,17 +175,28 @@ def open_amber_tools(limit=0.8):
 def description_figures(sums, mode="clean"):
     "CHAIR, Cover, Hal and Cog in percent from summed counts; a figure without a denominator is 0 (`official`) or NaN (`clean`)."
     check_mode(mode)
-    ratios = {"CHAIR": ("bad", "kept"), "Cover": ("covered", "truth"), "Hal": ("hallucinating", "n"), "Cog": ("hit", "targets")}
+    ratios = {
+        "CHAIR": ("bad", "kept"),
+        "Cover": ("covered", "truth"),
+        "Hal": ("hallucinating", "n"),
+        "Cog": ("hit", "targets"),
+    }
     if mode == "official":
-        figures = {name: round(sums.get(a, 0) / (0.001 + sums.get(b, 0)) * 100, 1) for name, (a, b) in ratios.items()}
+        figures = {
+            name: round(sums.get(a, 0) / (0.001 + sums.get(b, 0)) * 100, 1) for name, (a, b) in ratios.items()
+        }
         clean = sums.get("n", 0) - sums.get("hallucinating", 0)
         return figures | {"Hal": round(100 - clean / (0.001 + sums.get("n", 0)) * 100, 1)}
-    return {name: 100 * sums.get(a, 0) / sums[b] if sums.get(b) else float("nan") for name, (a, b) in ratios.items()}
+    return {
+        name: 100 * sums.get(a, 0) / sums[b] if sums.get(b) else float("nan")
+        for name, (a, b) in ratios.items()
+    }
 
 # %% ../nbs/06_objects.ipynb #b44d7998
 @dataclass(frozen=True)
 class CocoWords:
     "COCO's words: `class_of` maps a word to its class, `doubles` a pair of lemmas (as one text) to the word it stands for."
+
     class_of: dict
     doubles: dict
 
@@ -159,17 +207,36 @@ def coco_words(lines):
     for line in lines:
         synonyms = [word.strip() for word in line.strip().split(", ")]
         class_of |= {word: synonyms[0] for word in synonyms}
-    doubles = {word: word for word in class_of if " " in word} | {word: word for word in ("home plate", "train track")}
-    for animal in ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"):
+    doubles = {word: word for word in class_of if " " in word} | {
+        word: word for word in ("home plate", "train track")
+    }
+    for animal in (
+        "bird",
+        "cat",
+        "dog",
+        "horse",
+        "sheep",
+        "cow",
+        "elephant",
+        "bear",
+        "zebra",
+        "giraffe",
+        "animal",
+        "cub",
+    ):
         doubles |= {f"baby {animal}": animal, f"adult {animal}": animal}
     doubles |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
-    return CocoWords(class_of, doubles | {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"})
+    return CocoWords(
+        class_of, doubles | {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
+    )
 
 
 def read_coco_words(path):
     "`CocoWords` of `synonyms_refine.txt`. Raises FileNotFoundError that says where to get it."
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path} is missing: fetch eval/data/synonyms_refine.txt of github.com/RLHF-V/RLAIF-V (CC BY-NC 4.0)")
+        raise FileNotFoundError(
+            f"{path} is missing: fetch eval/data/synonyms_refine.txt of github.com/RLHF-V/RLAIF-V (CC BY-NC 4.0)"
+        )
     return coco_words(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
 
 
@@ -210,8 +277,12 @@ def parse_object_list(reply):
 
 def text_mentions(text, coco, lemmas=simple_lemmas):
     "`(word, class)` of a whole text, repeated mentions kept: classic CHAIR. `lemmas(lower-case text, vocabulary)` splits and lemmatises."
-    vocabulary = {word for words in (coco.class_of, coco.doubles) for key in words for word in (key, *key.split(" "))}
-    return coco_mentions([word for word, _ in merge_doubles(lemmas(text.lower(), vocabulary), coco.doubles)], coco)
+    vocabulary = {
+        word for words in (coco.class_of, coco.doubles) for key in words for word in (key, *key.split(" "))
+    }
+    return coco_mentions(
+        [word for word, _ in merge_doubles(lemmas(text.lower(), vocabulary), coco.doubles)], coco
+    )
 
 
 def _noun_runs(tokens):
@@ -230,13 +301,19 @@ def phrase_mentions(phrases, coco, tag=None):
             found += [word for word, _ in text_mentions(phrase, coco)]
         else:
             tokens = tag(f"a {phrase}")
-            pairs = [word for word, is_pair in merge_doubles([lemma for lemma, _ in tokens], coco.doubles) if is_pair]
+            pairs = [
+                word
+                for word, is_pair in merge_doubles([lemma for lemma, _ in tokens], coco.doubles)
+                if is_pair
+            ]
             found += pairs or _noun_runs(tokens)
     return coco_mentions(list(dict.fromkeys(found)), coco)
 
 # %% ../nbs/06_objects.ipynb #725e8c83
-HALBENCH_NEEDS = ("Object HalBench's official reader needs: pip install nltk spacy; python -m nltk.downloader punkt punkt_tab wordnet; "
-                  "python -m spacy download en_core_web_trf")
+HALBENCH_NEEDS = (
+    "Object HalBench's official reader needs: pip install nltk spacy; python -m nltk.downloader punkt punkt_tab wordnet; "
+    "python -m spacy download en_core_web_trf"
+)
 
 
 def open_halbench_tools():
@@ -256,7 +333,9 @@ def open_halbench_tools():
         lemmas("two dogs", None)
     except (ImportError, LookupError, OSError) as e:
         raise RuntimeError(HALBENCH_NEEDS) from e
-    return lambda text: [(token.lemma_, token.tag_ in ("NN", "NNS", "NNP", "NNPS")) for token in nlp(text)], lemmas
+    return lambda text: [
+        (token.lemma_, token.tag_ in ("NN", "NNS", "NNP", "NNPS")) for token in nlp(text)
+    ], lemmas
 
 # %% ../nbs/06_objects.ipynb #dfcb1657
 def read_coco_truth(folder, image_ids, coco, lemmas=simple_lemmas):
@@ -268,13 +347,18 @@ def read_coco_truth(folder, image_ids, coco, lemmas=simple_lemmas):
         for part in ("train", "val"):
             path = Path(folder) / f"{kind}_{part}2014.json"
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: unpack annotations_trainval2014.zip of cocodataset.org there")
+                raise FileNotFoundError(
+                    f"{path} is missing: unpack annotations_trainval2014.zip of cocodataset.org there"
+                )
             data = json.loads(path.read_text(encoding="utf-8"))
             known |= {image["id"] for image in data["images"]}
             names = {c["id"]: c["name"] for c in data.get("categories", ())}
             for row in (row for row in data["annotations"] if row["image_id"] in truth):
-                truth[row["image_id"]] |= ({coco.class_of[names[row["category_id"]]]} if kind == "instances"
-                                           else {name for _, name in text_mentions(row["caption"], coco, lemmas)})
+                truth[row["image_id"]] |= (
+                    {coco.class_of[names[row["category_id"]]]}
+                    if kind == "instances"
+                    else {name for _, name in text_mentions(row["caption"], coco, lemmas)}
+                )
     if truth.keys() - known:
         raise ValueError(f"COCO 2014 has no images {sorted(truth.keys() - known)[:5]}")
     return truth
@@ -287,7 +371,12 @@ def read_halbench_answers(path):
         if not str(row.get("image_id", "")).isdigit():
             raise ValueError(f"{path}, row {number}: image_id must be a number, not {row.get('image_id')!r}")
         text = row.get("text", row.get("answer"))
-        rows.append({"image_id": int(row["image_id"]), "answer": text.replace("Assistant:", "").strip() if isinstance(text, str) else text})
+        rows.append(
+            {
+                "image_id": int(row["image_id"]),
+                "answer": text.replace("Assistant:", "").strip() if isinstance(text, str) else text,
+            }
+        )
     return {id: row["answer"] for id, row in rows_by_id(rows, "image_id", "answer", source=str(path)).items()}
 
 # %% ../nbs/06_objects.ipynb #75953d51
@@ -305,8 +394,16 @@ def count_mentions(answers, mentions, truth, mode="clean"):
         classes = list(dict.fromkeys(classes)) if mode == "clean" else classes
         bad = sum(name not in truth[id] for name in classes)
         words = len(text.strip().split(" ") if mode == "official" else text.split())
-        counts[id] = {"n": 1, "with_object": int(bool(classes)), "hallucinating": int(bad > 0), "mentions": len(classes), "bad": bad,
-                      "covered": len(truth[id] & set(classes)), "truth": len(truth[id]), "words": words}
+        counts[id] = {
+            "n": 1,
+            "with_object": int(bool(classes)),
+            "hallucinating": int(bad > 0),
+            "mentions": len(classes),
+            "bad": bad,
+            "covered": len(truth[id] & set(classes)),
+            "truth": len(truth[id]),
+            "words": words,
+        }
     return counts
 
 
@@ -321,8 +418,24 @@ def mention_figures(sums, mode="clean"):
 
     response, mention = ratio("hallucinating", "with_object"), ratio("bad", "mentions")
     if mode == "official":
-        return {"CHAIRs": ratio("hallucinating", "n"), "CHAIRs_refine": response, "CHAIRi": mention, "obj_rec": ratio("covered", "truth"),
-                "sentence_num": sums["n"], "coco_sentence_num": sums["with_object"], "coco_word_count": sums["covered"],
-                "gt_word_count": sums["truth"], "avg_word_len": ratio("words", "n"), "correct_rate": 1 - response, "object_correct_rate": 1 - mention}
-    return {"response": 100 * response, "mention": 100 * mention, "recall": 100 * ratio("covered", "truth"),
-            "response over all": 100 * ratio("hallucinating", "n"), "with object": 100 * ratio("with_object", "n"), "words": ratio("words", "n")}
+        return {
+            "CHAIRs": ratio("hallucinating", "n"),
+            "CHAIRs_refine": response,
+            "CHAIRi": mention,
+            "obj_rec": ratio("covered", "truth"),
+            "sentence_num": sums["n"],
+            "coco_sentence_num": sums["with_object"],
+            "coco_word_count": sums["covered"],
+            "gt_word_count": sums["truth"],
+            "avg_word_len": ratio("words", "n"),
+            "correct_rate": 1 - response,
+            "object_correct_rate": 1 - mention,
+        }
+    return {
+        "response": 100 * response,
+        "mention": 100 * mention,
+        "recall": 100 * ratio("covered", "truth"),
+        "response over all": 100 * ratio("hallucinating", "n"),
+        "with object": 100 * ratio("with_object", "n"),
+        "words": ratio("words", "n"),
+    }

@@ -17,65 +17,141 @@ from pathlib import Path
 from .feedback import label_of
 from .inputs import PictureFolder, numbered_rows
 from .pairs import pair_id_of
-from .records import (YES_NO_SUFFIX, Claim, Pair, Prompt, Response, SetAside, StageFolder, Verdict, claim_id_of, prompt_id_of, read_table,
-                               response_id_of, sha256_of, table_sha, write_rows, write_table, write_text)
+from rlaifv_nb.records import (
+    YES_NO_SUFFIX,
+    Claim,
+    Pair,
+    Prompt,
+    Response,
+    SetAside,
+    StageFolder,
+    Verdict,
+    claim_id_of,
+    prompt_id_of,
+    read_table,
+    response_id_of,
+    sha256_of,
+    table_sha,
+    write_rows,
+    write_table,
+    write_text,
+)
 
 # %% ../nbs/09_official.ipynb #61a515d6
 def input_row(prompt, image_path):
     "A prompt as a row of an official input file."
-    return {"ds_question_id": prompt.prompt_id, "image_path": image_path, "question": prompt.question, "metainfos": {"reference": ""}}
+    return {
+        "ds_question_id": prompt.prompt_id,
+        "image_path": image_path,
+        "question": prompt.question,
+        "metainfos": {"reference": ""},
+    }
 
 
 def answer_row(response, prompt, image_path, model_path):
     "A response as a row of the official answers."
     own = {k: v for k, v in asdict(response).items() if k not in ("text", "prompt_id")}
-    metainfos = {"ds_question_id": prompt.prompt_id, "image_path": image_path, "metainfos": {"reference": ""}, "rlaifv_nb": own}
-    return {"question_id": response.response_id, "ds_question_id": prompt.prompt_id, "raw_question": prompt.question, "answer": response.text,
-            "metainfos": metainfos, "model_path": model_path}
+    metainfos = {
+        "ds_question_id": prompt.prompt_id,
+        "image_path": image_path,
+        "metainfos": {"reference": ""},
+        "rlaifv_nb": own,
+    }
+    return {
+        "question_id": response.response_id,
+        "ds_question_id": prompt.prompt_id,
+        "raw_question": prompt.question,
+        "answer": response.text,
+        "metainfos": metainfos,
+        "model_path": model_path,
+    }
 
 
 def divided_row(answer, claims):
     "A row of the official answers with its facts and their questions."
     facts, questions = [c.text for c in claims], [c.question for c in claims]
     listed = lambda title, items: f"### {title}:\n" + "\n".join(f"- {i}" for i in items)
-    return answer | {"raw_facts": listed("Facts", facts), "facts": facts, "raw_changed_facts": listed("Modified sentences", questions), "changed_facts": questions}
+    return answer | {
+        "raw_facts": listed("Facts", facts),
+        "facts": facts,
+        "raw_changed_facts": listed("Modified sentences", questions),
+        "changed_facts": questions,
+    }
 
 
 def question_rows(divided, claims):
     "A divided row's yes/no questions, a row each."
-    kept = {key: divided[key] for key in ("question_id", "ds_question_id")} | {"image_path": divided["metainfos"]["image_path"]}
+    kept = {key: divided[key] for key in ("question_id", "ds_question_id")} | {
+        "image_path": divided["metainfos"]["image_path"]
+    }
     asked = {"origin_question": divided["raw_question"], "origin_answer": divided["answer"]}
     together = {"origin_all_facts": divided["facts"], "origin_changed_all_facts": divided["changed_facts"]}
-    return [kept | {"question": c.question + YES_NO_SUFFIX,
-                    "metainfos": divided["metainfos"] | asked | {"origin_fact": c.text, "origin_changed_fact": c.question} | together} for c in claims]
+    return [
+        kept
+        | {
+            "question": c.question + YES_NO_SUFFIX,
+            "metainfos": divided["metainfos"]
+            | asked
+            | {"origin_fact": c.text, "origin_changed_fact": c.question}
+            | together,
+        }
+        for c in claims
+    ]
 
 
 def checked_row(question, verdict, model_path):
     "A question's row with the labeler's scores. Its one-word answer is the more probable of the two words."
     scores = {"yes": verdict.p_yes, "Yes": 0.0, "no": verdict.p_no, "No": 0.0}
-    metainfos = {k: v for k, v in question.items() if k != "question"} | {"rlaifv_nb": {"claim_id": verdict.claim_id, "label": verdict.label}}
-    return {"question_id": question["question_id"], "ds_question_id": question["ds_question_id"], "raw_question": question["question"],
-            "answer": "yes" if verdict.p_yes > verdict.p_no else "no", "scores": scores, "metainfos": metainfos, "model_path": model_path}
+    metainfos = {k: v for k, v in question.items() if k != "question"} | {
+        "rlaifv_nb": {"claim_id": verdict.claim_id, "label": verdict.label}
+    }
+    return {
+        "question_id": question["question_id"],
+        "ds_question_id": question["ds_question_id"],
+        "raw_question": question["question"],
+        "answer": "yes" if verdict.p_yes > verdict.p_no else "no",
+        "scores": scores,
+        "metainfos": metainfos,
+        "model_path": model_path,
+    }
 
 
 def pair_row(pair, prompt, image_path, claims_of, labels):
     "A pair as a row of the official pairs; a claim on which the labeler abstained counts as judged right, as in our score."
+
     def judged(side):
         claims = claims_of.get(getattr(pair, f"{side}_id"), [])
         judge = {c.question + YES_NO_SUFFIX: "0" if labels.get(c.claim_id) == "no" else "1" for c in claims}
-        return {"facts": [c.text for c in claims], "changed_facts": [c.question for c in claims]}, {"judge": judge, "score": f"{getattr(pair, f'{side}_score'):g}"}
+        return {"facts": [c.text for c in claims], "changed_facts": [c.question for c in claims]}, {
+            "judge": judge,
+            "score": f"{getattr(pair, f'{side}_score'):g}",
+        }
 
     (chosen, chosen_score), (rejected, rejected_score) = judged("chosen"), judged("rejected")
     own = {key: getattr(pair, key) for key in ("pair_id", "chosen_id", "rejected_id")}
-    return {"image_id": image_path.rpartition("/")[2], "image_path": image_path, "ds_question_id": prompt.prompt_id, "question": prompt.question,
-            "chosen": pair.chosen, "rejected": pair.rejected,
-            "org_infos": {"ds_question_id": prompt.prompt_id, "reference": "", "origin_file": "", "chosen_infos": chosen, "rejected_infos": rejected,
-                          "scores": {"chosen": chosen_score, "rejected": rejected_score}, "rlaifv_nb": own}}
+    return {
+        "image_id": image_path.rpartition("/")[2],
+        "image_path": image_path,
+        "ds_question_id": prompt.prompt_id,
+        "question": prompt.question,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "org_infos": {
+            "ds_question_id": prompt.prompt_id,
+            "reference": "",
+            "origin_file": "",
+            "chosen_infos": chosen,
+            "rejected_infos": rejected,
+            "scores": {"chosen": chosen_score, "rejected": rejected_score},
+            "rlaifv_nb": own,
+        },
+    }
 
 # %% ../nbs/09_official.ipynb #13bed1bd
 @dataclass(frozen=True)
 class RunTables:
     "The tables of one round that there are; an empty list for one that is not."
+
     prompts: list
     responses: list
     claims: list
@@ -88,7 +164,12 @@ RECORDS = {"prompts": Prompt, "responses": Response, "claims": Claim, "verdicts"
 
 def read_tables(folders):
     "`RunTables` from {table: folder}; a table without a folder is empty."
-    return RunTables(**{name: read_table(folders[name], name, record) if name in folders else [] for name, record in RECORDS.items()})
+    return RunTables(
+        **{
+            name: read_table(folders[name], name, record) if name in folders else []
+            for name, record in RECORDS.items()
+        }
+    )
 
 
 def official_files(tables, image_paths, policy="", labeler=""):
@@ -98,15 +179,33 @@ def official_files(tables, image_paths, policy="", labeler=""):
         by_response[claim.response_id].append(claim)
     verdict_of, prompts = {v.claim_id: v for v in tables.verdicts}, {r.prompt_id for r in tables.responses}
     used = [p for p in tables.prompts if p.prompt_id in prompts or not prompts]
-    answers = [answer_row(r, prompt_of[r.prompt_id], image_paths[r.prompt_id], policy) for r in tables.responses]
+    answers = [
+        answer_row(r, prompt_of[r.prompt_id], image_paths[r.prompt_id], policy) for r in tables.responses
+    ]
     divided = [divided_row(a, by_response[a["question_id"]]) for a in answers] if tables.claims else []
-    questions = [(q, c) for d in divided for c, q in zip(by_response[d["question_id"]], question_rows(d, by_response[d["question_id"]]))]
-    checked = [checked_row(q, verdict_of[c.claim_id], labeler) for q, c in questions if c.claim_id in verdict_of]
+    questions = [
+        (q, c)
+        for d in divided
+        for c, q in zip(by_response[d["question_id"]], question_rows(d, by_response[d["question_id"]]))
+    ]
+    checked = [
+        checked_row(q, verdict_of[c.claim_id], labeler) for q, c in questions if c.claim_id in verdict_of
+    ]
     labels = {v.claim_id: v.label for v in tables.verdicts}
-    pairs = [pair_row(p, prompt_of[p.prompt_id], image_paths[p.prompt_id], by_response, labels) for p in tables.pairs]
+    pairs = [
+        pair_row(p, prompt_of[p.prompt_id], image_paths[p.prompt_id], by_response, labels)
+        for p in tables.pairs
+    ]
     facts = [{k: v for k, v in d.items() if "changed" not in k} for d in divided]
-    found = {"input.jsonl": [input_row(p, image_paths[p.prompt_id]) for p in used], "answers.jsonl": answers, "divided.jsonl": facts, "divided.gq.jsonl": divided,
-             "divided.gq.qas.jsonl": [q for q, _ in questions], "autocheck.jsonl": checked, "pairs.jsonl": pairs}
+    found = {
+        "input.jsonl": [input_row(p, image_paths[p.prompt_id]) for p in used],
+        "answers.jsonl": answers,
+        "divided.jsonl": facts,
+        "divided.gq.jsonl": divided,
+        "divided.gq.qas.jsonl": [q for q, _ in questions],
+        "autocheck.jsonl": checked,
+        "pairs.jsonl": pairs,
+    }
     return {name: rows for name, rows in found.items() if rows}
 
 
@@ -132,8 +231,12 @@ def to_official(folders, out, policy="", labeler=""):
     return {name: len(rows) for name, rows in files.items()}
 
 # %% ../nbs/09_official.ipynb #41913f20
-OFFICIAL_KINDS = {"autocheck": ("question_id", "raw_question", "scores"), "pairs": ("question", "chosen", "rejected"),
-                  "divided": ("question_id", "answer", "facts", "changed_facts"), "answers": ("question_id", "answer", "metainfos")}
+OFFICIAL_KINDS = {
+    "autocheck": ("question_id", "raw_question", "scores"),
+    "pairs": ("question", "chosen", "rejected"),
+    "divided": ("question_id", "answer", "facts", "changed_facts"),
+    "answers": ("question_id", "answer", "metainfos"),
+}
 
 
 def official_kind(row):
@@ -141,8 +244,10 @@ def official_kind(row):
     for kind, keys in OFFICIAL_KINDS.items():
         if all(key in row for key in keys):
             return kind
-    raise ValueError(f"no row of the official pipeline's later steps: it has {', '.join(row) or 'no keys'}; "
-                     f"known are {'; '.join(f'{kind} with ' + ', '.join(keys) for kind, keys in OFFICIAL_KINDS.items())} (an input file is read by import_prompts)")
+    raise ValueError(
+        f"no row of the official pipeline's later steps: it has {', '.join(row) or 'no keys'}; "
+        f"known are {'; '.join(f'{kind} with ' + ', '.join(keys) for kind, keys in OFFICIAL_KINDS.items())} (an input file is read by import_prompts)"
+    )
 
 
 class PromptFinder:
@@ -161,7 +266,11 @@ class PromptFinder:
             self.shas[path] = sha256_of(file.read_bytes()) if file else ""
         question = (row.get("raw_question") or row.get("question") or "").replace("<image>", "").strip()
         prompt_id = prompt_id_of(self.shas[path], question)
-        return (prompt_id, "") if prompt_id in self.ids else ("", f"no file {path}" if not self.shas[path] else f"{path}: {question[:60]}")
+        return (
+            (prompt_id, "")
+            if prompt_id in self.ids
+            else ("", f"no file {path}" if not self.shas[path] else f"{path}: {question[:60]}")
+        )
 
 
 def read_answers(rows, finder):
@@ -171,12 +280,23 @@ def read_answers(rows, finder):
         prompt_id, problem = finder.find(row)
         own = (row.get("metainfos") or {}).get("rlaifv_nb", {})
         if not prompt_id or not isinstance(row["answer"], str):
-            set_aside.append(SetAside(f"row {number}", "no such prompt" if not prompt_id else "no answer", problem))
+            set_aside.append(
+                SetAside(f"row {number}", "no such prompt" if not prompt_id else "no answer", problem)
+            )
             continue
         index = own.get("sample_index", counts[prompt_id])
         counts[prompt_id] += 1
         response_id = response_id_of(prompt_id, index)
-        responses.append(Response(response_id, prompt_id, index, own.get("seed", 0), row["answer"], own.get("finish_reason", "stop")))
+        responses.append(
+            Response(
+                response_id,
+                prompt_id,
+                index,
+                own.get("seed", 0),
+                row["answer"],
+                own.get("finish_reason", "stop"),
+            )
+        )
         ids.append({"question_id": row["question_id"], "response_id": response_id})
     return responses, ids, set_aside
 
@@ -185,12 +305,20 @@ def read_divided(rows, response_of):
     "Claims of official rows with `facts` and `changed_facts`, by position; rows of unknown responses or with unequal lists are set aside."
     claims, set_aside = [], []
     for number, row in rows:
-        response_id, facts, questions = response_of.get(str(row["question_id"])), row["facts"], row["changed_facts"]
+        response_id, facts, questions = (
+            response_of.get(str(row["question_id"])),
+            row["facts"],
+            row["changed_facts"],
+        )
         if response_id is None:
             set_aside.append(SetAside(f"row {number}", "no such response", str(row["question_id"])))
         elif not (isinstance(facts, list) and isinstance(questions, list) and len(facts) == len(questions)):
             shown = [len(x) if isinstance(x, list) else "a text" for x in (facts, questions)]
-            set_aside.append(SetAside(response_id, "facts and questions do not match", f"{shown[0]} facts, {shown[1]} questions"))
+            set_aside.append(
+                SetAside(
+                    response_id, "facts and questions do not match", f"{shown[0]} facts, {shown[1]} questions"
+                )
+            )
         else:
             kept = [(f, q) for f, q in zip(facts, questions) if f.strip() and q.strip()]
             claims += [Claim(claim_id_of(response_id, k), response_id, f, q) for k, (f, q) in enumerate(kept)]
@@ -206,10 +334,18 @@ def read_checked(rows, response_of, claims, abstain_mass):
         question = row["raw_question"].removesuffix(YES_NO_SUFFIX).removesuffix(YES_NO_SUFFIX.strip()).strip()
         left, s = waiting[response_of.get(str(row["question_id"])), question], row["scores"]
         if not left or not all(isinstance(s.get(k), (int, float)) for k in ("yes", "Yes", "no", "No")):
-            set_aside.append(SetAside(f"row {number}", "no scores" if left else "no such claim", f"{row['question_id']}: {question[:80]}"))
+            set_aside.append(
+                SetAside(
+                    f"row {number}",
+                    "no scores" if left else "no such claim",
+                    f"{row['question_id']}: {question[:80]}",
+                )
+            )
             continue
         p_yes, p_no = round(s["yes"] + s["Yes"], 6), round(s["no"] + s["No"], 6)
-        label = (row.get("metainfos") or {}).get("rlaifv_nb", {}).get("label") or label_of(p_yes, p_no, abstain_mass)
+        label = (row.get("metainfos") or {}).get("rlaifv_nb", {}).get("label") or label_of(
+            p_yes, p_no, abstain_mass
+        )
         verdicts.append(Verdict(left.pop(0), p_yes, p_no, label))
     return verdicts, set_aside
 
@@ -219,15 +355,35 @@ def read_pairs(rows, finder):
     pairs, set_aside, indices = {}, [], defaultdict(dict)
     for number, row in rows:
         prompt_id, problem = finder.find(row)
-        fault = ("no such prompt", problem) if not prompt_id else ("chosen equals rejected", "") if row["chosen"].strip() == row["rejected"].strip() else None
+        fault = (
+            ("no such prompt", problem)
+            if not prompt_id
+            else ("chosen equals rejected", "")
+            if row["chosen"].strip() == row["rejected"].strip()
+            else None
+        )
         if fault:
             set_aside.append(SetAside(f"row {number}", *fault))
             continue
         info, known = row.get("org_infos") or {}, indices[prompt_id]
         i, j = (known.setdefault(row[side], len(known)) for side in ("chosen", "rejected"))
-        ids = {"pair_id": pair_id_of(prompt_id, i, j), "chosen_id": response_id_of(prompt_id, i), "rejected_id": response_id_of(prompt_id, j)} | info.get("rlaifv_nb", {})
-        scores = [float(info.get("scores", {}).get(side, {}).get("score", default)) for side, default in (("chosen", 0), ("rejected", -1))]
-        pair = Pair(prompt_id=prompt_id, chosen=row["chosen"], rejected=row["rejected"], chosen_score=scores[0], rejected_score=scores[1], **ids)
+        ids = {
+            "pair_id": pair_id_of(prompt_id, i, j),
+            "chosen_id": response_id_of(prompt_id, i),
+            "rejected_id": response_id_of(prompt_id, j),
+        } | info.get("rlaifv_nb", {})
+        scores = [
+            float(info.get("scores", {}).get(side, {}).get("score", default))
+            for side, default in (("chosen", 0), ("rejected", -1))
+        ]
+        pair = Pair(
+            prompt_id=prompt_id,
+            chosen=row["chosen"],
+            rejected=row["rejected"],
+            chosen_score=scores[0],
+            rejected_score=scores[1],
+            **ids,
+        )
         if pairs.setdefault(pair.pair_id, pair) is not pair:
             set_aside.append(SetAside(f"row {number}", "same texts as another pair", pair.pair_id))
     return list(pairs.values()), set_aside
@@ -237,7 +393,9 @@ def response_ids(folder):
     "question_id (as text) -> response id, for a folder of responses: its table `question_ids` if it was imported, and our own ids."
     own = {r.response_id: r.response_id for r in read_table(folder, "responses", Response)}
     path = Path(folder) / "question_ids.jsonl"
-    return own | ({str(r["question_id"]): r["response_id"] for _, r in numbered_rows(path)} if path.exists() else {})
+    return own | (
+        {str(r["question_id"]): r["response_id"] for _, r in numbered_rows(path)} if path.exists() else {}
+    )
 
 
 def from_official(path, out, prompts, responses="", claims="", images="", abstain_mass=0.1):
@@ -250,14 +408,26 @@ def from_official(path, out, prompts, responses="", claims="", images="", abstai
     kind = official_kind(rows[0][1] if rows else {})
     for number, row in rows:
         if official_kind(row) != kind:
-            raise ValueError(f"{path}, row {number} is no row of {kind}, as the first is: it has {', '.join(row)}")
+            raise ValueError(
+                f"{path}, row {number} is no row of {kind}, as the first is: it has {', '.join(row)}"
+            )
     if kind == "autocheck" and not (responses and claims):
-        raise ValueError(f"{path} is autocheck: name the folders of the responses and claims that were checked")
-    inputs = {"file": sha256_of(Path(path).read_bytes())} | {t: table_sha(f, t) for t, f in (("prompts", prompts), ("responses", responses), ("claims", claims)) if f}
+        raise ValueError(
+            f"{path} is autocheck: name the folders of the responses and claims that were checked"
+        )
+    inputs = {"file": sha256_of(Path(path).read_bytes())} | {
+        t: table_sha(f, t)
+        for t, f in (("prompts", prompts), ("responses", responses), ("claims", claims))
+        if f
+    }
     stage = StageFolder(out, f"official {kind}", {"abstain_mass": abstain_mass}, inputs)
     if stage.is_done:
         return stage
-    finder, tables, set_aside = PromptFinder(read_table(prompts, "prompts", Prompt), images or Path(path).parent), {}, []
+    finder, tables, set_aside = (
+        PromptFinder(read_table(prompts, "prompts", Prompt), images or Path(path).parent),
+        {},
+        [],
+    )
     if kind in ("answers", "divided") and not responses:
         tables["responses"], ids, set_aside = read_answers(rows, finder)
         write_rows(Path(out) / "question_ids.jsonl", ids)
@@ -265,9 +435,14 @@ def from_official(path, out, prompts, responses="", claims="", images="", abstai
     elif kind != "pairs":
         response_of = response_ids(responses)
     if kind == "divided":
-        tables["claims"], set_aside = (found := read_divided(rows, response_of))[0], set_aside + [s for s in found[1] if s.reason != "no such response" or responses]
+        tables["claims"], set_aside = (
+            (found := read_divided(rows, response_of))[0],
+            set_aside + [s for s in found[1] if s.reason != "no such response" or responses],
+        )
     elif kind == "autocheck":
-        tables["verdicts"], set_aside = read_checked(rows, response_of, read_table(claims, "claims", Claim), abstain_mass)
+        tables["verdicts"], set_aside = read_checked(
+            rows, response_of, read_table(claims, "claims", Claim), abstain_mass
+        )
     elif kind == "pairs":
         tables["pairs"], set_aside = read_pairs(rows, finder)
     for name, table in tables.items():

@@ -42,7 +42,11 @@ def half_head_logps(hidden, targets, weight, words=32768):
 def token_logps(hidden, targets, lm_head, chunk=1024):
     "Log-probabilities (m,) in float32 nats of `targets` (m,) given hidden states (m, hidden), `chunk` tokens at a time; differentiable."
     pieces = zip(hidden.split(chunk), targets.split(chunk))
-    if type(lm_head) is torch.nn.Linear and lm_head.bias is None and lm_head.weight.dtype in (torch.bfloat16, torch.float16):
+    if (
+        type(lm_head) is torch.nn.Linear
+        and lm_head.bias is None
+        and lm_head.weight.dtype in (torch.bfloat16, torch.float16)
+    ):
         return torch.cat([half_head_logps(h, t, lm_head.weight) for h, t in pieces])
     return torch.cat([run_again(head_logps, h, t, lm_head) for h, t in pieces])
 
@@ -53,9 +57,16 @@ def pack_row(inputs, branches, positions=None):
     `positions` (k, n) are the prompt's position ids, one-dimensional by default; branches go on after the largest."""
     prompt = inputs["input_ids"][0].tolist()
     positions = torch.arange(len(prompt))[None] if positions is None else positions
-    row = [positions] + [(int(positions.max()) + 1 + torch.arange(len(b))).expand(len(positions), -1) for b in branches]
+    row = [positions] + [
+        (int(positions.max()) + 1 + torch.arange(len(b))).expand(len(positions), -1) for b in branches
+    ]
     others = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    return {"prompt": prompt, "branches": [list(b) for b in branches], "position_ids": torch.cat(row, 1), "others": others}
+    return {
+        "prompt": prompt,
+        "branches": [list(b) for b in branches],
+        "position_ids": torch.cat(row, 1),
+        "others": others,
+    }
 
 
 def split_row(row):
@@ -63,8 +74,17 @@ def split_row(row):
     n, rows = len(row["prompt"]), []
     for k, branch in enumerate(row["branches"]):
         first = n + sum(map(len, row["branches"][:k]))
-        positions = torch.cat([row["position_ids"][:, :n], row["position_ids"][:, first : first + len(branch)]], 1)
-        rows.append({"prompt": row["prompt"], "branches": [branch], "position_ids": positions, "others": row["others"]})
+        positions = torch.cat(
+            [row["position_ids"][:, :n], row["position_ids"][:, first : first + len(branch)]], 1
+        )
+        rows.append(
+            {
+                "prompt": row["prompt"],
+                "branches": [branch],
+                "position_ids": positions,
+                "others": row["others"],
+            }
+        )
     return rows
 
 
@@ -87,7 +107,11 @@ LAYOUTS = ("plain", "shared", "packed")
 
 def cat_ragged(tensors):
     "Concatenates along the first dimension; a second dimension that differs (tiles of any-resolution pictures) is padded with zeros."
-    if tensors[0].ndim > 1 and len({t.shape[1] for t in tensors}) > 1 and len({t.shape[2:] for t in tensors}) == 1:
+    if (
+        tensors[0].ndim > 1
+        and len({t.shape[1] for t in tensors}) > 1
+        and len({t.shape[2:] for t in tensors}) == 1
+    ):
         longest = max(t.shape[1] for t in tensors)
         tensors = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1])) for t in tensors]
     return torch.cat(tensors)
@@ -111,26 +135,46 @@ def collate_rows(rows, layout="shared", kernel="auto"):
     if layout == "packed":
         starts = torch.tensor([0, *map(len, ids)]).cumsum(0).tolist()
         units = [(len(r["prompt"]), [len(b) for b in r["branches"]]) for r in rows]
-        inputs |= {"input_ids": torch.tensor([sum(ids, [])]), "position_ids": torch.cat([r["position_ids"] for r in rows], 1)[:, None],
-                   "attention_mask": no_mask("cpu"), "branches": PackedLayout(units, kernel)}
+        inputs |= {
+            "input_ids": torch.tensor([sum(ids, [])]),
+            "position_ids": torch.cat([r["position_ids"] for r in rows], 1)[:, None],
+            "attention_mask": no_mask("cpu"),
+            "branches": PackedLayout(units, kernel),
+        }
     else:
         longest = max(map(len, ids))
         starts = [i * longest for i in range(len(rows))]
         pad = lambda x, value=0: F.pad(x, (0, longest - x.shape[-1]), value=value)
-        inputs |= {"input_ids": torch.stack([pad(torch.tensor(i)) for i in ids]), "position_ids": torch.stack([pad(r["position_ids"]) for r in rows], 1)}
+        inputs |= {
+            "input_ids": torch.stack([pad(torch.tensor(i)) for i in ids]),
+            "position_ids": torch.stack([pad(r["position_ids"]) for r in rows], 1),
+        }
         if layout == "plain":
             inputs["attention_mask"] = torch.stack([pad(torch.ones(len(i), dtype=torch.long)) for i in ids])
-            inputs |= {k: torch.stack([pad(r["others"][k][0]) for r in rows]) for k in ("token_type_ids",) if k in rows[0]["others"]}
+            inputs |= {
+                k: torch.stack([pad(r["others"][k][0]) for r in rows])
+                for k in ("token_type_ids",)
+                if k in rows[0]["others"]
+            }
         else:
-            segments = [[0] * len(r["prompt"]) + [k for k, b in enumerate(r["branches"], 1) for _ in b] for r in rows]
+            segments = [
+                [0] * len(r["prompt"]) + [k for k, b in enumerate(r["branches"], 1) for _ in b] for r in rows
+            ]
             inputs["attention_mask"] = branch_mask(torch.stack([pad(torch.tensor(s), -1) for s in segments]))
     if len(inputs["position_ids"]) == 1:
         inputs["position_ids"] = inputs["position_ids"][0]
-    return {"inputs": inputs, "predictors": torch.tensor([start + p for start, r in zip(starts, rows) for p in predictors_of(r)]),
-            "targets": torch.tensor([t for r in rows for b in r["branches"] for t in b]), "lengths": [len(b) for r in rows for b in r["branches"]]}
+    return {
+        "inputs": inputs,
+        "predictors": torch.tensor([start + p for start, r in zip(starts, rows) for p in predictors_of(r)]),
+        "targets": torch.tensor([t for r in rows for b in r["branches"] for t in b]),
+        "lengths": [len(b) for r in rows for b in r["branches"]],
+    }
 
 
-PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, for positions (rows have them) or masks (of plain rows only)
+PER_TOKEN = (
+    "mm_token_type_ids",
+    "token_type_ids",
+)  # one value a token, for positions (rows have them) or masks (of plain rows only)
 
 
 def pack_by_budget(items, max_tokens, size=n_tokens_of):
@@ -152,7 +196,9 @@ def hidden_states(core, inputs, **kwargs):
     embeds = core.get_input_embeddings()(inputs["input_ids"])
     places = (inputs["input_ids"] == core.config.image_token_id)[..., None]
     embeds = embeds.masked_scatter(places, inputs["image_features"].to(embeds))
-    rest = {k: inputs[k] for k in ("attention_mask", "position_ids", "token_type_ids", "branches") if k in inputs}
+    rest = {
+        k: inputs[k] for k in ("attention_mask", "position_ids", "token_type_ids", "branches") if k in inputs
+    }
     return core.model(inputs_embeds=embeds, **rest, **kwargs).last_hidden_state
 
 

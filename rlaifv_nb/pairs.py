@@ -16,7 +16,19 @@ from fractions import Fraction
 from itertools import combinations, permutations
 from math import isfinite
 
-from .records import Claim, Pair, Prompt, Response, SetAside, StageFolder, Verdict, read_table, seed_of, table_sha, write_table
+from rlaifv_nb.records import (
+    Claim,
+    Pair,
+    Prompt,
+    Response,
+    SetAside,
+    StageFolder,
+    Verdict,
+    read_table,
+    seed_of,
+    table_sha,
+    write_table,
+)
 
 # %% ../nbs/04_pairs.ipynb #03ef862d
 def response_fault(response, claim_ids, labels):
@@ -63,14 +75,19 @@ def pair_id_of(prompt_id, chosen_index, rejected_index):
 def check_scores(scores: dict[str, float], min_difference: float):
     "Raises ValueError naming a response whose score is not a finite number, and for a `min_difference` that is not positive."
     if not min_difference > 0:
-        raise ValueError(f"min_difference={min_difference}: it must be more than 0, for answers of equal score are not a pair")
+        raise ValueError(
+            f"min_difference={min_difference}: it must be more than 0, for answers of equal score are not a pair"
+        )
     for response_id, score in scores.items():
         if not isfinite(score):
-            raise ValueError(f"response {response_id} has the score {score}, which is not a number to compare")
+            raise ValueError(
+                f"response {response_id} has the score {score}, which is not a number to compare"
+            )
 
 
-def candidate_pairs(responses: list[Response], scores: dict[str, float],
-                    min_difference: float = 1.0) -> tuple[list[Pair], list[SetAside]]:
+def candidate_pairs(
+    responses: list[Response], scores: dict[str, float], min_difference: float = 1.0
+) -> tuple[list[Pair], list[SetAside]]:
     """All pairs of a prompt's responses whose scores ({response_id: number}) differ by `min_difference` or more (paper: 1,
     a rejected claim), and as `SetAside` rows the useless ones.
 
@@ -85,8 +102,16 @@ def candidate_pairs(responses: list[Response], scores: dict[str, float],
             if scores[a.response_id] - scores[b.response_id] < min_difference - ROUNDING:
                 continue
             pair_id = pair_id_of(a.prompt_id, a.sample_index, b.sample_index)
-            pair = Pair(pair_id, a.prompt_id, a.response_id, b.response_id, a.text, b.text,
-                        scores[a.response_id], scores[b.response_id])
+            pair = Pair(
+                pair_id,
+                a.prompt_id,
+                a.response_id,
+                b.response_id,
+                a.text,
+                b.text,
+                scores[a.response_id],
+                scores[b.response_id],
+            )
             first = seen.setdefault((a.prompt_id, a.text.strip(), b.text.strip()), pair.pair_id)
             if a.text.strip() == b.text.strip():
                 set_aside.append(SetAside(pair.pair_id, "chosen equals rejected"))
@@ -208,7 +233,10 @@ def drop_to_balance(pairs, tolerance):
     kept, dropped = sorted(pairs, key=lambda p: p.pair_id), []
     while abs(gap := length_gap(kept)) > tolerance:
         sign = 1 if gap > 0 else -1
-        excess = {p.pair_id: sign * word_difference(p) - Fraction(str(tolerance)) * n_words(p.rejected) for p in kept}
+        excess = {
+            p.pair_id: sign * word_difference(p) - Fraction(str(tolerance)) * n_words(p.rejected)
+            for p in kept
+        }
         kept.sort(key=lambda p: (-excess[p.pair_id], p.pair_id))
         total, n = sum(excess.values()), 0
         while excess[kept[n].pair_id] < total:
@@ -252,8 +280,10 @@ def set_aside_text(n_answers: int, unscored: list[SetAside]) -> str:
         return ""
     first = max(reasons, key=lambda reason: (reasons[reason], reason))
     share = len(unscored) / n_answers
-    return (f"{len(unscored)} of {n_answers} answers ({share:.0%}) have no score: {counted(reasons)}. "
-            f"Likely reason: {LIKELY[first]}.")
+    return (
+        f"{len(unscored)} of {n_answers} answers ({share:.0%}) have no score: {counted(reasons)}. "
+        f"Likely reason: {LIKELY[first]}."
+    )
 
 # %% ../nbs/04_pairs.ipynb #d1f0a005
 def prompts_warning(compared: dict, kept: list[Pair]) -> str:
@@ -264,7 +294,9 @@ def prompts_warning(compared: dict, kept: list[Pair]) -> str:
         return ""
     without = counted({reason: n for reason, n in prompts.items() if reason not in ("in", "candidates")})
     why = f" (of the others: {without})" if without else ""
-    return f"Only {n_with} of {prompts['in']} prompts have a pair{why}: the adapter will see nothing but these."
+    return (
+        f"Only {n_with} of {prompts['in']} prompts have a pair{why}: the adapter will see nothing but these."
+    )
 
 
 def lengths_warning(drawn: list[Pair], kept: list[Pair], tolerance: float) -> str:
@@ -272,17 +304,27 @@ def lengths_warning(drawn: list[Pair], kept: list[Pair], tolerance: float) -> st
     n_dropped = len(drawn) - len(kept)
     gap = length_gap(kept)
     if n_dropped > MANY * len(drawn):
-        return (f"The length balance dropped {n_dropped} of {len(drawn)} pairs: answers that are preferred are of another "
-                "length than the others. More answers to a prompt (01_sampling.n_samples) leave more to exchange.")
+        return (
+            f"The length balance dropped {n_dropped} of {len(drawn)} pairs: answers that are preferred are of another "
+            "length than the others. More answers to a prompt (01_sampling.n_samples) leave more to exchange."
+        )
     if abs(gap) > tolerance:
         longer = "longer" if gap > 0 else "shorter"
-        return (f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
-                "04_pairs.length_balance is off.")
+        return (
+            f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
+            "04_pairs.length_balance is off."
+        )
     return ""
 
 
-def pair_warnings(n_answers: int, unscored: list[SetAside], compared: dict, drawn: list[Pair], kept: list[Pair],
-                  length_tolerance: float) -> list[str]:
+def pair_warnings(
+    n_answers: int,
+    unscored: list[SetAside],
+    compared: dict,
+    drawn: list[Pair],
+    kept: list[Pair],
+    length_tolerance: float,
+) -> list[str]:
     """Sentences about what is correct and yet will not teach well. `compared` comes from `compare_scores`; `drawn` and
     `kept` are the pairs before and after the length balance."""
     many = set_aside_text(n_answers, unscored) if len(unscored) > MANY * n_answers else ""
@@ -290,30 +332,47 @@ def pair_warnings(n_answers: int, unscored: list[SetAside], compared: dict, draw
     return [sentence for sentence in found if sentence]
 
 # %% ../nbs/04_pairs.ipynb #d1f0a006
-def no_pair_reason(compared: dict, n_useless: int, dropped: list[Pair], min_difference: float, length_tolerance: float) -> str:
+def no_pair_reason(
+    compared: dict, n_useless: int, dropped: list[Pair], min_difference: float, length_tolerance: float
+) -> str:
     "A sentence: where all pairs were lost, and which key of the recipe would change that."
     comparisons, prompts = compared["comparisons"], compared["prompts"]
     if not comparisons["in"]:
         few = counted({reason: n for reason, n in prompts.items() if reason != "in"})
-        return f"No prompt has two usable answers to compare ({few}): ask for more with 01_sampling.n_samples."
+        return (
+            f"No prompt has two usable answers to compare ({few}): ask for more with 01_sampling.n_samples."
+        )
     if comparisons["equal scores"] == comparisons["in"]:
-        return (f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the labeler rejects "
-                "as many claims in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or "
-                "another labeler.")
+        return (
+            f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the labeler rejects "
+            "as many claims in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or "
+            "another labeler."
+        )
     if not comparisons["candidates"]:
-        return (f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} are of equal "
-                f"scores and {comparisons['difference too small']} differ by less than min_difference={min_difference:g}, at "
-                f"most by {compared['largest_difference']:g}: lower 04_pairs.min_difference to that.")
+        return (
+            f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} are of equal "
+            f"scores and {comparisons['difference too small']} differ by less than min_difference={min_difference:g}, at "
+            f"most by {compared['largest_difference']:g}: lower 04_pairs.min_difference to that."
+        )
     if not dropped:
         return f"All {n_useless} pairs of different scores are of equal texts: raise 01_sampling.temperature."
     gap = length_gap(dropped)
     longer = "longer" if gap > 0 else "shorter"
-    return (f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are {abs(gap):.0%} {longer} than "
-            f"rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), or say 04_pairs.length_balance: false.")
+    return (
+        f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are {abs(gap):.0%} {longer} than "
+        f"rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), or say 04_pairs.length_balance: false."
+    )
 
 
-def why_no_pair(n_answers: int, unscored: list[SetAside], compared: dict, n_useless: int, dropped: list[Pair],
-                min_difference: float, length_tolerance: float) -> str:
+def why_no_pair(
+    n_answers: int,
+    unscored: list[SetAside],
+    compared: dict,
+    n_useless: int,
+    dropped: list[Pair],
+    min_difference: float,
+    length_tolerance: float,
+) -> str:
     "The error of a stage without a single pair: what came in, what was set aside, and what became of the rest."
     first = f"no pair is left of {n_answers} answers to {compared['prompts']['in']} prompts."
     reason = no_pair_reason(compared, n_useless, dropped, min_difference, length_tolerance)
@@ -328,23 +387,55 @@ def check_ids(rows, key, parent=None, parents=()):
         if row_id in ids:
             raise ValueError(f"{key} {row_id} occurs twice")
         if parent and getattr(row, parent) not in parents:
-            raise ValueError(f"{type(row).__name__} {row_id}: {parent} {getattr(row, parent)} is in no table. Are these tables of one run?")
+            raise ValueError(
+                f"{type(row).__name__} {row_id}: {parent} {getattr(row, parent)} is in no table. Are these tables of one run?"
+            )
         ids.add(row_id)
     return ids
 
 
-def run_pairs(prompts, responses, claims, verdicts, out, max_pairs_per_prompt=2, draw="random", length_balance=True,
-              length_tolerance=0.02, seed=0, round=1, min_difference=1.0) -> list[Pair]:
+def run_pairs(
+    prompts,
+    responses,
+    claims,
+    verdicts,
+    out,
+    max_pairs_per_prompt=2,
+    draw="random",
+    length_balance=True,
+    length_tolerance=0.02,
+    seed=0,
+    round=1,
+    min_difference=1.0,
+) -> list[Pair]:
     """Folders of four tables to a table of pairs in `out`; returns its rows.
 
     Raises ValueError for tables of different runs, and when no pair is left, saying why and which key to change."""
-    parameters = {"max_pairs_per_prompt": max_pairs_per_prompt, "draw": draw, "min_difference": min_difference,
-                  "length_balance": length_balance, "length_tolerance": length_tolerance, "seed": seed, "round": round}
-    places = {"prompts": (prompts, Prompt), "responses": (responses, Response), "claims": (claims, Claim), "verdicts": (verdicts, Verdict)}
-    questions, answers, statements, judgements = (read_table(place, name, record) for name, (place, record) in places.items())
+    parameters = {
+        "max_pairs_per_prompt": max_pairs_per_prompt,
+        "draw": draw,
+        "min_difference": min_difference,
+        "length_balance": length_balance,
+        "length_tolerance": length_tolerance,
+        "seed": seed,
+        "round": round,
+    }
+    places = {
+        "prompts": (prompts, Prompt),
+        "responses": (responses, Response),
+        "claims": (claims, Claim),
+        "verdicts": (verdicts, Verdict),
+    }
+    questions, answers, statements, judgements = (
+        read_table(place, name, record) for name, (place, record) in places.items()
+    )
     response_ids = check_ids(answers, "response_id", "prompt_id", check_ids(questions, "prompt_id"))
-    check_ids(judgements, "claim_id", "claim_id", check_ids(statements, "claim_id", "response_id", response_ids))
-    folder = StageFolder(out, "pairs", parameters, {name: table_sha(place, name) for name, (place, _) in places.items()})
+    check_ids(
+        judgements, "claim_id", "claim_id", check_ids(statements, "claim_id", "response_id", response_ids)
+    )
+    folder = StageFolder(
+        out, "pairs", parameters, {name: table_sha(place, name) for name, (place, _) in places.items()}
+    )
     if folder.is_done:
         return read_table(folder.path, "pairs", Pair)
 
@@ -352,21 +443,43 @@ def run_pairs(prompts, responses, claims, verdicts, out, max_pairs_per_prompt=2,
     compared = compare_scores(answers, scores, min_difference)
     candidates, useless = candidate_pairs(answers, scores, min_difference)
     sampled, spare = sample_pairs(candidates, max_pairs_per_prompt, seed, round, draw)
-    kept, dropped, n_exchanged = balance_lengths(sampled, spare, length_tolerance) if length_balance else (sampled, [], 0)
-    set_aside = unscored + useless + [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
+    kept, dropped, n_exchanged = (
+        balance_lengths(sampled, spare, length_tolerance) if length_balance else (sampled, [], 0)
+    )
+    set_aside = (
+        unscored
+        + useless
+        + [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
+    )
     write_table(folder.path, "set_aside-pairs", set_aside)
     if not kept:
-        why = why_no_pair(len(answers), unscored, compared, len(useless), dropped, min_difference, length_tolerance)
+        why = why_no_pair(
+            len(answers), unscored, compared, len(useless), dropped, min_difference, length_tolerance
+        )
         raise ValueError(f"{why} Every row is named in set_aside-pairs in {folder.path}")
     kept.sort(key=lambda p: p.pair_id)
     write_table(folder.path, "pairs", kept)
     reasons = lambda rows: dict(sorted(Counter(r.reason for r in rows).items()))
     folder.finish(
-        len(answers), len(kept), ["pairs"], set_aside,
-        responses={"in": len(answers), "scored": len(scores), **reasons(unscored)}, scores=compared,
-        pairs={"candidates": len(candidates) + len(useless), "written": len(kept), "not drawn": len(spare), **reasons(set_aside[len(unscored):])},
-        prompts={"with responses": len({r.prompt_id for r in answers}), "with pairs": len({p.prompt_id for p in kept})},
-        verdicts=dict(sorted(Counter(v.label for v in judgements).items())), n_exchanged=n_exchanged,
+        len(answers),
+        len(kept),
+        ["pairs"],
+        set_aside,
+        responses={"in": len(answers), "scored": len(scores), **reasons(unscored)},
+        scores=compared,
+        pairs={
+            "candidates": len(candidates) + len(useless),
+            "written": len(kept),
+            "not drawn": len(spare),
+            **reasons(set_aside[len(unscored) :]),
+        },
+        prompts={
+            "with responses": len({r.prompt_id for r in answers}),
+            "with pairs": len({p.prompt_id for p in kept}),
+        },
+        verdicts=dict(sorted(Counter(v.label for v in judgements).items())),
+        n_exchanged=n_exchanged,
         length_gap={"before": length_gap(sampled), "after": length_gap(kept)},
-        warnings=pair_warnings(len(answers), unscored, compared, sampled, kept, length_tolerance))
+        warnings=pair_warnings(len(answers), unscored, compared, sampled, kept, length_tolerance),
+    )
     return kept

@@ -26,7 +26,11 @@ def as_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = (0, 65535) if image.mode != "F" and grey.min() >= 0 and grey.max() <= 65535 else (grey.min(), grey.max())
+        low, high = (
+            (0, 65535)
+            if image.mode != "F" and grey.min() >= 0 and grey.max() <= 65535
+            else (grey.min(), grey.max())
+        )
         image = Image.fromarray(np.round((grey - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -37,12 +41,19 @@ def as_rgb(image):
 def decode_image(data, name):
     "The picture in a file's bytes as `as_rgb` gives it. Raises ValueError naming it when it is empty, truncated, too large, or no picture."
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(BytesIO(data)) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(BytesIO(data)) as image,
+        ):
             return as_rgb(image)
     except Image.DecompressionBombError as e:
-        raise ValueError(f"cannot read the picture {name}: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from e
+        raise ValueError(
+            f"cannot read the picture {name}: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first"
+        ) from e
     except UnidentifiedImageError as e:
-        raise ValueError(f"cannot read the picture {name}: {'no known format' if data else 'it is empty'}") from e
+        raise ValueError(
+            f"cannot read the picture {name}: {'no known format' if data else 'it is empty'}"
+        ) from e
     except Exception as e:  # for broken bytes, Pillow's decoders raise whatever befell them: OSError, SyntaxError, ValueError, RuntimeError, ...
         raise ValueError(f"cannot read the picture {name}: {str(e) or type(e).__name__}") from e
 
@@ -110,6 +121,8 @@ def torchvision_problem() -> str:
         importlib.import_module("torchvision")
     except Exception as e:  # a compiled extension that does not load may raise anything
         torch = metadata.version("torch")
-        return (f"torchvision {found} does not work with PyTorch {torch} ({str(e) or type(e).__name__}): pip uninstall torchvision, or install "
-                f"torchvision=={torchvision_for(torch)} from where this PyTorch came from (a build for a CPU and one for CUDA do not mix)")
+        return (
+            f"torchvision {found} does not work with PyTorch {torch} ({str(e) or type(e).__name__}): pip uninstall torchvision, or install "
+            f"torchvision=={torchvision_for(torch)} from where this PyTorch came from (a build for a CPU and one for CUDA do not mix)"
+        )
     return ""

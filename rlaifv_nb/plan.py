@@ -43,8 +43,15 @@ from .inputs import HUB, input_kind, read_input
 from .machine import SMALL_FILES
 from .models import ask_with, pinned, prompt_inputs
 from .prefix import ROWS, generate_texts, grow, read, read_prompts, rows_for
-from .recipes import (INPUT_KEYS, MODEL_KEYS, OPTION_KEYS, RecipeError, parameter_defaults, plan_run,
-                               prompts_per_round)
+from rlaifv_nb.recipes import (
+    INPUT_KEYS,
+    MODEL_KEYS,
+    OPTION_KEYS,
+    RecipeError,
+    parameter_defaults,
+    plan_run,
+    prompts_per_round,
+)
 from .records import Prompt, read_table, resolve_path
 
 # %% ../nbs/09_plan.ipynb #c109cd79
@@ -55,6 +62,7 @@ GIB = 2**30
 class Card:
     """A graphics card. `gib`: usable GiB; `tflops`: dense TFLOP/s of 16-bit products with 32-bit sums;
     `gb_per_second`: GB/s between its memory and its cores."""
+
     name: str
     gib: float
     tflops: float
@@ -77,8 +85,17 @@ NAMED_CARDS = {
     "l4": Card("L4", 22.0, 121, 300),
     "l40s": Card("L40S", 44.4, 362, 864),
 }
-MEANT = {8: "4060", 12: "3060", 16: "4080", 24: "4090", 32: "5090", 40: "a100-40", 48: "l40s", 80: "a100",
-         141: "h200"}
+MEANT = {
+    8: "4060",
+    12: "3060",
+    16: "4080",
+    24: "4090",
+    32: "5090",
+    40: "a100-40",
+    48: "l40s",
+    80: "a100",
+    141: "h200",
+}
 CARDS = {gb: NAMED_CARDS[name] for gb, name in MEANT.items()}  # what a number of GB stands for
 CONTEXT_GIB = 0.6  # our choice: CUDA context and libraries
 FRAGMENTS = 0.05  # our choice: of the work, lost to fragments
@@ -117,14 +134,17 @@ def card_of(gpu: str | int) -> Card | None:
     card = NAMED_CARDS.get(named) or (CARDS.get(int(named)) if named.isdigit() else None)
     if card is None:
         sizes = ", ".join(map(str, CARDS))
-        raise RecipeError(f"--gpu {gpu}: choose one of {sizes} (GB), or {', '.join(NAMED_CARDS)}; "
-                          "or leave it out for this machine's own")
+        raise RecipeError(
+            f"--gpu {gpu}: choose one of {sizes} (GB), or {', '.join(NAMED_CARDS)}; "
+            "or leave it out for this machine's own"
+        )
     return card
 
 # %% ../nbs/09_plan.ipynb #4c1a0b26
 @dataclass(frozen=True)
 class Lengths:
     "What decides sizes and is not in a recipe."
+
     question: int = 60  # tokens of a question with its chat template
     answer: int = 130  # mean tokens of an answer
     longest_answer: int = 280  # tokens of the longest answer of a batch
@@ -166,8 +186,10 @@ def config_folder(name: str, configs: str | Path = "") -> Path:
             return Path(snapshot_download(hub, revision=revision or None, allow_patterns=SMALL_FILES))
         except Exception as e:  # the Hub's client has many: offline, unknown, gated, no network
             problem = f"{type(e).__name__} at the Hub"
-    raise RecipeError(f"plan needs config.json of {name} ({problem}): put it at FOLDER/{hub}/config.json "
-                      "and say --configs FOLDER, name a local folder in the recipe, or go online")
+    raise RecipeError(
+        f"plan needs config.json of {name} ({problem}): put it at FOLDER/{hub}/config.json "
+        "and say --configs FOLDER, name a local folder in the recipe, or go online"
+    )
 
 # %% ../nbs/09_plan.ipynb #4c1a0b29
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
@@ -192,6 +214,7 @@ def read_model(folder: Path) -> tuple:
 @dataclass(frozen=True)
 class Seen:
     "What the plan knows of a row without decoding its picture: width and height in pixels, and its question."
+
     width: int
     height: int
     question: str = ""
@@ -235,6 +258,7 @@ def rows_of(source: str, n: int, options: dict) -> list[Seen]:
 @dataclass(frozen=True)
 class Pictures:
     "The pictures that a plan reckons with."
+
     ordinary: list  # rows for hours
     extreme: list  # rows of which one takes the most memory
     about: str  # where both come from, in words
@@ -342,8 +366,10 @@ def picture_shapes(config, size: tuple, max_pixels: int = 0) -> tuple:
     if kind in ("qwen2_5_vl", "qwen3_vl"):
         return qwen_shapes(config.vision_config, size, max_pixels)
     if kind not in ("llava", "llava_next", "idefics3", "smolvlm", "internvl", "gemma3"):
-        raise RecipeError(f"plan knows no picture sizes of the architecture {kind!r}: put its processor and "
-                          "tokenizer files beside config.json")
+        raise RecipeError(
+            f"plan knows no picture sizes of the architecture {kind!r}: put its processor and "
+            "tokenizer files beside config.json"
+        )
     width, height = within(size, max_pixels)
     tiles, side = tiles_of(config, width, height)
     if kind == "llava_next":
@@ -354,6 +380,7 @@ def picture_shapes(config, size: tuple, max_pixels: int = 0) -> tuple:
 @dataclass(frozen=True)
 class Padding:
     "What stands in for a processor where there is none: padding is all that the engine asks of it then."
+
     pad_token_id: int = 0
 
 
@@ -386,6 +413,7 @@ def prompt_of(vlm, row: Seen, lengths: Lengths, asked: dict) -> dict:
 @dataclass(frozen=True)
 class Prompts:
     "Prompts as a model gets them."
+
     longest: dict  # tensors of the longest
     tokens: float  # mean tokens
     flops: float  # floating-point operations of reading an ordinary one
@@ -407,8 +435,14 @@ def flops_of(vlm, run) -> int:
     return counter.get_total_flops()
 
 # %% ../nbs/09_plan.ipynb #3464a471
-PREPARING = {"llava": 0.028, "llava_next": 0.076, "qwen2_5_vl": 0.063, "qwen3_vl": 0.063,
-             "idefics3": 0.292, "smolvlm": 0.292}
+PREPARING = {
+    "llava": 0.028,
+    "llava_next": 0.076,
+    "qwen2_5_vl": 0.063,
+    "qwen3_vl": 0.063,
+    "idefics3": 0.292,
+    "smolvlm": 0.292,
+}
 UNKNOWN_PREPARING = 0.076  # of other architectures: as LLaVA-NeXT
 DECODING = 0.010  # seconds a megapixel, JPEG, Pillow on one core
 
@@ -465,8 +499,12 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
         found.setdefault(step.notebook, defaults | step.parameters)
     pairs = parameter_defaults(Path(notebooks) / "04_pairs.ipynb") | recipe.parameters.get("04_pairs", {})
     sampling = found["01_sampling"]
-    shared = {"n_samples": sampling["n_samples"], "answer": sampling["max_new_tokens"],
-              "n_pairs": pairs["max_pairs_per_prompt"], "lora_rank": found["05_dpo"]["lora_rank"]}
+    shared = {
+        "n_samples": sampling["n_samples"],
+        "answer": sampling["max_new_tokens"],
+        "n_pairs": pairs["max_pairs_per_prompt"],
+        "lora_rank": found["05_dpo"]["lora_rank"],
+    }
     times = {name: sum(step.notebook == name for step in steps) for name in found}
     return {name: shared | {"times": times[name]} | p for name, p in found.items()}
 
@@ -474,6 +512,7 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
 @dataclass
 class Planned:
     "A stage as it will run: its model, dry, its parameters, its prompts (None for the splitter)."
+
     notebook: str
     p: dict
     recipe: object
@@ -552,6 +591,7 @@ UNPACKING_BYTES = 2.5  # half a byte read, two written
 @dataclass(frozen=True)
 class Decoder:
     "The language model with its head, without an adapter."
+
     weights: int
     packed: int  # of these, in 4 bits
     itemsize: int  # bytes of each other weight
@@ -580,6 +620,7 @@ def decoder_of(vlm) -> Decoder:
 @dataclass(frozen=True)
 class Pace:
     "What is reached: shares of the card's TFLOP/s and GB/s, and launches in multiples of our estimate."
+
     utilisation: float
     bandwidth: float
     launches: float
@@ -590,8 +631,9 @@ SLOW = Pace(0.35, 0.5, 1.3)
 FAST = Pace(0.6, 0.9, 0.8)
 
 
-def step_seconds(decoder: Decoder, floor: float, rows: float, held: float, card: Card,
-                 pace: Pace = LIKELY) -> float:
+def step_seconds(
+    decoder: Decoder, floor: float, rows: float, held: float, card: Card, pace: Pace = LIKELY
+) -> float:
     """Seconds of a step of `rows` rows: the slowest of launches, moving bytes, and arithmetic.
 
     `held`: tokens whose keys and values are read."""
@@ -603,6 +645,7 @@ def step_seconds(decoder: Decoder, floor: float, rows: float, held: float, card:
 @dataclass(frozen=True)
 class Load:
     "Work of a stage in one round."
+
     read: float = 0  # tokens read or scored
     trained: float = 0  # tokens trained on
     sampled: float = 0  # tokens sampled
@@ -622,6 +665,7 @@ class Load:
 @dataclass(frozen=True)
 class Spent:
     "Seconds of a round by what they go to."
+
     reading: float
     sampling: float
     preparing: float
@@ -632,8 +676,9 @@ class Spent:
         return self.reading + self.sampling + self.preparing
 
 
-def seconds_of(load: Load, decoder: Decoder, floor: float, preparing: float, card: Card,
-               pace: Pace = LIKELY) -> Spent:
+def seconds_of(
+    load: Load, decoder: Decoder, floor: float, preparing: float, card: Card, pace: Pace = LIKELY
+) -> Spent:
     "Seconds of a load on a card. `floor`: of a step or a pass; `preparing`: of a picture."
     unpacking = load.passes * decoder.packed * UNPACKING_BYTES / (card.gb_per_second * 1e9 * pace.bandwidth)
     computing = load.flops / (card.tflops * 1e12 * pace.utilisation)
@@ -645,8 +690,9 @@ def seconds_of(load: Load, decoder: Decoder, floor: float, preparing: float, car
 ROW_USE = 0.82  # of the rows of a queue of prompts; see above
 
 
-def decoding_steps(answers: float, rows: float, mean: float, longest: float, queue: float,
-                   use: float = ROW_USE) -> float:
+def decoding_steps(
+    answers: float, rows: float, mean: float, longest: float, queue: float, use: float = ROW_USE
+) -> float:
     """Steps in which `rows` rows write `answers` answers of `mean` and at most `longest` tokens.
 
     `queue`: answers that go to these rows before all wait for the last one, as many as rows where there is no
@@ -698,9 +744,16 @@ def sampling_load(s: Planned) -> Load:
     readings = 1 if s.shares else each
     held = rows * s.lengths.longest_answer + (p["batch_size"] if s.shares else rows) * prompts.tokens
     at_once = max(1, p["batch_size"] // (8 if refills(s) else 1))  # prompts that are read together
-    return Load(read=prompts.tokens * n * readings, sampled=n * each * answer,
-                flops=prompts.flops * n * readings, passes=n / at_once, steps=steps, rows=rows, held=held,
-                pictures=n)
+    return Load(
+        read=prompts.tokens * n * readings,
+        sampled=n * each * answer,
+        flops=prompts.flops * n * readings,
+        passes=n / at_once,
+        steps=steps,
+        rows=rows,
+        held=held,
+        pictures=n,
+    )
 
 # %% ../nbs/09_plan.ipynb #6da0c2af
 TEXT_USE = 0.9  # of the rows of a queue of texts, simulated in the same way
@@ -715,6 +768,7 @@ def instruction_tokens(prompt_file: str, lengths: Lengths) -> int:
 @dataclass(frozen=True)
 class Asking:
     "One of the two things that a splitter is asked: how many texts in a round, and tokens of each."
+
     texts: float
     instruction: int
     rest: int  # of a text behind the instruction, on average
@@ -731,10 +785,22 @@ def askings_of(s: Planned) -> list[Asking]:
     instructions = [instruction_tokens(p[key], lengths) for key in ("facts_prompt", "question_prompt")]
     limit, listed = p["max_new_tokens"], lengths.claims * lengths.fact
     around = lengths.claim  # tokens of what was asked, or of the fact, and of the chat template
-    facts = Asking(answers, instructions[0], around + int(mean_answer(s)), around + p["answer"],
-                   min(limit, listed), min(limit, 2 * listed))
-    questions = Asking(answers * lengths.claims * share, instructions[1], around, around,
-                       min(limit, lengths.fact), min(limit, 2 * lengths.fact))
+    facts = Asking(
+        answers,
+        instructions[0],
+        around + int(mean_answer(s)),
+        around + p["answer"],
+        min(limit, listed),
+        min(limit, 2 * listed),
+    )
+    questions = Asking(
+        answers * lengths.claims * share,
+        instructions[1],
+        around,
+        around,
+        min(limit, lengths.fact),
+        min(limit, 2 * lengths.fact),
+    )
     return [facts, questions] if share else [facts]
 
 
@@ -771,8 +837,15 @@ def claims_load(s: Planned) -> Load:
         held_steps += (rows * (a.rest + a.written) + a.instruction) * own
     if not steps:
         return Load()
-    return Load(read=read, sampled=sampled, flops=2 * decoder.weights * read, passes=passes, steps=steps,
-                rows=rows_steps / steps, held=held_steps / steps)
+    return Load(
+        read=read,
+        sampled=sampled,
+        flops=2 * decoder.weights * read,
+        passes=passes,
+        steps=steps,
+        rows=rows_steps / steps,
+        held=held_steps / steps,
+    )
 
 # %% ../nbs/09_plan.ipynb #6da0c2b1
 def feedback_memory(s: Planned) -> tuple[int, str]:
@@ -864,9 +937,17 @@ def evaluation_load(s: Planned) -> Load:
     answer, rows = mean_answer(s), min(p["batch_size"], n)
     asked = questions_load(s, n, s.lengths.claims)
     steps = answer_steps(s, n, rows, rows)
-    return replace(asked, read=asked.read + n * prompts.tokens, flops=asked.flops + n * prompts.flops,
-                   sampled=n * answer, passes=asked.passes + n / rows, steps=steps, rows=rows,
-                   held=rows * (answer + prompts.tokens), pictures=2 * n)
+    return replace(
+        asked,
+        read=asked.read + n * prompts.tokens,
+        flops=asked.flops + n * prompts.flops,
+        sampled=n * answer,
+        passes=asked.passes + n / rows,
+        steps=steps,
+        rows=rows,
+        held=rows * (answer + prompts.tokens),
+        pictures=2 * n,
+    )
 
 
 def guided_candidates(s: Planned) -> int:
@@ -894,8 +975,9 @@ def guided_load(s: Planned) -> Load:
     if given:
         return load
     steps = answer_steps(s, n * each, rows, rows)
-    return replace(load, sampled=n * each * answer, steps=steps, rows=rows,
-                   held=rows * answer + batch * prompts.tokens)
+    return replace(
+        load, sampled=n * each * answer, steps=steps, rows=rows, held=rows * answer + batch * prompts.tokens
+    )
 
 # %% ../nbs/09_plan.ipynb #6da0c2b6
 COSTS = {
@@ -943,9 +1025,11 @@ def written(s: Planned) -> tuple[int, int]:
         features = min(p["cache_gb"] * 1e9, features_bytes(s) * n)
         return p["times"] * adapter, int(features + 3 * 3 * adapter)
     answers = n * p["n_samples"]
-    rows = {"01_sampling": answers * (ROW_BYTES["response"] + lengths.answer * lengths.characters),
-            "02_claims": answers * lengths.claims * ROW_BYTES["claim"],
-            "03_feedback": answers * lengths.claims * ROW_BYTES["verdict"]}
+    rows = {
+        "01_sampling": answers * (ROW_BYTES["response"] + lengths.answer * lengths.characters),
+        "02_claims": answers * lengths.claims * ROW_BYTES["claim"],
+        "03_feedback": answers * lengths.claims * ROW_BYTES["verdict"],
+    }
     copied = s.notebook == "01_sampling" and s.recipe.prompts["source"].startswith(HUB)
     return p["times"] * (rows.get(s.notebook, 0) + (n * PICTURE_BYTES if copied else 0)), 0
 
@@ -967,13 +1051,17 @@ def disk_problem(downloads: float, kept: float, cache: str | Path, run: str | Pa
     wanted = [("the Hub's cache", downloads, cache_free), ("the run folder", kept, run_free)]
     if cache_disk == run_disk:
         wanted = [("the Hub's cache and the run folder", downloads + kept, run_free)]
-    return "; ".join(f"{what}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
-                     for what, size, free in wanted if size > free)
+    return "; ".join(
+        f"{what}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+        for what, size, free in wanted
+        if size > free
+    )
 
 # %% ../nbs/09_plan.ipynb #4b3a6e81
 @dataclass(frozen=True)
 class StagePlan:
     "What a stage will take."
+
     notebook: str
     model: str
     weights: int  # bytes
@@ -994,8 +1082,16 @@ class StagePlan:
         return (self.weights + self.work * (1 + reserve[0])) / GIB + reserve[1]
 
 # %% ../nbs/09_plan.ipynb #4b3a6e82
-def open_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengths, configs: str | Path = "",
-               pictures: Pictures | None = None, known: dict | None = None) -> Planned:
+def open_stage(
+    notebook: str,
+    p: dict,
+    recipe,
+    card: Card | None,
+    lengths: Lengths,
+    configs: str | Path = "",
+    pictures: Pictures | None = None,
+    known: dict | None = None,
+) -> Planned:
     """A stage's model, dry, as the stage would open it, and its prompts.
 
     `known` keeps prompts for other stages that ask the same model in the same way.
@@ -1038,8 +1134,16 @@ def floor_of(s: Planned) -> float:
     return (floors[0] + (s.p["times"] - 1) * floors[1]) / s.p["times"]  # the first round without an adapter
 
 # %% ../nbs/09_plan.ipynb #4b3a6e83
-def plan_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengths, configs: str | Path = "",
-               speed: float = 0.0, planned: Planned | None = None) -> tuple[StagePlan, str]:
+def plan_stage(
+    notebook: str,
+    p: dict,
+    recipe,
+    card: Card | None,
+    lengths: Lengths,
+    configs: str | Path = "",
+    speed: float = 0.0,
+    planned: Planned | None = None,
+) -> tuple[StagePlan, str]:
     """The plan of a stage, and a line about its lengths and hours.
 
     `speed`: measured tokens a second, all kinds together; `planned`: the stage, if it is open already.
@@ -1052,8 +1156,17 @@ def plan_stage(notebook: str, p: dict, recipe, card: Card | None, lengths: Lengt
     kept, meanwhile = written(s)
     n_weights = sum(w.numel() for key, w in s.vlm.model.named_parameters() if "lora_" not in key)
     tokens = int(p["times"] * load.tokens)
-    plan = StagePlan(notebook, name, dry.weight_bytes(s.vlm.model), work, batch, tokens,
-                     kept=kept, meanwhile=meanwhile, download=download_bytes(name, n_weights))
+    plan = StagePlan(
+        notebook,
+        name,
+        dry.weight_bytes(s.vlm.model),
+        work,
+        batch,
+        tokens,
+        kept=kept,
+        meanwhile=meanwhile,
+        download=download_bytes(name, n_weights),
+    )
     if speed:
         seconds = [plan.tokens / speed] * 3
     elif card:
@@ -1139,8 +1252,14 @@ def advise(notebook: str, p: dict, recipe, card: Card, lengths: Lengths, configs
     return "no setting of this stage fits: take a smaller model or a larger card"
 
 # %% ../nbs/09_plan.ipynb #8f4a6342
-def plan_recipe(recipe, notebooks: Path, card: Card | None = None, lengths: Lengths = Lengths(),
-                configs: str | Path = "", speeds: dict | None = None) -> tuple[list[StagePlan], list[str]]:
+def plan_recipe(
+    recipe,
+    notebooks: Path,
+    card: Card | None = None,
+    lengths: Lengths = Lengths(),
+    configs: str | Path = "",
+    speeds: dict | None = None,
+) -> tuple[list[StagePlan], list[str]]:
     """All stages' plans of a checked recipe on a card (None: the CPU), with advice where one does not fit.
 
     With them lines about lengths and hours. `speeds`: measured tokens a second by stage."""
@@ -1197,17 +1316,27 @@ def plan_table(plans: list[StagePlan], card: Card | None = None) -> str:
 def disk_lines(plans: list[StagePlan], to_download: dict) -> list[str]:
     "What is to be downloaded, and what a run folder will hold, in words."
     missing = missing_bytes(plans, to_download)
-    each = [f"{size / 1e9:.1f} {Path(name).name}" + ("" if name in to_download else " by its configuration")
-            for name, size in missing.items()]
+    each = [
+        f"{size / 1e9:.1f} {Path(name).name}" + ("" if name in to_download else " by its configuration")
+        for name, size in missing.items()
+    ]
     first = f"downloads: {sum(missing.values()) / 1e9:.1f} GB" + (f" ({', '.join(each)})" if each else "")
     kept, meanwhile = sum(plan.kept for plan in plans), max(plan.meanwhile for plan in plans)
     second = f"run folder: {kept / 1e9:.1f} GB at the end, {meanwhile / 1e9:.1f} more while a round trains"
     return [first, second]
 
 # %% ../nbs/09_plan.ipynb #98cf1406
-def print_plan(recipe, notebooks: Path, card: Card | None = None, lengths: Lengths = Lengths(),
-               configs: str | Path = "", speeds: dict | None = None, to_download: dict | None = None,
-               run: str | Path = "", elsewhere: bool = False) -> list[StagePlan]:
+def print_plan(
+    recipe,
+    notebooks: Path,
+    card: Card | None = None,
+    lengths: Lengths = Lengths(),
+    configs: str | Path = "",
+    speeds: dict | None = None,
+    to_download: dict | None = None,
+    run: str | Path = "",
+    elsewhere: bool = False,
+) -> list[StagePlan]:
     """Prints the plan of a checked recipe.
 
     `speeds`: measured tokens a second by stage; `to_download`: bytes by model that the Hub says are missing;

@@ -21,8 +21,14 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from .attention import OwnTokens, PrefixedRow, SharedPrefix, no_mask
-from .models import (prompt_inputs, prompt_positions, prompt_text, sibling_ids, surface_ids,
-                              unsampled_ids)
+from rlaifv_nb.models import (
+    prompt_inputs,
+    prompt_positions,
+    prompt_text,
+    sibling_ids,
+    surface_ids,
+    unsampled_ids,
+)
 from .packing import PER_TOKEN, cat_ragged, pack_by_budget, token_logps
 from .records import YES_NO_SUFFIX, free_memory, is_out_of_memory
 
@@ -32,6 +38,7 @@ class Prefix:
     """B prompts that were read: `cache` with keys (B, heads, n, d), `mask` (B, n) of real tokens, `next_position` (B,), `last_hidden` (B, hidden).
 
     `inputs` are the prompts' own tensors; they alone are there when the model does not share prefixes."""
+
     inputs: list
     cache: Cache = None
     mask: torch.Tensor = None
@@ -48,8 +55,10 @@ def stack_inputs(inputs, pad_id, device):
     "Several prompts' tensors as one batch: what has a value a token is padded on the left, everything else (pictures) concatenated."
     longest = max(i["input_ids"].shape[1] for i in inputs)
     pad = lambda ids, value: F.pad(ids, (longest - ids.shape[1], 0), value=value)
-    batch = {"input_ids": torch.cat([pad(i["input_ids"], pad_id) for i in inputs]),
-             "attention_mask": torch.cat([pad(torch.ones_like(i["input_ids"]), 0) for i in inputs])}
+    batch = {
+        "input_ids": torch.cat([pad(i["input_ids"], pad_id) for i in inputs]),
+        "attention_mask": torch.cat([pad(torch.ones_like(i["input_ids"]), 0) for i in inputs]),
+    }
     batch |= {k: torch.cat([pad(i[k], 0) for i in inputs]) for k in PER_TOKEN if k in inputs[0]}
     batch |= {k: cat_ragged([i[k] for i in inputs]) for k in inputs[0] if k not in batch}
     return on_device(batch, device)
@@ -61,7 +70,9 @@ def read(vlm, inputs):
     positions = prompt_positions(vlm.core, batch)
     out = vlm.core.model(**batch, position_ids=positions, use_cache=True)
     last = positions[..., -1] if positions.ndim == 2 else positions[..., -1].amax(0)
-    return Prefix(inputs, out.past_key_values, batch["attention_mask"], last + 1, out.last_hidden_state[:, -1])
+    return Prefix(
+        inputs, out.past_key_values, batch["attention_mask"], last + 1, out.last_hidden_state[:, -1]
+    )
 
 
 @torch.no_grad()
@@ -78,8 +89,13 @@ def read_row(vlm, row, next_position, index, branches):
     place = torch.tensor([k for b in branches for k in range(len(b))], device=device)
     prompt = torch.tensor([k for k, b in zip(index, branches) for _ in b], device=device)
     positions = next_position[prompt] + place
-    out = vlm.core.model(input_ids=ids, attention_mask=no_mask(device), position_ids=positions[None], branches=row,
-                         use_cache=False)
+    out = vlm.core.model(
+        input_ids=ids,
+        attention_mask=no_mask(device),
+        position_ids=positions[None],
+        branches=row,
+        use_cache=False,
+    )
     return out.last_hidden_state[0], positions
 
 
@@ -105,8 +121,13 @@ class SharedRows:
         "Appends a token (R,) to each branch and updates `hidden`."
         self.own.begin_step()
         self.masked = self.masked_keys()
-        out = self.vlm.core.model(input_ids=tokens[:, None], attention_mask=self.no_mask,
-                                  position_ids=self.positions[:, None], branches=self, use_cache=False)
+        out = self.vlm.core.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.no_mask,
+            position_ids=self.positions[:, None],
+            branches=self,
+            use_cache=False,
+        )
         self.hidden = out.last_hidden_state[:, -1]
         self.positions = self.positions + 1
         self.own.end_step()
@@ -205,8 +226,13 @@ class PlainRows:
     def step(self, tokens):
         "As in `SharedRows`."
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        out = self.vlm.core.model(input_ids=tokens[:, None], attention_mask=self.mask, use_cache=True,
-                                  position_ids=self.positions[:, None], past_key_values=self.cache)
+        out = self.vlm.core.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask,
+            use_cache=True,
+            position_ids=self.positions[:, None],
+            past_key_values=self.cache,
+        )
         self.hidden = out.last_hidden_state[:, -1]
         self.positions = self.positions + 1
 
@@ -231,7 +257,9 @@ def score_shared(vlm, prefix, index, branches):
     "Hidden states of branches (token id lists) of a shared prefix: a list of (t + 1, hidden), after the prompt and after each token."
     layers = prefix.cache.layers
     lengths = [len(b) for b in branches]
-    row = PrefixedRow([c.keys for c in layers], [c.values for c in layers], prefix.mask, list(zip(index, lengths)))
+    row = PrefixedRow(
+        [c.keys for c in layers], [c.values for c in layers], prefix.mask, list(zip(index, lengths))
+    )
     hidden, _ = read_row(vlm, row, prefix.next_position, index, branches)
     before = prefix.last_hidden[torch.tensor(index, device=vlm.device)]
     return [torch.cat([first[None], own]) for first, own in zip(before, hidden.split(lengths))]
@@ -246,9 +274,13 @@ def score_plain(vlm, prefix, index, branches):
     own = (last + 1 + torch.arange(longest, device=vlm.device)).expand(*positions.shape[:-1], -1)
     fill = lambda rows: torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=vlm.device)
     batch |= {k: F.pad(batch[k], (0, longest)) for k in PER_TOKEN if k in batch}
-    batch |= {"input_ids": torch.cat([batch["input_ids"], fill(branches)], 1),
-              "attention_mask": torch.cat([batch["attention_mask"], fill([[1] * len(b) for b in branches])], 1)}
-    hidden = vlm.core.model(**batch, position_ids=torch.cat([positions, own], -1), use_cache=False).last_hidden_state[:, n - 1 :]
+    batch |= {
+        "input_ids": torch.cat([batch["input_ids"], fill(branches)], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], fill([[1] * len(b) for b in branches])], 1),
+    }
+    hidden = vlm.core.model(
+        **batch, position_ids=torch.cat([positions, own], -1), use_cache=False
+    ).last_hidden_state[:, n - 1 :]
     return [h[: len(b) + 1] for h, b in zip(hidden, branches)]
 
 
@@ -261,7 +293,9 @@ def score_branches(vlm, prefix, index, branches, max_tokens=16384):
     order = sorted(range(len(branches)), key=lambda r: (0 if vlm.sharing else index[r], len(branches[r])))
     size = lambda r: len(branches[r]) + (prefix.inputs[index[r]]["input_ids"].shape[1] if vlm.sharing else 0)
     for group in pack_by_budget(order, max_tokens, size):
-        found = (score_plain if vlm.sharing else score_shared)(vlm, prefix, [index[r] for r in group], [branches[r] for r in group])
+        found = (score_plain if vlm.sharing else score_shared)(
+            vlm, prefix, [index[r] for r in group], [branches[r] for r in group]
+        )
         for r, hidden in zip(group, found):
             states[r] = hidden
     return states
@@ -279,7 +313,10 @@ def branch_logps(vlm, prefix, index, branches):
 def next_token_sums(vlm, prefix, index, branches, words, max_tokens=16384):
     "For each of `words` (lists of token ids), the probability (R,) that the token after a branch is one of them."
     last = torch.stack([h[-1] for h in score_branches(vlm, prefix, index, branches, max_tokens)])
-    sums = [[probs[:, ids].sum(1) for ids in words] for probs in (vlm.core.lm_head(h).float().softmax(-1) for h in last.split(1024))]
+    sums = [
+        [probs[:, ids].sum(1) for ids in words]
+        for probs in (vlm.core.lm_head(h).float().softmax(-1) for h in last.split(1024))
+    ]
     return [torch.cat(pieces) for pieces in zip(*sums)]
 
 # %% ../nbs/00_prefix.ipynb #87a2afb6
@@ -330,6 +367,7 @@ LOOK = 8  # steps between two looks at what was drawn, on a device other than th
 @dataclass
 class Answer:
     "An answer to be sampled, and what has become of it."
+
     seed: int = 0
     temperature: float = 0.0  # 0: greedy
     prompt: int = 0  # the number of its prompt
@@ -341,6 +379,7 @@ class Answer:
 @dataclass
 class RowUse:
     "Steps x rows that there was room for, and those of them that gave a token of an answer (its end counts)."
+
     rows: int = 0
     useful: int = 0
 
@@ -364,7 +403,9 @@ class Sampler:
         self.look_every = look or (1 if vlm.device.type == "cpu" else LOOK)
         self.never = torch.tensor(list(never), dtype=torch.long, device=vlm.device)
         self.answers = [None] * n_rows  # whose row it is; None: nobody's
-        self.said = np.zeros((n_rows, max_new_tokens), dtype=np.int64)  # each answer's tokens that were looked at
+        self.said = np.zeros(
+            (n_rows, max_new_tokens), dtype=np.int64
+        )  # each answer's tokens that were looked at
         self.counts = np.zeros(n_rows, dtype=np.int64)  # how many these are
         self.uniform = torch.zeros(n_rows, max_new_tokens, dtype=torch.float64, device=vlm.device)
         self.temperature = 0.0
@@ -487,8 +528,9 @@ def sample_rows(branches, sampler, waiting, feed=None, at_least=1):
         sampler.steps += 1
 
 
-def sample_branches(vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=(), top_k=0,
-                    look=0):
+def sample_branches(
+    vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=(), top_k=0, look=0
+):
     """Samples one answer for each entry of `index` (of which prompt) and `seeds`; tokens in `never` are not sampled.
 
     Returns a list of (token ids without the end token, `stop` or `length`). `look`: see `Sampler`."""
@@ -510,6 +552,7 @@ def answer_of(tokens, eos):
 @dataclass
 class QueuedPrompt:
     "A prompt and the answers to it that are wanted."
+
     name: str  # for messages
     inputs: dict  # its tensors
     seeds: list  # of each answer
@@ -538,7 +581,9 @@ def keep_trying(run, smaller):
         free_memory()  # only here are the error and all that it held gone
 
 # %% ../nbs/00_prefix.ipynb #d3f8a621
-ROWS = 2 / 3  # so many of the answers to `batch_size` prompts have rows at the same time, while more prompts follow
+ROWS = (
+    2 / 3
+)  # so many of the answers to `batch_size` prompts have rows at the same time, while more prompts follow
 
 
 def rows_for(n_answers: int, share: float) -> int:
@@ -562,9 +607,19 @@ class SampleQueue:
     `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt
     that does not fit alone."""
 
-    def __init__(self, vlm, prompts: Iterable[QueuedPrompt], batch_size: int = 16, top_p: float = 1.0, top_k: int = 0,
-                 max_new_tokens: int = 512, never: Iterable[int] = (), refill: bool = True, look: int = 0,
-                 row_share: float = 0.0):
+    def __init__(
+        self,
+        vlm,
+        prompts: Iterable[QueuedPrompt],
+        batch_size: int = 16,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new_tokens: int = 512,
+        never: Iterable[int] = (),
+        refill: bool = True,
+        look: int = 0,
+        row_share: float = 0.0,
+    ):
         self.vlm = vlm
         self.source = iter(prompts)
         self.again = []  # read from the source, but not begun or not finished
@@ -576,7 +631,9 @@ class SampleQueue:
         self.refill = refill and not vlm.sharing and (row_share > 0 or vlm.device.type != "cpu")
         self.max_new_tokens = max_new_tokens
         self.use = RowUse()
-        self.sampling = dict(never=tuple(never), top_p=top_p, top_k=top_k, look=look, use=self.use)  # of `Sampler`
+        self.sampling = dict(
+            never=tuple(never), top_p=top_p, top_k=top_k, look=look, use=self.use
+        )  # of `Sampler`
 
     def pull(self, n):
         "Up to `n` more prompts from the source. An error ends it, so there is no second try even when memory ran out."
@@ -649,10 +706,14 @@ class SampleQueue:
         at_once = min(self.answers_at_once or left, left)
         if at_once < 2:
             name = self.alive[0].name
-            raise MemoryError(f"not enough memory for a single item: one answer to prompt {name} ({error})") from error
+            raise MemoryError(
+                f"not enough memory for a single item: one answer to prompt {name} ({error})"
+            ) from error
         self.batch_size = 1
         self.answers_at_once = at_once // 2
-        print(f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a time")
+        print(
+            f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a time"
+        )
 
     def sample(self, prompts, n_rows):
         "Samples the answers to these prompts in so many rows and, with `refill`, to all that follow."
@@ -739,7 +800,9 @@ class TextQueue:
         n = min(self.n_rows, sum(not a.reason for a in self.answers))
         if n < 2:
             longest = max(len(a.rest) for a in self.answers)
-            raise MemoryError(f"not enough memory for a single item: a text of {longest} tokens ({error})") from error
+            raise MemoryError(
+                f"not enough memory for a single item: a text of {longest} tokens ({error})"
+            ) from error
         self.n_rows = n // 2
         print(f"out of memory with {n} texts at a time: going on with {self.n_rows}")
 
@@ -776,7 +839,9 @@ def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
     def octave(answer):
         return size(answer).bit_length()
 
-    for _, group in groupby(sorted(answers, key=size, reverse=True), key=octave):  # sizes within a factor of two
+    for _, group in groupby(
+        sorted(answers, key=size, reverse=True), key=octave
+    ):  # sizes within a factor of two
         similar = list(group)
         n_rows = max_tokens // size(similar[0])
         n_rows = max(1, min(n_rows - n_rows % 4, limits.get("rows", n_rows)))
@@ -800,7 +865,12 @@ def yes_no_asker(vlm, max_tokens=16384):
             inputs = prompt_inputs(vlm, picture, texts[0] + YES_NO_SUFFIX)
             rows = [sibling_ids(vlm, text + YES_NO_SUFFIX, inputs) for text in texts]
             n = common_prefix_length(rows)
-            heads.append({key: v[:, :n] if key in ("input_ids", "attention_mask", *PER_TOKEN) else v for key, v in inputs.items()})
+            heads.append(
+                {
+                    key: v[:, :n] if key in ("input_ids", "attention_mask", *PER_TOKEN) else v
+                    for key, v in inputs.items()
+                }
+            )
             branches += [row[n:] for row in rows]
             index += [k] * len(rows)
         p_yes, p_no = next_token_sums(vlm, read_prompts(vlm, heads), index, branches, (yes, no), max_tokens)

@@ -31,15 +31,32 @@ from .records import package_folder, sha256_of
 # %% ../nbs/09_recipes.ipynb #988ae918
 ROUND_STAGES = ("01_sampling", "02_claims", "03_feedback", "04_pairs", "05_dpo")
 FINAL_STAGES = ("06_evaluation", "07_guided_decoding")
-FEEDBACK = {"claims": ROUND_STAGES, "reward": ("01_sampling", "07_guided_decoding", "04_reward_pairs", "05_dpo")}
+FEEDBACK = {
+    "claims": ROUND_STAGES,
+    "reward": ("01_sampling", "07_guided_decoding", "04_reward_pairs", "05_dpo"),
+}
 PROMPT_KEYS = {"source": str, "n_per_round": int, "n_dev": int}
 INPUT_KEYS = dict.fromkeys(INPUT_OPTIONS["dataset"], str)  # how a source of your own is read
 STAGES = tuple(dict.fromkeys([stage for stages in FEEDBACK.values() for stage in stages] + [*FINAL_STAGES]))
-KIND_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping of names to values", list: "a list"}
+KIND_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping of names to values",
+    list: "a list",
+}
 MAX_ROUNDS = 5
-OPTION_KEYS = {"system_prompt": str, "pad_pictures": bool, "max_pixels": int}  # how a model is asked, as 00_models explains
+OPTION_KEYS = {
+    "system_prompt": str,
+    "pad_pictures": bool,
+    "max_pixels": int,
+}  # how a model is asked, as 00_models explains
 DEVICES = ("auto", "cuda", "cpu")
-PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt"), "05_dpo": ("cache",)}  # may be files or folders
+PATH_PARAMETERS = {
+    "02_claims": ("facts_prompt", "question_prompt"),
+    "05_dpo": ("cache",),
+}  # may be files or folders
 
 
 class RecipeError(ValueError):
@@ -49,6 +66,7 @@ class RecipeError(ValueError):
 @dataclass(frozen=True)
 class Recipe:
     "What a run is made of; the keys of a recipe file and their types."
+
     name: str
     description: str
     rounds: int
@@ -99,11 +117,15 @@ class RecipeLoader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def known(name, names, where):
@@ -126,15 +148,24 @@ def typed(value, kind, where):
 
 def merge(base, over):
     "`base` with the values of `over`, mappings merged key by key."
-    both = {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+    both = {
+        k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+        for k, v in over.items()
+    }
     return {**base, **both}
 
 
 def changed(base, over):
     "The recipe `base` with the changes `over`. How a model is asked belongs to that model, so options of one that changes are not handed on."
     whole = merge(base, over)
-    labelers = [(raw.get("labeler"), raw.get("policy") if raw.get("labeler") in ("base", "policy") else "") for raw in (base, whole)]
-    other = {"policy_options": whole.get("policy") != base.get("policy"), "labeler_options": labelers[0] != labelers[1]}
+    labelers = [
+        (raw.get("labeler"), raw.get("policy") if raw.get("labeler") in ("base", "policy") else "")
+        for raw in (base, whole)
+    ]
+    other = {
+        "policy_options": whole.get("policy") != base.get("policy"),
+        "labeler_options": labelers[0] != labelers[1],
+    }
     return merge({k: v for k, v in base.items() if not other.get(k)}, over)
 
 # %% ../nbs/09_recipes.ipynb #ef927121
@@ -156,12 +187,18 @@ def find_recipe(name, folder="."):
 def localise(raw, folder):
     "Makes models and prompts that are given as paths absolute. Raises RecipeError for a path that does not exist."
     done = dict(raw)
-    for key in {"policy", "splitter", "labeler"} & {k for k, v in raw.items() if isinstance(v, str) and v.startswith((".", "/", "~"))}:
+    for key in {"policy", "splitter", "labeler"} & {
+        k for k, v in raw.items() if isinstance(v, str) and v.startswith((".", "/", "~"))
+    }:
         done[key] = str((folder / Path(raw[key]).expanduser()).resolve())
         if not Path(done[key]).exists():
             raise RecipeError(f"{key}: there is no {done[key]}")
     prompts = raw["prompts"] if isinstance(raw.get("prompts"), dict) else {}
-    given = {key: v for key in ("source", "images") if isinstance(v := prompts.get(key), str) and v != "iconworld" and not v.startswith(HUB)}
+    given = {
+        key: v
+        for key in ("source", "images")
+        if isinstance(v := prompts.get(key), str) and v != "iconworld" and not v.startswith(HUB)
+    }
     paths = {key: str((folder / Path(v).expanduser()).resolve()) for key, v in given.items()}
     try:
         input_kind(paths.get("source", HUB))
@@ -177,7 +214,11 @@ def localise_parameters(raw, folder):
     given, done = raw["parameters"] if isinstance(raw.get("parameters"), dict) else {}, {}
     for notebook, names in PATH_PARAMETERS.items():
         own = given[notebook] if isinstance(given.get(notebook), dict) else {}
-        paths = {k: str((folder / Path(own[k]).expanduser()).resolve()) for k in names if str(own.get(k, "")).startswith((".", "/", "~"))}
+        paths = {
+            k: str((folder / Path(own[k]).expanduser()).resolve())
+            for k in names
+            if str(own.get(k, "")).startswith((".", "/", "~"))
+        }
         for key, path in paths.items():
             if key.endswith("_prompt") and not Path(path).is_file():
                 raise RecipeError(f"parameters.{notebook}.{key}: there is no file {path}")
@@ -218,8 +259,10 @@ def with_all_rows(raw: dict, where: str) -> dict:
         return raw
     n = count_source(prompts["source"])
     if n is not None and rounds > 1:
-        raise RecipeError(f"{where}: prompts.n_per_round: say how many rows each of the {rounds} rounds takes; "
-                          f"{prompts['source']} has {n}, so at most {n // rounds}")
+        raise RecipeError(
+            f"{where}: prompts.n_per_round: say how many rows each of the {rounds} rounds takes; "
+            f"{prompts['source']} has {n}, so at most {n // rounds}"
+        )
     return raw if n is None else raw | {"prompts": prompts | {"n_per_round": 0}}
 
 
@@ -230,10 +273,14 @@ def read_recipe(path, seen=()):
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise RecipeError(f"{path}: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict) or path in seen:
-        raise RecipeError(f"{path}: " + ("extends itself" if path in seen else "a recipe maps keys to values"))
+        raise RecipeError(
+            f"{path}: " + ("extends itself" if path in seen else "a recipe maps keys to values")
+        )
     raw = localise(raw, path.parent)
-    raw["variants"] = {name: localise(typed(over, dict, f"{path}, variants.{name}"), path.parent)
-                       for name, over in typed(raw.get("variants", {}), dict, f"{path}, variants").items()}
+    raw["variants"] = {
+        name: localise(typed(over, dict, f"{path}, variants.{name}"), path.parent)
+        for name, over in typed(raw.get("variants", {}), dict, f"{path}, variants").items()
+    }
     base = raw.pop("extends", None)
     return raw if base is None else inherit(read_recipe(find_recipe(base, path.parent), (*seen, path)), raw)
 
@@ -249,25 +296,42 @@ def make_recipe(raw, where):
         typed(raw[key], kind, f"{where}: {key}")
     raw = with_all_rows(raw, where)
     prompts, drawn = raw["prompts"], raw["prompts"].get("source") == "iconworld"
-    wanted, kinds = set(PROMPT_KEYS) - (set() if drawn else {"n_dev"}), PROMPT_KEYS | ({} if drawn else INPUT_KEYS)
+    wanted, kinds = (
+        set(PROMPT_KEYS) - (set() if drawn else {"n_dev"}),
+        PROMPT_KEYS | ({} if drawn else INPUT_KEYS),
+    )
     for key in prompts:
         typed(prompts[known(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
     takes_all = prompts.get("n_per_round") == 0 and count_source(prompts["source"]) is not None
     most = math.inf if takes_all else prompts.get("n_per_round", 1)
     for options in ("policy_options", "labeler_options"):
         for key, value in raw[options].items():
-            typed(value, OPTION_KEYS[known(key, OPTION_KEYS, f"{where}, {options}")], f"{where}: {options}.{key}")
+            typed(
+                value,
+                OPTION_KEYS[known(key, OPTION_KEYS, f"{where}, {options}")],
+                f"{where}: {options}.{key}",
+            )
         if raw[options].get("max_pixels", 0) < 0:
-            raise RecipeError(f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not {raw[options]['max_pixels']}")
+            raise RecipeError(
+                f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not {raw[options]['max_pixels']}"
+            )
     known(raw["device"], DEVICES, f"{where}, device")
     for failed, message in (
         (not re.fullmatch(r"[\w.-]+(/[\w-]+)?", raw["name"]), "name: only letters, digits, `_`, `-` and `.`"),
         (not 1 <= raw["rounds"] <= MAX_ROUNDS, f"rounds: from 1 to {MAX_ROUNDS}, not {raw['rounds']}"),
         (wanted - set(prompts), f"prompts: missing {', '.join(sorted(wanted - set(prompts)))}"),
-        (not 1 <= len(raw["feedback"]) <= raw["rounds"],
-         f"feedback: one word a round (the last holds on), not {len(raw['feedback'])} for {raw['rounds']} rounds"),
-        (raw["feedback"][:1] == ["reward"], "feedback: round 1 cannot be reward, for no aligned policy is there yet to give one; begin with claims"),
-        (not 0 <= prompts.get("n_dev", 0) < most, "prompts: n_dev must be less than n_per_round, and none negative"),
+        (
+            not 1 <= len(raw["feedback"]) <= raw["rounds"],
+            f"feedback: one word a round (the last holds on), not {len(raw['feedback'])} for {raw['rounds']} rounds",
+        ),
+        (
+            raw["feedback"][:1] == ["reward"],
+            "feedback: round 1 cannot be reward, for no aligned policy is there yet to give one; begin with claims",
+        ),
+        (
+            not 0 <= prompts.get("n_dev", 0) < most,
+            "prompts: n_dev must be less than n_per_round, and none negative",
+        ),
     ):
         if failed:
             raise RecipeError(f"{where}: {message}")
@@ -285,13 +349,17 @@ def load_recipe(name, overrides=None):
     path, overrides = find_recipe(name), localise_parameters(overrides or {}, Path())
     raw = changed(read_recipe(path), overrides)
     variants, where = raw.pop("variants"), path.name + (" with the command line" if overrides else "")
-    each = {v: make_recipe(changed(raw, over) | {"name": f"{raw.get('name')}/{v}"}, f"{where}, variants.{v}") for v, over in variants.items()}
+    each = {
+        v: make_recipe(changed(raw, over) | {"name": f"{raw.get('name')}/{v}"}, f"{where}, variants.{v}")
+        for v, over in variants.items()
+    }
     return replace(make_recipe(raw, where), variants=each)
 
 # %% ../nbs/09_recipes.ipynb #c3e200b2
 @dataclass(frozen=True)
 class Step:
     "One notebook to run, its parameters, and the folder it writes, relative to the run. Round 0 comes before and after the rounds."
+
     round: int
     notebook: str
     parameters: dict
@@ -316,33 +384,62 @@ def chain_parameters(recipe, notebook, k):
     here, prompts, n = PurePosixPath(f"round_{k}"), PurePosixPath("prompts"), recipe.prompts["n_per_round"]
     adapters = {f"round_{i}": PurePosixPath(f"round_{i}/05_dpo/adapter") for i in range(1, recipe.rounds + 1)}
     policy = {"policy": recipe.policy, "adapter": adapters.get(f"round_{k - 1}", "")}
-    labeler = {"base": (recipe.policy, ""), "policy": (recipe.policy, policy["adapter"])}.get(recipe.labeler, (recipe.labeler, ""))
-    responses, claims, verdicts = ({table: here / stage} for table, stage in zip(("responses", "claims", "verdicts"), ROUND_STAGES))
+    labeler = {"base": (recipe.policy, ""), "policy": (recipe.policy, policy["adapter"])}.get(
+        recipe.labeler, (recipe.labeler, "")
+    )
+    responses, claims, verdicts = (
+        {table: here / stage} for table, stage in zip(("responses", "claims", "verdicts"), ROUND_STAGES)
+    )
     seeds = {"seed": recipe.seed, "round_number": k}
     device = {} if recipe.device == "auto" else {"device": recipe.device}
     asked = options_of(recipe, "policy") | device
     return {
-        "01_sampling": {"prompts": prompts, "first_prompt": (k - 1) * n, "n_prompts": n, **policy, **seeds, **asked},
+        "01_sampling": {
+            "prompts": prompts,
+            "first_prompt": (k - 1) * n,
+            "n_prompts": n,
+            **policy,
+            **seeds,
+            **asked,
+        },
         "02_claims": {"prompts": prompts, **responses, "splitter": recipe.splitter, **device},
-        "03_feedback": {"prompts": prompts, **responses, **claims, "labeler": labeler[0], "labeler_adapter": labeler[1],
-                        **options_of(recipe, "labeler"), **device},
+        "03_feedback": {
+            "prompts": prompts,
+            **responses,
+            **claims,
+            "labeler": labeler[0],
+            "labeler_adapter": labeler[1],
+            **options_of(recipe, "labeler"),
+            **device,
+        },
         "04_pairs": {"prompts": prompts, **responses, **claims, **verdicts, **seeds},
         "04_reward_pairs": {"prompts": prompts, "candidates": here / "07_guided_decoding"},
         "05_dpo": {"prompts": prompts, "pairs": here / stages_of(recipe, k)[-2], **policy, **seeds, **asked},
         "06_evaluation": {"policy": recipe.policy, "adapters": adapters, "seed": recipe.seed, **asked},
-        "07_guided_decoding": {"policy": recipe.policy, "seed": recipe.seed, **asked} | (
-            {"prompts": prompts, **responses, **policy} if k else {"adapter": adapters[f"round_{recipe.rounds}"]}),
+        "07_guided_decoding": {"policy": recipe.policy, "seed": recipe.seed, **asked}
+        | (
+            {"prompts": prompts, **responses, **policy}
+            if k
+            else {"adapter": adapters[f"round_{recipe.rounds}"]}
+        ),
     }[notebook]
 
 
 def plan_run(recipe):
     "The steps of a run in order: prompts, the stages of each round (five, or four with the reward as feedback), and what `evaluate` lists."
+
     def step(notebook, k, out):
-        return Step(k, notebook, {**recipe.parameters.get(notebook, {}), **chain_parameters(recipe, notebook, k)}, out)
+        return Step(
+            k, notebook, {**recipe.parameters.get(notebook, {}), **chain_parameters(recipe, notebook, k)}, out
+        )
 
     n_prompts = recipe.rounds * recipe.prompts["n_per_round"]
     first = Step(0, "prompts", {**recipe.prompts, "seed": recipe.seed, "n_prompts": n_prompts}, "prompts")
-    rounds = [step(notebook, k, f"round_{k}/{notebook}") for k in range(1, recipe.rounds + 1) for notebook in stages_of(recipe, k)]
+    rounds = [
+        step(notebook, k, f"round_{k}/{notebook}")
+        for k in range(1, recipe.rounds + 1)
+        for notebook in stages_of(recipe, k)
+    ]
     return [first, *rounds, *(step(notebook, 0, notebook) for notebook in recipe.evaluate)]
 
 # %% ../nbs/09_recipes.ipynb #4e5e26ac
@@ -360,7 +457,11 @@ def first_remade(steps, notebook, round):
     places = [i for i in places if steps[i].round == round] or places * (round == 0)
     if len(places) != 1:
         rounds = [str(s.round) for s in steps if s.notebook == notebook]
-        hint = f"say which round with --round {' or '.join(rounds)}" if len(rounds) > 1 else f"there is no round {round}"
+        hint = (
+            f"say which round with --round {' or '.join(rounds)}"
+            if len(rounds) > 1
+            else f"there is no round {round}"
+        )
         raise RecipeError(f"--from {notebook}: {hint}")
     return places[0]
 
@@ -379,8 +480,12 @@ def recipe_text(recipe, run):
     values = {key: getattr(recipe, key) for key in RECIPE_KEYS}
     values = {key: value for key, value in values.items() if key == "feedback" or value != DEFAULTS.get(key)}
     values |= {key: stored(values[key], run) for key in ("policy", "splitter", "labeler")}
-    values["parameters"] = {notebook: {k: stored(v, run) for k, v in own.items()} for notebook, own in recipe.parameters.items()}
-    values["prompts"] = recipe.prompts | {key: stored(recipe.prompts[key], run) for key in ("source", "images") if key in recipe.prompts}
+    values["parameters"] = {
+        notebook: {k: stored(v, run) for k, v in own.items()} for notebook, own in recipe.parameters.items()
+    }
+    values["prompts"] = recipe.prompts | {
+        key: stored(recipe.prompts[key], run) for key in ("source", "images") if key in recipe.prompts
+    }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=150)
 
 # %% ../nbs/09_recipes.ipynb #a1ee609e
@@ -401,7 +506,9 @@ def notebook_parameters(path):
     for cell in open_notebook(path).cells:
         for line in ast.parse(cell.source).body if "parameters" in cell.metadata.get("tags", []) else []:
             if not (isinstance(line, ast.AnnAssign) and getattr(line.annotation, "id", None) in kinds):
-                raise RecipeError(f"{path.name}: `{ast.unparse(line)}` is no parameter with a type: {', '.join(kinds)}")
+                raise RecipeError(
+                    f"{path.name}: `{ast.unparse(line)}` is no parameter with a type: {', '.join(kinds)}"
+                )
             found[line.target.id] = kinds[line.annotation.id]
     return found
 
@@ -413,7 +520,17 @@ def check_recipe(recipe, notebooks):
     checked, places = {}, [(s.notebook, s.round) for s in plan_run(recipe)[1:]]
     places += [(notebook, 0 if notebook in FINAL_STAGES else 1) for notebook in recipe.parameters]
     for notebook in dict(places):
-        own = dict.fromkeys(["out", *(key for name, k in places if name == notebook for key in chain_parameters(recipe, notebook, k))])
+        own = dict.fromkeys(
+            [
+                "out",
+                *(
+                    key
+                    for name, k in places
+                    if name == notebook
+                    for key in chain_parameters(recipe, notebook, k)
+                ),
+            ]
+        )
         kinds = notebook_parameters(Path(notebooks) / f"{notebook}.ipynb")
         where, free = f"{recipe.where}, parameters.{notebook}", [name for name in kinds if name not in own]
         for name in own:
@@ -421,16 +538,28 @@ def check_recipe(recipe, notebooks):
         for name, value in recipe.parameters.get(notebook, {}).items():
             if name in kinds and name in (*OPTION_KEYS, "device"):
                 hint = "the key `device`" if name == "device" else "`policy_options` and `labeler_options`"
-                raise RecipeError(f"{where}: {name!r} is set by the chain itself, from {hint} outside of `parameters`")
+                raise RecipeError(
+                    f"{where}: {name!r} is set by the chain itself, from {hint} outside of `parameters`"
+                )
             if name in own:
-                raise RecipeError(f"{where}: {name!r} is set by the chain itself, from the keys outside of `parameters`")
-            checked.setdefault(notebook, {})[name] = typed(value, kinds[known(name, free, where)], f"{where}.{name}")
-    return replace(recipe, parameters=checked, variants={v: check_recipe(r, notebooks) for v, r in recipe.variants.items()})
+                raise RecipeError(
+                    f"{where}: {name!r} is set by the chain itself, from the keys outside of `parameters`"
+                )
+            checked.setdefault(notebook, {})[name] = typed(
+                value, kinds[known(name, free, where)], f"{where}.{name}"
+            )
+    return replace(
+        recipe,
+        parameters=checked,
+        variants={v: check_recipe(r, notebooks) for v, r in recipe.variants.items()},
+    )
 
 # %% ../nbs/09_recipes.ipynb #e4c0a002
 def parameter_defaults(path: Path) -> dict:
     "Parameter -> default of a notebook's parameters cell."
-    cells = [cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [
+        cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])
+    ]
     lines = [line for source in cells for line in ast.parse(source).body]
     return {line.target.id: ast.literal_eval(line.value) for line in lines}
 
@@ -443,6 +572,7 @@ def prompts_per_round(recipe: Recipe) -> int:
 @dataclass(frozen=True)
 class Reach:
     "The most that a round can give, and how many steps there must be."
+
     round: int
     prompts: int  # to train on
     pairs_per_prompt: int
@@ -468,7 +598,9 @@ def reach_of(recipe: Recipe, k: int, notebooks: Path) -> Reach | None:
     pairs_stage = stages_of(recipe, k)[-2]
     given = {}
     for notebook in ("01_sampling", pairs_stage, "05_dpo"):
-        given |= parameter_defaults(Path(notebooks) / f"{notebook}.ipynb") | recipe.parameters.get(notebook, {})
+        given |= parameter_defaults(Path(notebooks) / f"{notebook}.ipynb") | recipe.parameters.get(
+            notebook, {}
+        )
     if not {"n_samples", "max_pairs_per_prompt", "epochs", "batch_size", "min_steps"} <= set(given):
         return None
     possible = given["max_pairs_per_prompt"]  # of the reward's pairs: as many as are asked for
@@ -477,14 +609,18 @@ def reach_of(recipe: Recipe, k: int, notebooks: Path) -> Reach | None:
         possible = given["n_samples"] // 2 if one_each else math.comb(given["n_samples"], 2)
     prompts = prompts_per_round(recipe) - recipe.prompts.get("n_dev", 0)
     most = min(given["max_pairs_per_prompt"], possible)
-    return Reach(k, prompts, most, given["epochs"], given["batch_size"], given["min_steps"], possible, pairs_stage)
+    return Reach(
+        k, prompts, most, given["epochs"], given["batch_size"], given["min_steps"], possible, pairs_stage
+    )
 
 
 def ways_out(reach: Reach) -> list[str]:
     "The smallest change of each number that makes a round's steps enough."
     before = reach.min_steps - 1  # steps that are one too few
     pairs = math.floor(before * reach.batch_size / reach.epochs) + 1
-    ways = [f"prompts.n_per_round: at least {math.ceil(pairs / max(1, reach.pairs_per_prompt)) - reach.prompts} more"]
+    ways = [
+        f"prompts.n_per_round: at least {math.ceil(pairs / max(1, reach.pairs_per_prompt)) - reach.prompts} more"
+    ]
     if not reach.pairs:
         return ways
     per_prompt = math.ceil(pairs / reach.prompts)
@@ -503,11 +639,13 @@ def reach_problem(reach: Reach) -> str:
         return f"05_dpo.epochs and batch_size must be positive, not {reach.epochs:g} and {reach.batch_size}"
     if reach.steps >= reach.min_steps:
         return ""
-    return (f"round {reach.round} can give at most {reach.pairs} pairs ({reach.prompts} prompts to train on, "
-            f"{reach.pairs_per_prompt} pairs each), and with epochs={reach.epochs:g} and batch_size={reach.batch_size} at most "
-            f"{reach.steps} steps: too few to learn from, {reach.min_steps} are needed. One of these would do: "
-            f"{'; '.join(ways_out(reach))}. To see the stages work without learning anything: "
-            f"05_dpo.min_steps: {max(1, reach.steps)}")
+    return (
+        f"round {reach.round} can give at most {reach.pairs} pairs ({reach.prompts} prompts to train on, "
+        f"{reach.pairs_per_prompt} pairs each), and with epochs={reach.epochs:g} and batch_size={reach.batch_size} at most "
+        f"{reach.steps} steps: too few to learn from, {reach.min_steps} are needed. One of these would do: "
+        f"{'; '.join(ways_out(reach))}. To see the stages work without learning anything: "
+        f"05_dpo.min_steps: {max(1, reach.steps)}"
+    )
 
 # %% ../nbs/09_recipes.ipynb #e4c0a004
 def rows_problem(recipe: Recipe) -> str:
@@ -531,7 +669,9 @@ def check_amounts(recipe: Recipe, notebooks: Path):
     """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its source has rows, or
     in a round fewer steps than can teach anything."""
     reaches = (reach_of(recipe, k, notebooks) for k in range(1, recipe.rounds + 1))
-    problem = rows_problem(recipe) or next(filter(None, (reach_problem(reach) for reach in reaches if reach)), "")
+    problem = rows_problem(recipe) or next(
+        filter(None, (reach_problem(reach) for reach in reaches if reach)), ""
+    )
     if problem:
         raise RecipeError(f"{recipe.where}: {problem}")
 
@@ -540,8 +680,10 @@ def plumbing_warning(policy: str, source: str) -> str:
     "A sentence about the packaged model on pictures of another world than its own; empty for any other."
     if source == "iconworld" or not policy.startswith("packaged:"):
         return ""
-    return (f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor "
-            "do the verdicts and the adapter that come of them. Name another policy and splitter.")
+    return (
+        f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor "
+        "do the verdicts and the adapter that come of them. Name another policy and splitter."
+    )
 
 # %% ../nbs/09_recipes.ipynb #ffc9eee4
 EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.MULTILINE)
@@ -550,14 +692,20 @@ DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
 
 def exported_cells(path):
     "The module that a notebook exports to (empty for none) and its exported cells, without directives."
-    sources = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    sources = [
+        "".join(c["source"])
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    ]
     module = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(sources), re.MULTILINE)
     return module[1] if module else "", [DIRECTIVE.sub("", s).strip() for s in sources if EXPORT.search(s)]
 
 
 def code_sha(path):
     "A hash of what a notebook contributes to its results: the cells that it exports, and the defaults in its parameters cell."
-    defaults = [cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    defaults = [
+        cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])
+    ]
     return sha256_of("\n".join(exported_cells(path)[1] + defaults))[:12]
 
 
@@ -574,4 +722,6 @@ def check_library(notebooks, library):
             if [part.strip() for part in re.split(r"^# %% .*\n", text, flags=re.MULTILINE)[2:]] != cells:
                 stale.append(path.name)
     if stale:
-        raise RecipeError(f"the library is not what the notebooks export: {', '.join(stale)}; run nbdev-export (or reinstall) first")
+        raise RecipeError(
+            f"the library is not what the notebooks export: {', '.join(stale)}; run nbdev-export (or reinstall) first"
+        )

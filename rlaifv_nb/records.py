@@ -30,6 +30,7 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Prompt:
     "A question about an image; `image_path` is relative to the folder of the table it stands in."
+
     prompt_id: str
     image_path: str
     image_sha: str
@@ -41,6 +42,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Response:
     "One sampled answer; `finish_reason` is `stop` (end token) or `length` (cut at the token limit)."
+
     response_id: str
     prompt_id: str
     sample_index: int
@@ -52,6 +54,7 @@ class Response:
 @dataclass(frozen=True)
 class Claim:
     "One atomic statement of a response and the yes/no question that checks it."
+
     claim_id: str
     response_id: str
     text: str
@@ -61,6 +64,7 @@ class Claim:
 @dataclass(frozen=True)
 class Verdict:
     "The labeler's probabilities of yes and no for a claim's question; `label` is yes, no or abstain."
+
     claim_id: str
     p_yes: float
     p_no: float
@@ -70,6 +74,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Candidate:
     "A response of `policy` (aligned or base) with its summed log-probabilities (nats) under the aligned policy and the reference."
+
     policy: str
     response_id: str
     prompt_id: str
@@ -83,6 +88,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Pair:
     "A preference: `chosen` has the higher score (fewer rejected claims, or a higher reward) of two responses to one prompt."
+
     pair_id: str
     prompt_id: str
     chosen_id: str
@@ -96,6 +102,7 @@ class Pair:
 @dataclass(frozen=True)
 class RefLogp:
     "Summed log-probabilities (nats) of both answers of a pair under the reference, with their token counts."
+
     pair_id: str
     chosen_sum_logp: float
     chosen_n_tokens: int
@@ -106,6 +113,7 @@ class RefLogp:
 @dataclass(frozen=True)
 class Score:
     "One measured number with its bootstrap interval, the number of items behind it and the protocol's version."
+
     model: str
     metric: str
     value: float
@@ -118,6 +126,7 @@ class Score:
 @dataclass(frozen=True)
 class Choice:
     "The response that a ranking picks among the first `n_candidates` samples of a prompt."
+
     policy: str
     ranking: str
     prompt_id: str
@@ -168,7 +177,11 @@ def write_text(path, text):
     except OSError as e:
         temporary.unlink(missing_ok=True)
         if e.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, "the disk is full: free some space and start again, finished shards are kept", str(path)) from e
+            raise OSError(
+                errno.ENOSPC,
+                "the disk is full: free some space and start again, finished shards are kept",
+                str(path),
+            ) from e
         raise
 
 
@@ -236,7 +249,9 @@ def resolve_path(name):
         return name
     path = package_folder("data") / name.removeprefix("packaged:")
     if not path.exists():
-        raise FileNotFoundError(f"{name} is not in this package; there are: {', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}")
+        raise FileNotFoundError(
+            f"{name} is not in this package; there are: {', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}"
+        )
     return str(path)
 
 # %% ../nbs/00_records.ipynb #921c6a8d
@@ -289,14 +304,16 @@ class HalvingWork:
             if not is_out_of_memory(error):
                 raise
             if len(batch) < 2:
-                raise MemoryError(f"not enough memory for a single item: {str(batch)[:200]} ({error})") from error
+                raise MemoryError(
+                    f"not enough memory for a single item: {str(batch)[:200]} ({error})"
+                ) from error
             return None
-
 
 # %% ../nbs/00_records.ipynb #78159bd9
 @dataclass(frozen=True)
 class SetAside:
     "A row that could not be used, and why."
+
     row_id: str
     reason: str
     detail: str = ""
@@ -305,6 +322,7 @@ class SetAside:
 @dataclass
 class StageFolder:
     "One stage of one round on disk. `inputs` maps a table's or model's name to its content hash."
+
     path: Path
     stage: str
     parameters: dict
@@ -313,13 +331,17 @@ class StageFolder:
     def __post_init__(self):
         self.path = Path(self.path)
         self.began = time.time()
-        plan = json.loads(json.dumps({"stage": self.stage, "parameters": self.parameters, "inputs": self.inputs}))
+        plan = json.loads(
+            json.dumps({"stage": self.stage, "parameters": self.parameters, "inputs": self.inputs})
+        )
         started = self.path / "started.json"
         if started.exists():
             before = json.loads(started.read_text())
             changed = changed_keys(before, plan)
             if changed:
-                raise ValueError(f"{self.path} was started with other settings ({'; '.join(changed)}). Choose another folder, or delete this one.")
+                raise ValueError(
+                    f"{self.path} was started with other settings ({'; '.join(changed)}). Choose another folder, or delete this one."
+                )
         else:
             write_json(started, plan)
 
@@ -335,7 +357,9 @@ class StageFolder:
         Shards that are already there are kept, and their items are not worked on again. A batch that does not fit into
         memory is halved (`HalvingWork`). Returns the batch size that fitted. Raises ValueError for a batch larger than a shard."""
         if batch_size > shard_size:
-            raise ValueError(f"{self.stage}: batch_size={batch_size} is more than a shard holds: choose at most {shard_size}")
+            raise ValueError(
+                f"{self.stage}: batch_size={batch_size} is more than a shard holds: choose at most {shard_size}"
+            )
         items = list(items)
         in_batches = HalvingWork(work, batch_size or shard_size)
         starts = range(0, max(len(items), 1), shard_size)
@@ -353,13 +377,24 @@ class StageFolder:
 
     def finish(self, rows_in, rows_out, tables, set_aside=(), **extra):
         "Writes the manifest: the stage is done. `extra` holds whatever else the stage has to say about itself."
-        write_json(self.path / "manifest.json", {
-            "stage": self.stage, "parameters": self.parameters, "inputs": self.inputs, "rows_in": rows_in, "rows_out": rows_out,
-            "set_aside": dict(sorted(Counter(s.reason for s in set_aside).items())),
-            "tables": {t: table_sha(self.path, t) for t in tables}, **extra,
-            "measured": {"seconds": round(time.time() - self.began, 1), "peak_memory_gib": peak_memory_gib()},
-            "versions": library_versions(),
-        })
+        write_json(
+            self.path / "manifest.json",
+            {
+                "stage": self.stage,
+                "parameters": self.parameters,
+                "inputs": self.inputs,
+                "rows_in": rows_in,
+                "rows_out": rows_out,
+                "set_aside": dict(sorted(Counter(s.reason for s in set_aside).items())),
+                "tables": {t: table_sha(self.path, t) for t in tables},
+                **extra,
+                "measured": {
+                    "seconds": round(time.time() - self.began, 1),
+                    "peak_memory_gib": peak_memory_gib(),
+                },
+                "versions": library_versions(),
+            },
+        )
         return read_manifest(self.path)
 
 
@@ -377,7 +412,11 @@ def changed_keys(before, after):
     for part in ("stage", "parameters", "inputs"):
         old, new = before[part], after[part]
         if isinstance(old, dict):
-            changed += [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            changed += [
+                f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
+                for k in sorted({*old, *new})
+                if old.get(k) != new.get(k)
+            ]
         elif old != new:
             changed.append(f"{part}: {old!r} -> {new!r}")
     return changed

@@ -24,31 +24,58 @@ from pathlib import Path
 
 import yaml
 
-from .records import Claim, Pair, Prompt, Response, Score, SetAside, Verdict, package_folder, read_manifest, read_table, shard_paths, write_text
+from rlaifv_nb.records import (
+    Claim,
+    Pair,
+    Prompt,
+    Response,
+    Score,
+    SetAside,
+    Verdict,
+    package_folder,
+    read_manifest,
+    read_table,
+    shard_paths,
+    write_text,
+)
 
 # %% ../nbs/09_report.ipynb #015dea47
 def page(title, body):
     "A whole HTML page, its style sheet inside, and a line of links to its parts where it has several."
     style = (package_folder("data") / "report.css").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#{name}">{text}</a>' for name, text in re.findall(r'<h2 id="(.*?)">(.*?)</h2>', body))
+    links = "".join(
+        f'<a href="#{name}">{text}</a>' for name, text in re.findall(r'<h2 id="(.*?)">(.*?)</h2>', body)
+    )
     body = body.replace("</section>", f"<nav>{links}</nav></section>", 1)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{style}</style></head><body><main>\n{body}\n</main></body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head><body><main>\n{body}\n</main></body></html>\n"
+    )
 
 
 def source(run, *paths):
     "The line that says which files a part was made from, as links relative to the report."
     names = [Path(os.path.relpath(p, run)).as_posix() for p in paths]
-    return '<p class="source">From ' + ", ".join(f'<a href="{html.escape(n)}">{html.escape(n)}</a>' for n in names) + "</p>"
+    return (
+        '<p class="source">From '
+        + ", ".join(f'<a href="{html.escape(n)}">{html.escape(n)}</a>' for n in names)
+        + "</p>"
+    )
 
 
 def html_table(head, rows, left=()):
     "A table of ready HTML cells; a row with a single cell is a group's title; columns in `left` are aligned left."
-    def cells(row, tag):
-        return "".join(f'<{tag}{" class=left" if i in left else ""}>{c}</{tag}>' for i, c in enumerate(row))
 
-    body = "".join(f'<tr class=group><td colspan={len(head)}>{r[0]}</td></tr>' if len(r) == 1 else f"<tr>{cells(r, 'td')}</tr>" for r in rows)
-    return f'<div class=wide><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    def cells(row, tag):
+        return "".join(f"<{tag}{' class=left' if i in left else ''}>{c}</{tag}>" for i, c in enumerate(row))
+
+    body = "".join(
+        f"<tr class=group><td colspan={len(head)}>{r[0]}</td></tr>"
+        if len(r) == 1
+        else f"<tr>{cells(r, 'td')}</tr>"
+        for r in rows
+    )
+    return f"<div class=wide><table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def picture(data, longest=320):
@@ -80,7 +107,13 @@ def draw_panel(lines, ticks=(), log=False, **axes):
     from matplotlib.ticker import MaxNLocator
 
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "rlaifv", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "rlaifv",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with matplotlib.rc_context(settings | dict.fromkeys(keys, INK)):
         fig = Figure(figsize=(4.4, 2.9), layout="constrained")
         ax = fig.subplots()
@@ -98,16 +131,25 @@ def draw_panel(lines, ticks=(), log=False, **axes):
         buffer = io.StringIO()
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     label = html.escape(axes.get("title") or axes.get("ylabel", ""))
-    drawn = buffer.getvalue().replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    drawn = (
+        buffer.getvalue()
+        .replace(INK, "currentColor")
+        .replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    )
     return drawn[drawn.index("<svg") :]
 
 
 def draw_chart(panels, caption):
     "Panels (arguments of `draw_panel`) side by side, on a phone one below the other, with one legend and a caption."
     names = {line[0]: line[6] for panel in panels for line in panel["lines"]}
-    legend = "".join(f'<li><i style="background:{COLOURS[colour % len(COLOURS)]}"></i>{html.escape(name)}</li>' for name, colour in names.items())
-    return (f"<figure>{''.join(draw_panel(**panel) for panel in panels)}<ul class=legend>{legend}</ul>"
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    legend = "".join(
+        f'<li><i style="background:{COLOURS[colour % len(COLOURS)]}"></i>{html.escape(name)}</li>'
+        for name, colour in names.items()
+    )
+    return (
+        f"<figure>{''.join(draw_panel(**panel) for panel in panels)}<ul class=legend>{legend}</ul>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
 
 # %% ../nbs/09_report.ipynb #f2d0a002
 def stage_warnings(folder) -> list[str]:
@@ -125,6 +167,7 @@ def failed_checks(folder) -> list[str]:
 
 def stage_folders(run: Path) -> list[Path]:
     "The folders of a run's steps in the order of the plan: prompts, the rounds, what comes after them."
+
     def place(folder):
         return folder.name != "prompts", not folder.parent.name.startswith("round_"), folder
 
@@ -140,16 +183,22 @@ def show_warnings(run: Path, recipe: dict) -> str:
     items = [("recipe.yaml", "recipe", note)] if note else []
     for folder in stage_folders(run):
         name = folder.relative_to(run).as_posix()
-        items += [(f"{name}/manifest.json", name, text) for text in stage_warnings(folder) + failed_checks(folder)]
+        items += [
+            (f"{name}/manifest.json", name, text) for text in stage_warnings(folder) + failed_checks(folder)
+        ]
     if not items:
         return ""
-    rows = "".join(f'<li><a href="{html.escape(link)}">{html.escape(name)}</a> {html.escape(text)}</li>' for link, name, text in items)
+    rows = "".join(
+        f'<li><a href="{html.escape(link)}">{html.escape(name)}</a> {html.escape(text)}</li>'
+        for link, name, text in items
+    )
     return f'<section class=warnings><h2 id="warnings">Warnings</h2><ul>{rows}</ul></section>\n'
 
 # %% ../nbs/09_report.ipynb #f2d0a003
 @dataclass(frozen=True)
 class Outcome:
     "What training made of a round's pairs; losses and margin (nats) on held-out pairs, None where a manifest does not say."
+
     train_pairs: int
     dev_pairs: int
     steps: int
@@ -174,8 +223,16 @@ def read_outcome(folder: Path) -> Outcome:
     dev = [row for row in curve if row["split"] == "dev" and row["step"] == manifest["best_step"]]
     best = dev[-1] if dev else {"margin": 0.0, "accuracy": 0.0}
     steps = manifest.get("steps", max(row["step"] for row in curve))
-    return Outcome(manifest["train_pairs"], manifest["dev_pairs"], steps, manifest["best_step"], manifest.get("dev_loss_before"),
-                   manifest["best_dev_loss"], best["margin"], best["accuracy"])
+    return Outcome(
+        manifest["train_pairs"],
+        manifest["dev_pairs"],
+        steps,
+        manifest["best_step"],
+        manifest.get("dev_loss_before"),
+        manifest["best_dev_loss"],
+        best["margin"],
+        best["accuracy"],
+    )
 
 
 def outcomes(run: Path, rounds) -> dict[int, Outcome]:
@@ -193,7 +250,11 @@ def read_dicts(folder: Path, table: str) -> list[dict]:
     "The rows of a table as dicts. Raises FileNotFoundError when the folder holds no shard of it."
     if not shard_paths(folder, table):
         raise FileNotFoundError(f"no {table}-*.jsonl in {folder}")
-    return [json.loads(line) for p in shard_paths(folder, table) for line in p.read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for p in shard_paths(folder, table)
+        for line in p.read_text(encoding="utf-8").splitlines()
+    ]
 
 # %% ../nbs/09_report.ipynb #f2d0a004
 def loss_text(outcome: Outcome) -> str:
@@ -204,36 +265,62 @@ def loss_text(outcome: Outcome) -> str:
 
 def outcome_tiles(outcome: Outcome) -> str:
     "Five figures of a training."
-    figures = [(f"{outcome.train_pairs:,} + {outcome.dev_pairs:,}", "pairs to train on, and held out"),
-               (f"{outcome.steps:,}", "steps"),
-               (loss_text(outcome), "loss on held-out pairs, before and at its best"),
-               (f"{outcome.margin:.2f}", "margin on held-out pairs, nats"),
-               (f"{100 * outcome.accuracy:.0f}%", "held-out pairs with a positive margin")]
-    return "<div class=tiles>" + "".join(f"<div><strong>{value}</strong>{label}</div>" for value, label in figures) + "</div>"
+    figures = [
+        (f"{outcome.train_pairs:,} + {outcome.dev_pairs:,}", "pairs to train on, and held out"),
+        (f"{outcome.steps:,}", "steps"),
+        (loss_text(outcome), "loss on held-out pairs, before and at its best"),
+        (f"{outcome.margin:.2f}", "margin on held-out pairs, nats"),
+        (f"{100 * outcome.accuracy:.0f}%", "held-out pairs with a positive margin"),
+    ]
+    return (
+        "<div class=tiles>"
+        + "".join(f"<div><strong>{value}</strong>{label}</div>" for value, label in figures)
+        + "</div>"
+    )
 
 
 def show_outcome(run: Path, rounds) -> str:
     "The result of a run that evaluates nothing: what its last adapter learned, and that nothing more is known."
     done = outcomes(run, rounds)
     if not done:
-        return "<h1>No adapter has been trained yet.</h1><p class=missing>Not there yet: a finished 05_dpo.</p>"
+        return (
+            "<h1>No adapter has been trained yet.</h1><p class=missing>Not there yet: a finished 05_dpo.</p>"
+        )
     last, outcome = list(done.items())[-1]
     folder = run / f"round_{last}" / "05_dpo"
-    title = "An adapter was trained, and not evaluated." if outcome.learned else "The adapter learned nothing."
+    title = (
+        "An adapter was trained, and not evaluated." if outcome.learned else "The adapter learned nothing."
+    )
     why = "" if outcome.learned else " Its loss on held-out pairs never fell below the one it began with."
     unknown = "Nothing was evaluated: whether this helped on these pictures is not known."
-    return (f"<h1>{title}</h1><p>{unknown}{why} Round {last}:</p>{outcome_tiles(outcome)}"
-            + source(run, folder / "manifest.json", *shard_paths(folder, "training")))
+    return f"<h1>{title}</h1><p>{unknown}{why} Round {last}:</p>{outcome_tiles(outcome)}" + source(
+        run, folder / "manifest.json", *shard_paths(folder, "training")
+    )
 
 # %% ../nbs/09_report.ipynb #cf215a43
 MEASURES = {
     "Hallucination, % (less is better)": {
-        "response": "answers that name something absent", "mention": "named objects that are absent", "any_claim": "answers with any false claim",
-        "attribute": "false attributes of what is there", "number": "false numbers of what is there", "relation": "false places of what is there"},
-    "What is still said, % and words (more is better)": {"cover": "objects of the picture that are named", "words": "words in an answer"},
+        "response": "answers that name something absent",
+        "mention": "named objects that are absent",
+        "any_claim": "answers with any false claim",
+        "attribute": "false attributes of what is there",
+        "number": "false numbers of what is there",
+        "relation": "false places of what is there",
+    },
+    "What is still said, % and words (more is better)": {
+        "cover": "objects of the picture that are named",
+        "words": "words in an answer",
+    },
     "Yes/no questions, % (more is better; the positive class is “no”)": {
-        "accuracy": "right answers to yes/no questions", "precision": "precision", "recall": "recall", "F1": "F1",
-        **{f"accuracy: {kind}": f"right about {kind}" for kind in ("existence", "attribute", "number", "relation")}},
+        "accuracy": "right answers to yes/no questions",
+        "precision": "precision",
+        "recall": "recall",
+        "F1": "F1",
+        **{
+            f"accuracy: {kind}": f"right about {kind}"
+            for kind in ("existence", "attribute", "number", "relation")
+        },
+    },
 }
 
 
@@ -253,7 +340,13 @@ def plain(name):
 def change_of(old, new, relative):
     "`-80%` of a rate, or the plain difference."
     known = old == old and new == new and (old or not relative)
-    return (f"{100 * (new - old) / old:+.0f}%" if relative else f"{round(new - old, 1) or 0.0:+.1f}").replace("-", "−") if known else "–"
+    return (
+        (f"{100 * (new - old) / old:+.0f}%" if relative else f"{round(new - old, 1) or 0.0:+.1f}").replace(
+            "-", "−"
+        )
+        if known
+        else "–"
+    )
 
 
 def scores_table(models, change=True):
@@ -267,7 +360,12 @@ def scores_table(models, change=True):
         rows += [[title]] if present else []
         for m in present:
             row = [scores.get(m) for scores in models.values()]
-            cells = [f"{s.value:.1f}<small>{s.ci_low:.1f} to {s.ci_high:.1f}</small>" if s and s.value == s.value else "–" for s in row]
+            cells = [
+                f"{s.value:.1f}<small>{s.ci_low:.1f} to {s.ci_high:.1f}</small>"
+                if s and s.value == s.value
+                else "–"
+                for s in row
+            ]
             moved = change_of(row[0].value, row[-1].value, relative=i == 0) if row[0] and row[-1] else "–"
             rows.append([group[m], *cells] + [moved] * change)
     return html_table(["", *map(plain, models)] + ["change"] * change, rows)
@@ -276,18 +374,28 @@ def scores_table(models, change=True):
 def show_headline(run):
     "The result in a sentence, and six figures before and after."
     models = read_scores(run)
-    names, (before, *_, after) = list(models), list(models.values()) if len(models) > 1 else [*models.values()] * 2
+    names, (before, *_, after) = (
+        list(models),
+        list(models.values()) if len(models) > 1 else [*models.values()] * 2,
+    )
     old, new = before["response"], after["response"]
-    first = (f'Answers that name something absent {"fell" if new.value < old.value else "did not fall"}: '
-             f'from <b class=num>{old.value:.1f}%</b> to <b class=num>{new.value:.1f}%</b>')
+    first = (
+        f"Answers that name something absent {'fell' if new.value < old.value else 'did not fall'}: "
+        f"from <b class=num>{old.value:.1f}%</b> to <b class=num>{new.value:.1f}%</b>"
+    )
     labels = {m: label for group in MEASURES.values() for m, label in group.items()}
     units = {"response": "%", "mention": "%", "any_claim": "%", "cover": "%", "words": "", "accuracy": "%"}
-    tiles = "".join(f"<div><strong>{before[m].value:.1f}{unit} → {after[m].value:.1f}{unit}</strong>{labels[m]}</div>"
-                    for m, unit in units.items() if m in before and m in after)
-    return (f"<h1>{first}.</h1><p>Before: {plain(names[0])}, interval {old.ci_low:.1f} to {old.ci_high:.1f}; after: {plain(names[-1])}, "
-            f"{new.ci_low:.1f} to {new.ci_high:.1f}; change {change_of(old.value, new.value, True)}. {new.n:,} held-out pictures, protocol "
-            f"{html.escape(new.protocol_version)}.</p><div class=tiles>{tiles}</div>"
-            + source(run, *shard_paths(run / "06_evaluation", "scores")))
+    tiles = "".join(
+        f"<div><strong>{before[m].value:.1f}{unit} → {after[m].value:.1f}{unit}</strong>{labels[m]}</div>"
+        for m, unit in units.items()
+        if m in before and m in after
+    )
+    return (
+        f"<h1>{first}.</h1><p>Before: {plain(names[0])}, interval {old.ci_low:.1f} to {old.ci_high:.1f}; after: {plain(names[-1])}, "
+        f"{new.ci_low:.1f} to {new.ci_high:.1f}; change {change_of(old.value, new.value, True)}. {new.n:,} held-out pictures, protocol "
+        f"{html.escape(new.protocol_version)}.</p><div class=tiles>{tiles}</div>"
+        + source(run, *shard_paths(run / "06_evaluation", "scores"))
+    )
 
 
 def show_scores(run):
@@ -295,11 +403,29 @@ def show_scores(run):
     models, lines = read_scores(run), []
     for colour, (metric, label) in enumerate(list(MEASURES["Hallucination, % (less is better)"].items())[:3]):
         row = [scores[metric] for scores in models.values() if metric in scores]
-        lines.append((label, range(len(row)), [s.value for s in row], [s.ci_low for s in row], [s.ci_high for s in row], "o-", colour))
-    panel = {"lines": lines, "ticks": [(i, m.replace("_", " ")) for i, m in enumerate(models)], "ylabel": "%", "ylim": (0, None)}
-    return (scores_table(models) + "<p>Small figures are 95% bootstrap intervals over pictures.</p>"
-            + (draw_chart([panel], "Hallucination by round; bands are 95% intervals.") if len(models) > 1 else "")
-            + source(run, *shard_paths(run / "06_evaluation", "scores")))
+        lines.append(
+            (
+                label,
+                range(len(row)),
+                [s.value for s in row],
+                [s.ci_low for s in row],
+                [s.ci_high for s in row],
+                "o-",
+                colour,
+            )
+        )
+    panel = {
+        "lines": lines,
+        "ticks": [(i, m.replace("_", " ")) for i, m in enumerate(models)],
+        "ylabel": "%",
+        "ylim": (0, None),
+    }
+    return (
+        scores_table(models)
+        + "<p>Small figures are 95% bootstrap intervals over pictures.</p>"
+        + (draw_chart([panel], "Hallucination by round; bands are 95% intervals.") if len(models) > 1 else "")
+        + source(run, *shard_paths(run / "06_evaluation", "scores"))
+    )
 
 # %% ../nbs/09_report.ipynb #7e42d64f
 def facts_of(prompt, text):
@@ -325,15 +451,22 @@ def claim_list(claims):
         kind = {True: "true", False: "false", None: "unknown"}[truth]
         judged = VERDICT_CLASSES.get(verdict, "") if truth is None else "wrong" if wrong else ""
         says = f", labeler: {html.escape(verdict)}" if verdict else ""
-        chips.append(f'<li class="{" ".join(filter(None, (kind, judged)))}" title="{kind}{says}">'
-                     f'{sign}{html.escape(text)}{" (false)" if truth is False else ""}</li>')
+        chips.append(
+            f'<li class="{" ".join(filter(None, (kind, judged)))}" title="{kind}{says}">'
+            f"{sign}{html.escape(text)}{' (false)' if truth is False else ''}</li>"
+        )
     return f"<ul class=claims>{''.join(chips)}</ul>"
 
 
 def case(image, parts):
     "A picture beside texts: `parts` are (tag, text, claims)."
-    cells = "".join(f"<div><span class=tag>{tag}</span><p>{html.escape(text)}</p>{claim_list(claims)}</div>" for tag, text, claims in parts)
-    return f'<div class=case><div>{image}</div><div{" class=two" if len(parts) > 1 else ""}>{cells}</div></div>'
+    cells = "".join(
+        f"<div><span class=tag>{tag}</span><p>{html.escape(text)}</p>{claim_list(claims)}</div>"
+        for tag, text, claims in parts
+    )
+    return (
+        f"<div class=case><div>{image}</div><div{' class=two' if len(parts) > 1 else ''}>{cells}</div></div>"
+    )
 
 
 def show_before_after(run, n=3):
@@ -348,12 +481,19 @@ def show_before_after(run, n=3):
         prompt, parts = Prompt("", "", "", "", f"iconworld/{pair[0]['scene_id']}"), []
         for model, row in zip((models[0], models[-1]), pair):
             facts = facts_of(prompt, row["text"])
-            parts.append((plain(model), row["text"], [(f, t, "") for f, t in facts.items() if f != row["text"]]))
+            parts.append(
+                (plain(model), row["text"], [(f, t, "") for f, t in facts.items() if f != row["text"]])
+            )
         buffer = io.BytesIO()
         draw_picture(scene_of(prompt)).save(buffer, "PNG")
         cases.append(case(picture(buffer.getvalue()), parts))
-    return (f"<p>The first {len(shown)} held-out pictures about which {plain(models[0])} says something false. Red claims are false.</p>"
-            + "".join(cases) + source(run, *shard_paths(folder, "cases-0")[:1], *shard_paths(folder, f"cases-{len(models) - 1}")[:1]))
+    return (
+        f"<p>The first {len(shown)} held-out pictures about which {plain(models[0])} says something false. Red claims are false.</p>"
+        + "".join(cases)
+        + source(
+            run, *shard_paths(folder, "cases-0")[:1], *shard_paths(folder, f"cases-{len(models) - 1}")[:1]
+        )
+    )
 
 
 def read_feedback(run, k):
@@ -361,11 +501,16 @@ def read_feedback(run, k):
     here, claims, by_reward = run / f"round_{k}", {}, (run / f"round_{k}" / "04_reward_pairs").exists()
     prompts = {p.prompt_id: p for p in read_table(run / "prompts", "prompts", Prompt)}
     responses = {r.response_id: r for r in read_table(here / "01_sampling", "responses", Response)}
-    labels = {v.claim_id: v.label for v in ([] if by_reward else read_table(here / "03_feedback", "verdicts", Verdict))}
+    labels = {
+        v.claim_id: v.label
+        for v in ([] if by_reward else read_table(here / "03_feedback", "verdicts", Verdict))
+    }
     facts = {r.response_id: facts_of(prompts[r.prompt_id], r.text) for r in responses.values()}
     for c in [] if by_reward else read_table(here / "02_claims", "claims", Claim):
         if c.claim_id in labels:
-            claims.setdefault(c.response_id, []).append((c.text, facts[c.response_id].get(c.text), labels[c.claim_id]))
+            claims.setdefault(c.response_id, []).append(
+                (c.text, facts[c.response_id].get(c.text), labels[c.claim_id])
+            )
     return prompts, responses, claims
 
 
@@ -382,7 +527,10 @@ def verdict_table(counts):
     rows, labels = [], ("yes", "no", "abstain")
     for truth, name in ((True, "true claims"), (False, "false claims"), (None, "claims of unknown truth")):
         if total := sum(counts[truth, label] for label in labels):
-            share = (f"{counts[truth, label]:,}<small>{100 * counts[truth, label] / total:.1f}%</small>" for label in labels)
+            share = (
+                f"{counts[truth, label]:,}<small>{100 * counts[truth, label] / total:.1f}%</small>"
+                for label in labels
+            )
             rows.append([name, f"{total:,}", *share])
     return html_table(["", "claims", "✓ accepted", "✗ rejected", "? abstained"], rows)
 
@@ -392,8 +540,15 @@ def show_feedback(run, k, n=4):
     prompts, responses, claims = read_feedback(run, k)
     lost = lost_answers(run / f"round_{k}")
     counts = Counter((truth, label) for judged in claims.values() for _, truth, label in judged)
-    right, wrong = (sum(counts[key] for key in keys) for keys in (((True, "yes"), (False, "no")), ((True, "no"), (False, "yes"))))
-    known = f"The labeler was right about <b class=num>{100 * right / n_known:.1f}%</b> of {n_known:,} claims. " if (n_known := right + wrong) else ""
+    right, wrong = (
+        sum(counts[key] for key in keys)
+        for keys in (((True, "yes"), (False, "no")), ((True, "no"), (False, "yes")))
+    )
+    known = (
+        f"The labeler was right about <b class=num>{100 * right / n_known:.1f}%</b> of {n_known:,} claims. "
+        if (n_known := right + wrong)
+        else ""
+    )
     cases = []
     for response in [r for r in responses.values() if r.sample_index == 0][:n]:
         prompt = prompts[response.prompt_id]
@@ -403,45 +558,107 @@ def show_feedback(run, k, n=4):
     legend = "the colours are the labeler's verdict: whether a claim is true is not known"
     if n_known:
         legend = "green claims are true, red ones false, and an outlined one was judged wrongly"
-    return (f"<p>{known}✓ accepted, ✗ rejected, ? abstained; {legend}.</p>"
-            + verdict_table(counts) + "".join(cases)
-            + source(run, *(run / f"round_{k}" / folder for folder in ("01_sampling", "02_claims", "03_feedback"))))
+    return (
+        f"<p>{known}✓ accepted, ✗ rejected, ? abstained; {legend}.</p>"
+        + verdict_table(counts)
+        + "".join(cases)
+        + source(
+            run, *(run / f"round_{k}" / folder for folder in ("01_sampling", "02_claims", "03_feedback"))
+        )
+    )
 
 
 def show_pairs(run, k, n=3):
     "The first pair of each of the first prompts of round k side by side, and whether chosen is longer, or really better."
-    folder, (prompts, _, claims) = max((run / f"round_{k}").glob("04_*"), default=run / f"round_{k}" / "04_pairs"), read_feedback(run, k)
+    folder, (prompts, _, claims) = (
+        max((run / f"round_{k}").glob("04_*"), default=run / f"round_{k}" / "04_pairs"),
+        read_feedback(run, k),
+    )
     pairs = read_table(folder, "pairs", Pair)
-    false = lambda p, text: sum(truth is False for fact, truth in facts_of(prompts[p.prompt_id], text).items() if fact != text)
-    counted = [(false(p, p.chosen), false(p, p.rejected)) for p in pairs if facts_of(prompts[p.prompt_id], p.chosen)]
-    better = f" Chosen really has fewer false claims in <b class=num>{100 * sum(a < b for a, b in counted) / len(counted):.1f}%</b>." if counted else ""
-    words = [sum(len(text.split()) for text in texts) / max(1, len(pairs)) for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])]
+    false = lambda p, text: sum(
+        truth is False for fact, truth in facts_of(prompts[p.prompt_id], text).items() if fact != text
+    )
+    counted = [
+        (false(p, p.chosen), false(p, p.rejected)) for p in pairs if facts_of(prompts[p.prompt_id], p.chosen)
+    ]
+    better = (
+        f" Chosen really has fewer false claims in <b class=num>{100 * sum(a < b for a, b in counted) / len(counted):.1f}%</b>."
+        if counted
+        else ""
+    )
+    words = [
+        sum(len(text.split()) for text in texts) / max(1, len(pairs))
+        for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
+    ]
     cases = []
     for p in list({p.prompt_id: p for p in reversed(pairs)}.values())[: -n - 1 : -1]:
-        cases.append(case(prompt_picture(run, prompts[p.prompt_id]), [(f"{side} (score {score:g})", text, claims.get(i, [])) for side, score, text, i in
-                                  (("chosen", p.chosen_score, p.chosen, p.chosen_id), ("rejected", p.rejected_score, p.rejected, p.rejected_id))]))
-    return (f"<p>{len(pairs):,} pairs. Mean words: chosen {words[0]:.1f}, rejected {words[1]:.1f}.{better}</p>" + "".join(cases)
-            + source(run, *shard_paths(folder, "pairs")[:1]))
+        cases.append(
+            case(
+                prompt_picture(run, prompts[p.prompt_id]),
+                [
+                    (f"{side} (score {score:g})", text, claims.get(i, []))
+                    for side, score, text, i in (
+                        ("chosen", p.chosen_score, p.chosen, p.chosen_id),
+                        ("rejected", p.rejected_score, p.rejected, p.rejected_id),
+                    )
+                ],
+            )
+        )
+    return (
+        f"<p>{len(pairs):,} pairs. Mean words: chosen {words[0]:.1f}, rejected {words[1]:.1f}.{better}</p>"
+        + "".join(cases)
+        + source(run, *shard_paths(folder, "pairs")[:1])
+    )
 
 # %% ../nbs/09_report.ipynb #a8f350da
 def show_training(run, rounds):
     "What each round learned, and its loss, margin and accuracy: lines for training pairs, dots for held-out pairs."
-    tables = {k: read_dicts(run / f"round_{k}" / "05_dpo", "training") for k in rounds if shard_paths(run / f"round_{k}" / "05_dpo", "training")}
+    tables = {
+        k: read_dicts(run / f"round_{k}" / "05_dpo", "training")
+        for k in rounds
+        if shard_paths(run / f"round_{k}" / "05_dpo", "training")
+    }
     if not tables:
         raise FileNotFoundError("no training-*.jsonl in any round's 05_dpo")
-    parts = [(k, style, [r for r in rows if r["split"] == split]) for k, rows in tables.items() for split, style in (("train", "-"), ("dev", "o"))]
-    panels = [{"title": key, "xlabel": "step", "lines": [(f"round {k}", [r["step"] for r in part], [r[key] for r in part], None, None, style, k - 1)
-                                                        for k, style, part in parts]} for key in ("loss", "margin", "accuracy")]
-    caption = ("DPO training: lines are training pairs, dots held-out pairs. Margin: implicit reward of chosen minus rejected; "
-               "accuracy: share of pairs with a positive margin.")
+    parts = [
+        (k, style, [r for r in rows if r["split"] == split])
+        for k, rows in tables.items()
+        for split, style in (("train", "-"), ("dev", "o"))
+    ]
+    panels = [
+        {
+            "title": key,
+            "xlabel": "step",
+            "lines": [
+                (f"round {k}", [r["step"] for r in part], [r[key] for r in part], None, None, style, k - 1)
+                for k, style, part in parts
+            ],
+        }
+        for key in ("loss", "margin", "accuracy")
+    ]
+    caption = (
+        "DPO training: lines are training pairs, dots held-out pairs. Margin: implicit reward of chosen minus rejected; "
+        "accuracy: share of pairs with a positive margin."
+    )
     rows = []
     for k, o in outcomes(run, rounds).items():
         name = f"round {k}" if o.learned else f"round {k}, learned nothing"
-        rows.append([name, f"{o.train_pairs:,} + {o.dev_pairs:,}", f"{o.steps:,}", f"{o.best_step:,}", loss_text(o),
-                     f"{o.margin:.2f}", f"{100 * o.accuracy:.0f}%"])
+        rows.append(
+            [
+                name,
+                f"{o.train_pairs:,} + {o.dev_pairs:,}",
+                f"{o.steps:,}",
+                f"{o.best_step:,}",
+                loss_text(o),
+                f"{o.margin:.2f}",
+                f"{100 * o.accuracy:.0f}%",
+            ]
+        )
     table = html_table(["", "pairs", "steps", "best step", "loss", "margin", "accuracy"], rows)
-    table += ("<p>Pairs to train on and held out; of the held-out ones the loss before training and at the best step, and "
-              "margin (nats) and accuracy there.</p>")
+    table += (
+        "<p>Pairs to train on and held out; of the held-out ones the loss before training and at the best step, and "
+        "margin (nats) and accuracy there.</p>"
+    )
     shards = [path for k in tables for path in shard_paths(run / f"round_{k}" / "05_dpo", "training")]
     return table * bool(rows) + draw_chart(panels, caption) + source(run, *shards)
 
@@ -454,20 +671,42 @@ def show_guided(run):
         lines = []
         for colour, ranking in enumerate(dict.fromkeys(r["ranking"] for r in rows)):
             part = [r for r in rows if (r["policy"], r["ranking"]) == (policy, ranking)]
-            x, y, low, high = ([r[key] for r in part] for key in ("n_candidates", "value", "ci_low", "ci_high"))
+            x, y, low, high = (
+                [r[key] for r in part] for key in ("n_candidates", "value", "ci_low", "ci_high")
+            )
             lines.append((ranking.replace("_", " "), x, y, low, high, "o-", colour))
-        panels.append({"title": f"candidates of the {policy} policy", "xlabel": "N", "ylabel": "hallucinating answers, %", "lines": lines,
-                       "log": True, "ticks": [(n, str(n)) for n in counts], "ylim": (0, None)})
+        panels.append(
+            {
+                "title": f"candidates of the {policy} policy",
+                "xlabel": "N",
+                "ylabel": "hallucinating answers, %",
+                "lines": lines,
+                "log": True,
+                "ticks": [(n, str(n)) for n in counts],
+                "ylim": (0, None),
+            }
+        )
     best = [r for r in rows if r["ranking"] == "reward_mean" and r["n_candidates"] in (1, counts[-1])]
-    text = "; ".join(f"{r['policy']}, N = {r['n_candidates']}: <b class=num>{r['value']:.1f}%</b>" for r in best)
-    return (f"<p>Hallucinating answers when the length-normalised implicit reward chooses: {text}.</p>"
-            + draw_chart(panels, "Best of N by ranking; bands are 95% intervals.") + source(run, *shard_paths(run / "07_guided_decoding", "curve")))
+    text = "; ".join(
+        f"{r['policy']}, N = {r['n_candidates']}: <b class=num>{r['value']:.1f}%</b>" for r in best
+    )
+    return (
+        f"<p>Hallucinating answers when the length-normalised implicit reward chooses: {text}.</p>"
+        + draw_chart(panels, "Best of N by ranking; bands are 95% intervals.")
+        + source(run, *shard_paths(run / "07_guided_decoding", "curve"))
+    )
 
 
 def show_seconds(seconds):
     "`41 s`, `12 min 05 s`, `3 h 07 min`."
     s = round(seconds)
-    return f"{s} s" if s < 60 else f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return (
+        f"{s} s"
+        if s < 60
+        else f"{s // 60} min {s % 60:02d} s"
+        if s < 3600
+        else f"{s // 3600} h {s % 3600 // 60:02d} min"
+    )
 
 
 def show_steps(run):
@@ -481,21 +720,40 @@ def show_steps(run):
         name, cells = html.escape(folder.relative_to(run).as_posix()), ["–", "–", "not finished"]
         if (folder / "manifest.json").exists():
             m = read_manifest(folder)
-            aside = ", ".join(f"{n:,} {html.escape(reason)}" for reason, n in m["set_aside"].items()) or "none"
-            name, cells = f'<a href="{name}/manifest.json">{name}</a>', [f"{m['rows_in']:,}", f"{m['rows_out']:,}", aside]
-        rows.append([name, *cells, show_seconds(step["seconds"]) + (f" ({step['attempts']} attempts)" if step["attempts"] > 1 else "")])
+            aside = (
+                ", ".join(f"{n:,} {html.escape(reason)}" for reason, n in m["set_aside"].items()) or "none"
+            )
+            name, cells = (
+                f'<a href="{name}/manifest.json">{name}</a>',
+                [f"{m['rows_in']:,}", f"{m['rows_out']:,}", aside],
+            )
+        rows.append(
+            [
+                name,
+                *cells,
+                show_seconds(step["seconds"])
+                + (f" ({step['attempts']} attempts)" if step["attempts"] > 1 else ""),
+            ]
+        )
         total += step["seconds"]
     rows.append(["all steps", "", "", "", show_seconds(total)])
-    return html_table(["step", "rows in", "rows out", "set aside", "time"], rows, left=(3,)) + source(run, run / "manifest.json")
+    return html_table(["step", "rows in", "rows out", "set aside", "time"], rows, left=(3,)) + source(
+        run, run / "manifest.json"
+    )
 
 
 def show_setting(run):
     "The recipe, and the versions that decide results."
     found = json.loads((run / "manifest.json").read_text()) if (run / "manifest.json").exists() else {}
-    versions = ", ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in found.get("versions", {}).items()) or "known when the run is finished"
-    return (f"<p>Commit {html.escape(found.get('commit') or 'unknown')}. Versions: {versions}.</p><details><summary>The recipe</summary>"
-            f"<pre>{html.escape((run / 'recipe.yaml').read_text(encoding='utf-8'))}</pre></details>"
-            + source(run, run / "recipe.yaml", run / "manifest.json"))
+    versions = (
+        ", ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in found.get("versions", {}).items())
+        or "known when the run is finished"
+    )
+    return (
+        f"<p>Commit {html.escape(found.get('commit') or 'unknown')}. Versions: {versions}.</p><details><summary>The recipe</summary>"
+        f"<pre>{html.escape((run / 'recipe.yaml').read_text(encoding='utf-8'))}</pre></details>"
+        + source(run, run / "recipe.yaml", run / "manifest.json")
+    )
 
 
 def part(title, show, run, *args):
@@ -529,8 +787,11 @@ def run_body(run):
     if measured:
         body += part("Scores", show_scores, run) + part("Before and after", show_before_after, run)
     by_claims = [k for k in rounds if not (run / f"round_{k}" / "04_reward_pairs").exists()]
-    body += "".join(part(f"Feedback in round {k}", show_feedback, run, k) * (k in by_claims)
-                    + part(f"Pairs of round {k}", show_pairs, run, k) for k in rounds)
+    body += "".join(
+        part(f"Feedback in round {k}", show_feedback, run, k) * (k in by_claims)
+        + part(f"Pairs of round {k}", show_pairs, run, k)
+        for k in rounds
+    )
     body += part("Training", show_training, run, rounds)
     if "07_guided_decoding" in evaluate or shard_paths(run / "07_guided_decoding", "curve"):
         body += part("Best of N", show_guided, run)
@@ -540,19 +801,28 @@ def run_body(run):
 def comparison_body(run):
     "The page of a folder of runs, which `variants.json` lists: the scores after the last round side by side."
     names = json.loads((run / "variants.json").read_text())
-    found = {name: read_scores(run / name) for name in names if shard_paths(run / name / "06_evaluation", "scores")}
+    found = {
+        name: read_scores(run / name) for name in names if shard_paths(run / name / "06_evaluation", "scores")
+    }
     if not found:
         return "<h1>No variant has been evaluated yet.</h1>"
     after = {name: list(models.values())[-1] for name, models in found.items()}
     columns = {"before": next(iter(next(iter(found.values())).values()))} | after
-    result = ", ".join(f"{plain(name)} <b class=num>{scores['response'].value:.1f}%</b>" for name, scores in after.items())
+    result = ", ".join(
+        f"{plain(name)} <b class=num>{scores['response'].value:.1f}%</b>" for name, scores in after.items()
+    )
     missing = ", ".join(plain(name) for name in names if name not in found)
     links = ", ".join(f'<a href="{html.escape(name)}/report.html">{plain(name)}</a>' for name in found)
-    return (f"<p class=eyebrow>RLAIF-V, variants of one recipe</p><h1>Answers that name something absent: "
-            f"before <b class=num>{columns['before']['response'].value:.1f}%</b>; after {result}.</h1>"
-            + (f"<p class=missing>Not there yet: {missing}.</p>" if missing else "") + scores_table(columns, change=False)
-            + f"<p>Small figures are 95% bootstrap intervals over pictures. Reports of the variants: {links}.</p>"
-            + source(run, *(path for name in found for path in shard_paths(run / name / "06_evaluation", "scores"))))
+    return (
+        f"<p class=eyebrow>RLAIF-V, variants of one recipe</p><h1>Answers that name something absent: "
+        f"before <b class=num>{columns['before']['response'].value:.1f}%</b>; after {result}.</h1>"
+        + (f"<p class=missing>Not there yet: {missing}.</p>" if missing else "")
+        + scores_table(columns, change=False)
+        + f"<p>Small figures are 95% bootstrap intervals over pictures. Reports of the variants: {links}.</p>"
+        + source(
+            run, *(path for name in found for path in shard_paths(run / name / "06_evaluation", "scores"))
+        )
+    )
 
 
 def write_report(run):

@@ -19,16 +19,33 @@ from pathlib import Path
 
 from .benchmarks import check_mode, read_json_rows, require_ids, rows_by_id
 from .intervals import average_repeats, figure_intervals, judge_agreement, sum_counts
-from .judgements import (REFOMB_TYPES, count_points, count_preferences, count_ratings, point_figures, preference_figures,
-                                  rating_figures, read_preference, read_rating)
+from rlaifv_nb.judgements import (
+    REFOMB_TYPES,
+    count_points,
+    count_preferences,
+    count_ratings,
+    point_figures,
+    preference_figures,
+    rating_figures,
+    read_preference,
+    read_rating,
+)
 from .judges import JudgePrompt, judge_note
-from .objects import count_mentions, mention_figures, needs_extraction, parse_object_list, phrase_mentions, text_mentions
+from rlaifv_nb.objects import (
+    count_mentions,
+    mention_figures,
+    needs_extraction,
+    parse_object_list,
+    phrase_mentions,
+    text_mentions,
+)
 from .records import StageFolder, read_manifest, read_table, resolve_path, sha256_of, write_table
 
 # %% ../nbs/06_reviews.ipynb #c57c62eb
 @dataclass(frozen=True)
 class Template:
     "A prompt with places to fill in, and the hash of its file."
+
     system: str
     text: str
     names: tuple
@@ -49,15 +66,20 @@ def text_template(whole, *names, source="the prompt"):
     "A Template from its text. Raises ValueError naming `source` when it lacks one of the places."
     missing = [f"{{{name}}}" for name in names if f"{{{name}}}" not in whole]
     if missing:
-        raise ValueError(f"{source} has no {', '.join(missing)}: name the places to fill in {', '.join(f'{{{name}}}' for name in names)}")
+        raise ValueError(
+            f"{source} has no {', '.join(missing)}: name the places to fill in {', '.join(f'{{{name}}}' for name in names)}"
+        )
     parts = re.split(r"^\[(system|user)\]\n", whole, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2])) if len(parts) > 1 else {"user": whole}
-    return Template(sections.get("system", "").strip(), sections.get("user", "").strip(), names, sha256_of(whole)[:12])
+    return Template(
+        sections.get("system", "").strip(), sections.get("user", "").strip(), names, sha256_of(whole)[:12]
+    )
 
 # %% ../nbs/06_reviews.ipynb #5a976e17
 @dataclass(frozen=True)
 class Review:
     "A judge's text on an item, with the value read from it (None: unreadable) and the whole judgement behind it."
+
     item_id: object
     part: str
     order: str
@@ -106,21 +128,42 @@ def review_stage(out, benchmark, judge, mode, answers, items, templates, **param
     "The folder of a review. Raises ValueError for an unknown mode, ids that do not fit, or a folder begun with something else."
     check_mode(mode)
     require_ids(answers, items)
-    content = {"answers": [[id, answers[id]] for id in items], "items": [[id, item] for id, item in items.items()]}
-    inputs = {name: sha256_of(json.dumps(value, sort_keys=True, default=sorted)) for name, value in content.items()}
+    content = {
+        "answers": [[id, answers[id]] for id in items],
+        "items": [[id, item] for id, item in items.items()],
+    }
+    inputs = {
+        name: sha256_of(json.dumps(value, sort_keys=True, default=sorted)) for name, value in content.items()
+    }
     inputs |= {f"prompt: {name}": template.sha for name, template in templates.items()}
-    return StageFolder(out, f"review {benchmark}", {"mode": mode, "judge": judge.identity} | parameters, inputs)
+    return StageFolder(
+        out, f"review {benchmark}", {"mode": mode, "judge": judge.identity} | parameters, inputs
+    )
 
 
 def finish_review(stage, judge, reviews, figures, published, labels=None, **extra):
     "Writes the table and the manifest of a review, and returns the figures. `labels` `{part: {item_id: label}}` are those of a comparison."
-    extra |= {"labels": {part: list(map(list, found.items())) for part, found in labels.items()}} if labels else {}
+    extra |= (
+        {"labels": {part: list(map(list, found.items())) for part, found in labels.items()}} if labels else {}
+    )
     last = last_reviews(reviews).values()
     write_table(stage.path, "reviews", reviews)
-    asked = {"verdicts": len(last), "asked_again": len(reviews) - len(last), "unreadable": sum(r.value is None for r in last),
-             "cut": sum(r.judgement["finish_reason"] == "length" for r in last),
-             "judge_versions": dict(Counter(r.judgement["version"] for r in reviews))}
-    stage.finish(len(last), len(last) - asked["unreadable"], ["reviews"], note=judge_note(judge, published), asked=asked, figures=figures, **extra)
+    asked = {
+        "verdicts": len(last),
+        "asked_again": len(reviews) - len(last),
+        "unreadable": sum(r.value is None for r in last),
+        "cut": sum(r.judgement["finish_reason"] == "length" for r in last),
+        "judge_versions": dict(Counter(r.judgement["version"] for r in reviews)),
+    }
+    stage.finish(
+        len(last),
+        len(last) - asked["unreadable"],
+        ["reviews"],
+        note=judge_note(judge, published),
+        asked=asked,
+        figures=figures,
+        **extra,
+    )
     return read_figures(stage.path)
 
 
@@ -139,15 +182,25 @@ def review_table(out):
     "A finished review as Markdown: figures with intervals, and what a reader has to know of them."
     manifest = read_manifest(out)
     asked, lines = manifest["asked"], ["| figure | value | 95% interval |", "|---|---|---|"]
-    lines += [f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |" for name, (value, low, high) in read_figures(out).items()]
-    mode, notes = manifest["parameters"]["mode"], [manifest[key] for key in ("note", "repeats_note") if manifest.get(key)]
+    lines += [
+        f"| {name} | {value:.4g} | {low:.4g} to {high:.4g} |"
+        for name, (value, low, high) in read_figures(out).items()
+    ]
+    mode, notes = (
+        manifest["parameters"]["mode"],
+        [manifest[key] for key in ("note", "repeats_note") if manifest.get(key)],
+    )
     counted = f"{asked['verdicts']} verdicts, {asked['unreadable']} unreadable, {asked['asked_again']} asked again, {asked['cut']} cut"
     return "\n".join(lines + ["", f"{manifest['stage']}, {mode} mode, {'; '.join(notes)}. {counted}."])
 
 
 def repeat_note(judge, asked, wanted):
     "What a reader has to know of the repeats."
-    return f"the judge decodes greedily, {wanted} repeats would be the same: asked once" if asked < wanted else f"repeats: {asked}"
+    return (
+        f"the judge decodes greedily, {wanted} repeats would be the same: asked once"
+        if asked < wanted
+        else f"repeats: {asked}"
+    )
 
 # %% ../nbs/06_reviews.ipynb #1e5cea1f
 def read_refomb_items(path):
@@ -156,21 +209,42 @@ def read_refomb_items(path):
     Raises ValueError naming a row without reference answer (`RefoMB_dev.jsonl` has none) or of an unknown type."""
     items = {}
     for number, row in enumerate(read_json_rows(path)):
-        bad = [key for key in ("question", "description", "type", "answer", "image_url") if not (isinstance(row.get(key), str) and row[key].strip())]
+        bad = [
+            key
+            for key in ("question", "description", "type", "answer", "image_url")
+            if not (isinstance(row.get(key), str) and row[key].strip())
+        ]
         if bad:
-            raise ValueError(f"{path}, row {number + 1} has no {', '.join(bad)}: take the file with GPT-4V's answers, gpt4v_RefoMB_dev_0521.jsonl")
+            raise ValueError(
+                f"{path}, row {number + 1} has no {', '.join(bad)}: take the file with GPT-4V's answers, gpt4v_RefoMB_dev_0521.jsonl"
+            )
         if row["type"] not in REFOMB_TYPES:
-            raise ValueError(f"{path}, row {number + 1}: unknown type {row['type']!r}; there are {', '.join(REFOMB_TYPES)}")
-        items[number] = {"question": row["question"], "description": row["description"], "type": row["type"], "reference": row["answer"],
-                         "image": row["image_url"]}
+            raise ValueError(
+                f"{path}, row {number + 1}: unknown type {row['type']!r}; there are {', '.join(REFOMB_TYPES)}"
+            )
+        items[number] = {
+            "question": row["question"],
+            "description": row["description"],
+            "type": row["type"],
+            "reference": row["answer"],
+            "image": row["image_url"],
+        }
     return items
 
 
 def read_refomb_answers(path, items):
     "`{number: answer}` of an answer file (`image_url`, `question` or `prompt`, `answer` or `text`). Raises ValueError naming what does not fit."
-    rows = [{"key": (row.get("question", row.get("prompt")), row.get("image_url")), "answer": row.get("answer", row.get("text"))}
-            for row in read_json_rows(path)]
-    found, wanted = rows_by_id(rows, "key", "answer", source=str(path)), {(item["question"], item["image"]): id for id, item in items.items()}
+    rows = [
+        {
+            "key": (row.get("question", row.get("prompt")), row.get("image_url")),
+            "answer": row.get("answer", row.get("text")),
+        }
+        for row in read_json_rows(path)
+    ]
+    found, wanted = (
+        rows_by_id(rows, "key", "answer", source=str(path)),
+        {(item["question"], item["image"]): id for id, item in items.items()},
+    )
     require_ids(found, wanted, str(path))
     return {id: found[key]["answer"] for key, id in wanted.items()}
 
@@ -189,8 +263,14 @@ def preference_counts(reviews, types, mode):
     "Counts per item of preferences (`count_preferences`), one a repeat."
     last, counts = last_reviews(reviews), []
     for repeat in dict.fromkeys(r.repeat for r in reviews):
-        texts = {order: {r.item_id: r.text if r.value is not None else "" for r in last.values() if (r.repeat, r.order) == (repeat, order)}
-                 for order in orders_of(mode)}
+        texts = {
+            order: {
+                r.item_id: r.text if r.value is not None else ""
+                for r in last.values()
+                if (r.repeat, r.order) == (repeat, order)
+            }
+            for order in orders_of(mode)
+        }
         counts.append(count_preferences(texts["second"], types, texts.get("first"), mode))
     return counts
 
@@ -199,29 +279,57 @@ def preference_labels(reviews):
     "`{item_id: 1 (the model), -1 (the reference), 0 or None}`: the sign of the mean over orders and repeats of `Review` rows."
     scores = {}
     for r in last_reviews(reviews).values():
-        scores.setdefault(r.item_id, []).extend([] if r.value is None else [r.value if r.order == "second" else -r.value])
+        scores.setdefault(r.item_id, []).extend(
+            [] if r.value is None else [r.value if r.order == "second" else -r.value]
+        )
     return {id: (sum(found) > 0) - (sum(found) < 0) if found else None for id, found in scores.items()}
 
 
-def review_refomb(answers, items, judge, out, mode="clean", prompt="packaged:prompts/refomb_review.txt",
-                  trust_prompt="packaged:prompts/refomb_trust.txt", repeats=3, retries=2):
+def review_refomb(
+    answers,
+    items,
+    judge,
+    out,
+    mode="clean",
+    prompt="packaged:prompts/refomb_review.txt",
+    trust_prompt="packaged:prompts/refomb_trust.txt",
+    repeats=3,
+    retries=2,
+):
     """RefoMB: figures `win`, `trust`, each also per type, with intervals; in clean mode unread, consistent and first of both.
 
     `answers` `{id: text}`, `items` as from `read_refomb_items`. Own prompts have {question}, {description}, {answer_a}, {answer_b}, and
     {review}. Figures are means over `repeats`; the interval is over items, each repeat's figure stands in the manifest.
     Raises JudgeError when judgements are missing (the same call goes on), ValueError in official mode for a verdict that stays unreadable."""
     asked = repeats_of(judge, repeats)
-    first, second = read_template(prompt, "question", "description", "answer_a", "answer_b"), read_template(trust_prompt, "review")
-    stage = review_stage(out, "RefoMB", judge, mode, answers, items, {"review": first, "trust": second}, repeats=repeats, retries=retries)
+    first, second = (
+        read_template(prompt, "question", "description", "answer_a", "answer_b"),
+        read_template(trust_prompt, "review"),
+    )
+    stage = review_stage(
+        out,
+        "RefoMB",
+        judge,
+        mode,
+        answers,
+        items,
+        {"review": first, "trust": second},
+        repeats=repeats,
+        retries=retries,
+    )
     if stage.is_done:
         return read_figures(out)
     tasks = [(repeat, order, id) for repeat in range(asked) for order in orders_of(mode) for id in items]
 
     def compare(repeat, order, id, draw):
         a, b = in_order(order, answers[id], items[id]["reference"])
-        return first.fill(draw, question=items[id]["question"], description=items[id]["description"], answer_a=a, answer_b=b)
+        return first.fill(
+            draw, question=items[id]["question"], description=items[id]["description"], answer_a=a, answer_b=b
+        )
 
-    ask = partial(ask_reviews, judge, tasks=tasks, read=partial(read_preference, mode=mode), mode=mode, retries=retries)
+    ask = partial(
+        ask_reviews, judge, tasks=tasks, read=partial(read_preference, mode=mode), mode=mode, retries=retries
+    )
     wins = ask("win", prompt_of=compare)
     written = {r.task[1:]: r.text for r in wins}
     trusts = ask("trust", prompt_of=lambda *task: second.fill(task[3], review=written[task[:3]]))
@@ -229,11 +337,22 @@ def review_refomb(answers, items, judge, out, mode="clean", prompt="packaged:pro
     for name, reviews in (("win", wins), ("trust", trusts)):
         counts, figures_of = preference_counts(reviews, types, mode), partial(preference_figures, mode=mode)
         found = figure_intervals(average_repeats(counts), figures_of)
-        figures |= {key.replace("win", name) if key.startswith("win") else f"{key}: {name}": value for key, value in found.items()}
+        figures |= {
+            key.replace("win", name) if key.startswith("win") else f"{key}: {name}": value
+            for key, value in found.items()
+        }
         single[name] = [figures_of(sum_counts(c)).get("win") for c in counts]
     labels = {part: preference_labels(reviews) for part, reviews in (("win", wins), ("trust", trusts))}
-    return finish_review(stage, judge, wins + trusts, figures, "gpt-4-1106-preview", labels, repeats_note=repeat_note(judge, asked, repeats),
-                         figures_of_repeats=single)
+    return finish_review(
+        stage,
+        judge,
+        wins + trusts,
+        figures,
+        "gpt-4-1106-preview",
+        labels,
+        repeats_note=repeat_note(judge, asked, repeats),
+        figures_of_repeats=single,
+    )
 
 # %% ../nbs/06_reviews.ipynb #40298ad4
 def read_mmhal_items(path):
@@ -242,9 +361,16 @@ def read_mmhal_items(path):
     for number, row in enumerate(read_json_rows(path)):
         bad = [key for key in ("question", "gt_answer", "question_type", "image_content") if not row.get(key)]
         if bad:
-            raise ValueError(f"{path}, row {number + 1} has no {', '.join(bad)}: take response_template.json of MMHal-Bench")
-        items[number] = {"question": row["question"], "contents": ", ".join(row["image_content"]), "standard": row["gt_answer"],
-                         "type": row["question_type"], "image": row.get("image_id", "")}
+            raise ValueError(
+                f"{path}, row {number + 1} has no {', '.join(bad)}: take response_template.json of MMHal-Bench"
+            )
+        items[number] = {
+            "question": row["question"],
+            "contents": ", ".join(row["image_content"]),
+            "standard": row["gt_answer"],
+            "type": row["question_type"],
+            "image": row.get("image_id", ""),
+        }
     return items
 
 
@@ -259,26 +385,52 @@ def read_mmhal_answers(path):
     return answers
 
 
-def review_mmhal(answers, items, judge, out, mode="clean", prompt="packaged:prompts/mmhal_rating.txt", repeats=1, retries=2):
+def review_mmhal(
+    answers, items, judge, out, mode="clean", prompt="packaged:prompts/mmhal_rating.txt", repeats=1, retries=2
+):
     """MMHal-Bench: score, hallucination, informativeness and `score: type`, with intervals; clean mode adds unread.
 
     `items` as from `read_mmhal_items`. Your own prompt has {contents}, {question}, {standard}, {answer}.
     Raises JudgeError when judgements are missing: the same call goes on."""
     asked = repeats_of(judge, repeats)
     template = read_template(prompt, "contents", "question", "standard", "answer")
-    stage = review_stage(out, "MMHal-Bench", judge, mode, answers, items, {"rating": template}, repeats=repeats, retries=retries)
+    stage = review_stage(
+        out,
+        "MMHal-Bench",
+        judge,
+        mode,
+        answers,
+        items,
+        {"rating": template},
+        repeats=repeats,
+        retries=retries,
+    )
     if stage.is_done:
         return read_figures(out)
 
     def rate(repeat, order, id, draw):
-        return template.fill(draw, answer=answers[id], **{k: items[id][k] for k in ("contents", "question", "standard")})
+        return template.fill(
+            draw, answer=answers[id], **{k: items[id][k] for k in ("contents", "question", "standard")}
+        )
 
-    reviews = ask_reviews(judge, "rating", [(repeat, "", id) for repeat in range(asked) for id in items], rate, partial(read_rating, mode=mode), mode,
-                          retries)
-    texts = [[r.text if r.value is not None else "" for r in last_reviews(reviews).values() if r.repeat == k] for k in range(asked)]
+    reviews = ask_reviews(
+        judge,
+        "rating",
+        [(repeat, "", id) for repeat in range(asked) for id in items],
+        rate,
+        partial(read_rating, mode=mode),
+        mode,
+        retries,
+    )
+    texts = [
+        [r.text if r.value is not None else "" for r in last_reviews(reviews).values() if r.repeat == k]
+        for k in range(asked)
+    ]
     counts = [count_ratings(row, [item["type"] for item in items.values()], mode) for row in texts]
     figures = figure_intervals(average_repeats(counts), partial(rating_figures, mode=mode))
-    return finish_review(stage, judge, reviews, figures, "gpt-4-1106-preview", repeats_note=repeat_note(judge, asked, repeats))
+    return finish_review(
+        stage, judge, reviews, figures, "gpt-4-1106-preview", repeats_note=repeat_note(judge, asked, repeats)
+    )
 
 # %% ../nbs/06_reviews.ipynb #8501df1e
 def read_points(text, mode="clean"):
@@ -298,40 +450,77 @@ def read_points(text, mode="clean"):
 def read_llava_bench_items(questions, contexts, references):
     """`{question_id: {question, category, context, reference, image}}` of LLaVA-Bench's `questions.jsonl`, `context.jsonl` and
     `answers_gpt4.jsonl`. Raises ValueError naming an id that one of them lacks."""
-    rows = rows_by_id(read_json_rows(questions), "question_id", "text", "category", "image", source=str(questions))
+    rows = rows_by_id(
+        read_json_rows(questions), "question_id", "text", "category", "image", source=str(questions)
+    )
     captions = rows_by_id(read_json_rows(contexts), "image", "caption", source=str(contexts))
     answers = rows_by_id(read_json_rows(references), "question_id", "text", source=str(references))
     require_ids(answers, rows, str(references))
     lost = [row["image"] for row in rows.values() if row["image"] not in captions]
     if lost:
         raise ValueError(f"{contexts} has no caption of the image {lost[0]!r}")
-    return {id: {"question": row["text"], "category": row["category"], "context": captions[row["image"]]["caption"],
-                 "reference": answers[id]["text"], "image": row["image"]} for id, row in rows.items()}
+    return {
+        id: {
+            "question": row["text"],
+            "category": row["category"],
+            "context": captions[row["image"]]["caption"],
+            "reference": answers[id]["text"],
+            "image": row["image"],
+        }
+        for id, row in rows.items()
+    }
 
 
-def review_llava_bench(answers, items, judge, out, mode="clean", prompt="packaged:prompts/llava_bench_review.txt", repeats=1, retries=2):
+def review_llava_bench(
+    answers,
+    items,
+    judge,
+    out,
+    mode="clean",
+    prompt="packaged:prompts/llava_bench_review.txt",
+    repeats=1,
+    retries=2,
+):
     """LLaVA-Bench: `all` and every category, the model's points in percent of the reference's, with intervals; clean mode adds failed.
 
     `items` as from `read_llava_bench_items`. Your own prompt has {question}, {context}, {answer_1}, {answer_2}.
     Raises JudgeError when judgements are missing: the same call goes on."""
     asked = repeats_of(judge, repeats)
     template = read_template(prompt, "question", "context", "answer_1", "answer_2")
-    stage = review_stage(out, "LLaVA-Bench", judge, mode, answers, items, {"review": template}, repeats=repeats, retries=retries)
+    stage = review_stage(
+        out,
+        "LLaVA-Bench",
+        judge,
+        mode,
+        answers,
+        items,
+        {"review": template},
+        repeats=repeats,
+        retries=retries,
+    )
     if stage.is_done:
         return read_figures(out)
 
     def compare(repeat, order, id, draw):
         one, two = in_order(order, answers[id], items[id]["reference"])
-        return template.fill(draw, question=items[id]["question"], context=items[id]["context"], answer_1=one, answer_2=two)
+        return template.fill(
+            draw, question=items[id]["question"], context=items[id]["context"], answer_1=one, answer_2=two
+        )
 
     tasks = [(repeat, order, id) for repeat in range(asked) for order in orders_of(mode) for id in items]
-    reviews, counts = ask_reviews(judge, "points", tasks, compare, partial(read_points, mode=mode), mode, retries), []
+    reviews, counts = (
+        ask_reviews(judge, "points", tasks, compare, partial(read_points, mode=mode), mode, retries),
+        [],
+    )
     for k in range(asked):
         points = {id: [] for id in items}
         for r in last_reviews(reviews).values():
             if r.repeat == k and r.value is not None:
                 points[r.item_id].append(r.value if r.order == "second" else r.value[::-1])
-        rows = [{"category": items[id]["category"], "tuple": [sum(p) / len(p) for p in zip(*found)] or [-1, -1]} for id, found in points.items()]
+        rows = [
+            {"category": items[id]["category"], "tuple": [sum(p) / len(p) for p in zip(*found)] or [-1, -1]}
+            for id, found in points.items()
+        ]
         counts.append(count_points(rows))
     figures = figure_intervals(average_repeats(counts), partial(point_figures, mode=mode))
     return finish_review(stage, judge, reviews, figures, "", repeats_note=repeat_note(judge, asked, repeats))
@@ -345,22 +534,50 @@ def read_object_list(text):
         return None
 
 
-def review_halbench(answers, items, judge, out, coco, mode="clean", prompt="packaged:prompts/objects_extract.txt", tag=None, retries=2):
+def review_halbench(
+    answers,
+    items,
+    judge,
+    out,
+    coco,
+    mode="clean",
+    prompt="packaged:prompts/objects_extract.txt",
+    tag=None,
+    retries=2,
+):
     """Object HalBench: `mention_figures` by the judge's objects, the same as `words: figure` by COCO's words alone, and `unread` (clean).
 
     `items` `{image_id: {question, truth}}`, `truth` the set of COCO classes (`read_coco_truth`); `coco` from `read_coco_words`; `tag` from
     `open_halbench_tools`. In clean mode an item whose list stays unreadable is left out of the judge's figures.
     Raises JudgeError when judgements are missing: the same call goes on."""
     template = read_template(prompt, "question", "answer")
-    stage = review_stage(out, "Object HalBench", judge, mode, answers, items, {"objects": template}, retries=retries,
-                         coco=sha256_of(json.dumps([coco.class_of, coco.doubles], sort_keys=True)), tagger=tag is not None)
+    stage = review_stage(
+        out,
+        "Object HalBench",
+        judge,
+        mode,
+        answers,
+        items,
+        {"objects": template},
+        retries=retries,
+        coco=sha256_of(json.dumps([coco.class_of, coco.doubles], sort_keys=True)),
+        tagger=tag is not None,
+    )
     if stage.is_done:
         return read_figures(out)
 
     def extract(repeat, order, id, draw):
         return template.fill(draw, question=items[id]["question"], answer=answers[id])
 
-    reviews = ask_reviews(judge, "objects", [(0, "", id) for id in items if needs_extraction(answers[id])], extract, read_object_list, mode, retries)
+    reviews = ask_reviews(
+        judge,
+        "objects",
+        [(0, "", id) for id in items if needs_extraction(answers[id])],
+        extract,
+        read_object_list,
+        mode,
+        retries,
+    )
     phrases = {id: [] for id in items} | {r.item_id: r.value for r in last_reviews(reviews).values()}
     read = [id for id in items if phrases[id] is not None or mode == "official"]
     mentions = {id: phrase_mentions(phrases[id] or [], coco, tag) for id in read}
@@ -368,8 +585,13 @@ def review_halbench(answers, items, judge, out, coco, mode="clean", prompt="pack
     figures = {}
     for name, found in (("", mentions), ("words: ", words)):
         if found:
-            counts = count_mentions({id: answers[id] for id in found}, found, {id: set(items[id]["truth"]) for id in found}, mode)
-            figures |= {f"{name}{key}": value for key, value in figure_intervals(counts, partial(mention_figures, mode=mode)).items()}
+            counts = count_mentions(
+                {id: answers[id] for id in found}, found, {id: set(items[id]["truth"]) for id in found}, mode
+            )
+            figures |= {
+                f"{name}{key}": value
+                for key, value in figure_intervals(counts, partial(mention_figures, mode=mode)).items()
+            }
     if mode == "clean":
         unread = {id: {"unread": int(id not in mentions), "n": 1} for id in items}
         figures |= figure_intervals(unread, lambda sums: {"unread": 100 * sums["unread"] / sums["n"]})
@@ -378,10 +600,15 @@ def review_halbench(answers, items, judge, out, coco, mode="clean", prompt="pack
 # %% ../nbs/06_reviews.ipynb #1e8d78c9
 def read_preference_labels(path, key="id", label="better"):
     "`{id: 1, -1 or 0}` of people's labels `model`, `reference` or `tie` in JSON rows. Raises ValueError naming a row with another label."
-    signs, rows = {"model": 1, "reference": -1, "tie": 0}, rows_by_id(read_json_rows(path), key, source=str(path))
+    signs, rows = (
+        {"model": 1, "reference": -1, "tie": 0},
+        rows_by_id(read_json_rows(path), key, source=str(path)),
+    )
     bad = [id for id, row in rows.items() if row.get(label) not in signs]
     if bad:
-        raise ValueError(f"{path}, {key} {bad[0]!r}: {label} must be one of {', '.join(signs)}, not {rows[bad[0]].get(label)!r}")
+        raise ValueError(
+            f"{path}, {key} {bad[0]!r}: {label} must be one of {', '.join(signs)}, not {rows[bad[0]].get(label)!r}"
+        )
     return {id: signs[row[label]] for id, row in rows.items()}
 
 

@@ -11,7 +11,16 @@ from collections import Counter, defaultdict
 from math import isfinite
 
 from .pairs import balance_lengths, check_ids, length_gap, pair_id_of, word_difference
-from .records import Candidate, Pair, Prompt, SetAside, StageFolder, read_table, table_sha, write_table
+from rlaifv_nb.records import (
+    Candidate,
+    Pair,
+    Prompt,
+    SetAside,
+    StageFolder,
+    read_table,
+    table_sha,
+    write_table,
+)
 
 # %% ../nbs/04_reward_pairs.ipynb #d4e00007
 def sample_index_of(response_id):
@@ -28,8 +37,10 @@ def usable_candidates(candidates):
         if not c.text.strip():
             set_aside.append(SetAside(c.response_id, "empty response"))
         elif not (isfinite(c.policy_sum_logp) and isfinite(c.reference_sum_logp) and c.n_tokens > 0):
-            raise ValueError(f"candidate {c.response_id} has no reward: log-probabilities {c.policy_sum_logp} and {c.reference_sum_logp}, "
-                             f"{c.n_tokens} tokens. Score it again with 07_guided_decoding.")
+            raise ValueError(
+                f"candidate {c.response_id} has no reward: log-probabilities {c.policy_sum_logp} and {c.reference_sum_logp}, "
+                f"{c.n_tokens} tokens. Score it again with 07_guided_decoding."
+            )
         elif c.finish_reason == "length":
             set_aside.append(SetAside(c.response_id, "truncated"))
         else:
@@ -53,7 +64,9 @@ def distinct_candidates(candidates, max_similarity=0.9, n=10):
 
     Raises ValueError for a similarity outside 0 to 1, or n-grams of no word."""
     if not 0 <= max_similarity <= 1 or n < 1:
-        raise ValueError(f"need 0 <= max_similarity <= 1 and n-grams of at least 1 word, not {max_similarity} and {n}")
+        raise ValueError(
+            f"need 0 <= max_similarity <= 1 and n-grams of at least 1 word, not {max_similarity} and {n}"
+        )
     kept, set_aside = {}, []
     for c in candidates:
         grams = ngrams_of(c.text, n)
@@ -78,9 +91,13 @@ def mean_reward(c):
 def top_and_bottom(candidates, k):
     "Of one prompt's candidates those among the best k by summed and by mean reward, best first, and those among the worst k by both, worst first."
     k = min(k, len(candidates) // 2)
-    by_sum, by_mean = (sorted(candidates, key=lambda c: (-reward(c), c.response_id)) for reward in (sum_reward, mean_reward))
+    by_sum, by_mean = (
+        sorted(candidates, key=lambda c: (-reward(c), c.response_id)) for reward in (sum_reward, mean_reward)
+    )
     worst = len(candidates) - k
-    return [c for c in by_mean[:k] if c in by_sum[:k]], [c for c in by_mean[worst:][::-1] if c in by_sum[worst:]]
+    return [c for c in by_mean[:k] if c in by_sum[:k]], [
+        c for c in by_mean[worst:][::-1] if c in by_sum[worst:]
+    ]
 
 
 def reward_pairs_of(candidates, k, max_pairs):
@@ -91,11 +108,29 @@ def reward_pairs_of(candidates, k, max_pairs):
         raise ValueError(f"need top_k >= 1 and max_pairs_per_prompt >= 1, not {k} and {max_pairs}")
     top, bottom = top_and_bottom(candidates, k)
     index = lambda c: sample_index_of(c.response_id)
-    pairs = {(a, b): Pair(pair_id_of(a.prompt_id, index(a), index(b)), a.prompt_id, a.response_id, b.response_id, a.text, b.text,
-                          round(mean_reward(a), 6), round(mean_reward(b), 6))
-             for a in top for b in bottom if sum_reward(a) > sum_reward(b) and mean_reward(a) > mean_reward(b)}
+    pairs = {
+        (a, b): Pair(
+            pair_id_of(a.prompt_id, index(a), index(b)),
+            a.prompt_id,
+            a.response_id,
+            b.response_id,
+            a.text,
+            b.text,
+            round(mean_reward(a), 6),
+            round(mean_reward(b), 6),
+        )
+        for a in top
+        for b in bottom
+        if sum_reward(a) > sum_reward(b) and mean_reward(a) > mean_reward(b)
+    }
     drawn = [pairs[ab] for ab in zip(top, bottom) if ab in pairs][:max_pairs]
-    reason = "fewer than two distinct candidates" if len(candidates) < 2 else "sum and mean disagree" if not (top and bottom) else "equal rewards"
+    reason = (
+        "fewer than two distinct candidates"
+        if len(candidates) < 2
+        else "sum and mean disagree"
+        if not (top and bottom)
+        else "equal rewards"
+    )
     return drawn, [p for p in pairs.values() if p not in drawn], "" if drawn else reason
 
 # %% ../nbs/04_reward_pairs.ipynb #d4e00011
@@ -112,36 +147,75 @@ def draw_reward_pairs(candidates, top_k=3, max_similarity=0.9, ngram_words=10, m
     return drawn, spare, twins, without
 
 
-def run_reward_pairs(prompts, candidates, out, top_k=3, max_similarity=0.9, ngram_words=10, max_pairs_per_prompt=3, length_balance=True,
-                     length_tolerance=0.02):
+def run_reward_pairs(
+    prompts,
+    candidates,
+    out,
+    top_k=3,
+    max_similarity=0.9,
+    ngram_words=10,
+    max_pairs_per_prompt=3,
+    length_balance=True,
+    length_tolerance=0.02,
+):
     "Candidates of the aligned policy to a table of pairs in `out`; returns its rows. Raises ValueError for tables of different runs, or no pair."
-    parameters = {"top_k": top_k, "max_similarity": max_similarity, "ngram_words": ngram_words, "max_pairs_per_prompt": max_pairs_per_prompt,
-                  "length_balance": length_balance, "length_tolerance": length_tolerance}
+    parameters = {
+        "top_k": top_k,
+        "max_similarity": max_similarity,
+        "ngram_words": ngram_words,
+        "max_pairs_per_prompt": max_pairs_per_prompt,
+        "length_balance": length_balance,
+        "length_tolerance": length_tolerance,
+    }
     rows = read_table(candidates, "candidates-aligned", Candidate)
-    check_ids(rows, "response_id", "prompt_id", check_ids(read_table(prompts, "prompts", Prompt), "prompt_id"))
-    inputs = {"prompts": table_sha(prompts, "prompts"), "candidates": table_sha(candidates, "candidates-aligned")}
+    check_ids(
+        rows, "response_id", "prompt_id", check_ids(read_table(prompts, "prompts", Prompt), "prompt_id")
+    )
+    inputs = {
+        "prompts": table_sha(prompts, "prompts"),
+        "candidates": table_sha(candidates, "candidates-aligned"),
+    }
     folder = StageFolder(out, "reward_pairs", parameters, inputs)
     if folder.is_done:
         return read_table(folder.path, "pairs", Pair)
 
     usable, unusable = usable_candidates(rows)
-    drawn, spare, twins, without = draw_reward_pairs(usable, top_k, max_similarity, ngram_words, max_pairs_per_prompt)
-    kept, dropped, n_exchanged = balance_lengths(drawn, spare, length_tolerance) if length_balance else (drawn, [], 0)
+    drawn, spare, twins, without = draw_reward_pairs(
+        usable, top_k, max_similarity, ngram_words, max_pairs_per_prompt
+    )
+    kept, dropped, n_exchanged = (
+        balance_lengths(drawn, spare, length_tolerance) if length_balance else (drawn, [], 0)
+    )
     unpaired = {r.prompt_id for r in rows} - {p.prompt_id for p in drawn} - {s.row_id for s in without}
     without += [SetAside(prompt_id, "no usable candidate") for prompt_id in sorted(unpaired)]
     lost = [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
     write_table(folder.path, "set_aside-pairs", unusable + twins + without + lost)
     n_possible = len(drawn) + len(spare)
     if not kept:
-        raise ValueError(f"no pair is left of {len(rows)} candidates and {n_possible} possible pairs; see set_aside-pairs in {folder.path}")
+        raise ValueError(
+            f"no pair is left of {len(rows)} candidates and {n_possible} possible pairs; see set_aside-pairs in {folder.path}"
+        )
     kept.sort(key=lambda p: p.pair_id)
     write_table(folder.path, "pairs", kept)
     reasons = lambda rows: dict(sorted(Counter(r.reason for r in rows).items()))
-    with_pairs, all_lost = {p.prompt_id for p in kept}, len({p.prompt_id for p in drawn} - {p.prompt_id for p in kept})
+    with_pairs, all_lost = (
+        {p.prompt_id for p in kept},
+        len({p.prompt_id for p in drawn} - {p.prompt_id for p in kept}),
+    )
     folder.finish(
-        len(rows), len(kept), ["pairs"], unusable + twins + without + lost,
+        len(rows),
+        len(kept),
+        ["pairs"],
+        unusable + twins + without + lost,
         candidates={"in": len(rows), "distinct": len(usable) - len(twins), **reasons(unusable + twins)},
-        prompts={"with candidates": len({c.prompt_id for c in rows}), "with pairs": len(with_pairs), **reasons(without), "length balance": all_lost},
+        prompts={
+            "with candidates": len({c.prompt_id for c in rows}),
+            "with pairs": len(with_pairs),
+            **reasons(without),
+            "length balance": all_lost,
+        },
         pairs={"possible": n_possible, "written": len(kept), "not drawn": len(spare), **reasons(lost)},
-        n_exchanged=n_exchanged, length_gap={"before": length_gap(drawn), "after": length_gap(kept)})
+        n_exchanged=n_exchanged,
+        length_gap={"before": length_gap(drawn), "after": length_gap(kept)},
+    )
     return kept

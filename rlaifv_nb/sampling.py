@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from .records import Prompt, Response, StageFolder, read_table, response_id_of, seed_of, table_sha, write_rows
+from rlaifv_nb.records import (
+    Prompt,
+    Response,
+    StageFolder,
+    read_table,
+    response_id_of,
+    seed_of,
+    table_sha,
+    write_rows,
+)
 
 # %% ../nbs/01_sampling.ipynb #a2cc8147
 def plan_responses(prompt, n_samples, seed, round):
@@ -30,6 +39,7 @@ def temperature_of(sample_index, temperature, second_temperature=0.0):
 @dataclass(frozen=True)
 class Question:
     "What a model is asked: a question about a picture, with a seed and a temperature for each answer. `number`: of its prompt among all."
+
     number: int
     prompt: Prompt
     picture: object  # PIL.Image.Image
@@ -37,8 +47,16 @@ class Question:
     temperatures: list
 
 
-def sample_responses(prompts: list[Prompt], folder, generate: Callable, n_samples: int, temperature: float, second_temperature: float = 0.0,
-                     seed: int = 0, round: int = 1) -> Iterator[tuple[int, list, list]]:
+def sample_responses(
+    prompts: list[Prompt],
+    folder,
+    generate: Callable,
+    n_samples: int,
+    temperature: float,
+    second_temperature: float = 0.0,
+    seed: int = 0,
+    round: int = 1,
+) -> Iterator[tuple[int, list, list]]:
     "Yields (number of the prompt, its N responses, rows set aside) as prompts are done; their pictures are in `folder`."
     from rlaifv_nb.pictures import load_pictures
 
@@ -56,15 +74,26 @@ def sample_responses(prompts: list[Prompt], folder, generate: Callable, n_sample
 
     for question, answers in generate(questions()):
         prompt_id = question.prompt.prompt_id
-        rows = [Response(response_id_of(prompt_id, k), prompt_id, k, s, *answer) for k, (s, answer) in enumerate(zip(question.seeds, answers))]
+        rows = [
+            Response(response_id_of(prompt_id, k), prompt_id, k, s, *answer)
+            for k, (s, answer) in enumerate(zip(question.seeds, answers))
+        ]
         yield question.number, rows, []
         while broken:
             yield broken.pop()
     yield from broken
 
 # %% ../nbs/01_sampling.ipynb #25f49554
-def vlm_generator(vlm, top_p: float = 1.0, max_new_tokens: int = 512, batch_size: int = 16, top_k: int = 0, refill: bool = True,
-                  row_share: float = 0.0, report: dict | None = None) -> Callable:
+def vlm_generator(
+    vlm,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    top_k: int = 0,
+    refill: bool = True,
+    row_share: float = 0.0,
+    report: dict | None = None,
+) -> Callable:
     """A `generate` function for `sample_responses` that samples from a vision-language model, at most `batch_size` prompts at a time (`SampleQueue`).
 
     At its end, `report` gets `batch_size` (what fitted into memory), `refill` (whether rows were refilled) and `row_use` (see `RowUse`)."""
@@ -72,11 +101,33 @@ def vlm_generator(vlm, top_p: float = 1.0, max_new_tokens: int = 512, batch_size
     from rlaifv_nb.prefix import QueuedPrompt, SampleQueue
 
     def texts_of(queued):
-        return [(vlm.tokenizer.decode(a.tokens, skip_special_tokens=True).strip(), a.reason) for a in queued.answers]
+        return [
+            (vlm.tokenizer.decode(a.tokens, skip_special_tokens=True).strip(), a.reason)
+            for a in queued.answers
+        ]
 
     def generate(questions: Iterable[Question]):
-        prompts = (QueuedPrompt(q.prompt.prompt_id, prompt_inputs(vlm, q.picture, q.prompt.question), q.seeds, q.temperatures, q) for q in questions)
-        queue = SampleQueue(vlm, prompts, batch_size, top_p, top_k, max_new_tokens, unsampled_ids(vlm), refill, row_share=row_share)
+        prompts = (
+            QueuedPrompt(
+                q.prompt.prompt_id,
+                prompt_inputs(vlm, q.picture, q.prompt.question),
+                q.seeds,
+                q.temperatures,
+                q,
+            )
+            for q in questions
+        )
+        queue = SampleQueue(
+            vlm,
+            prompts,
+            batch_size,
+            top_p,
+            top_k,
+            max_new_tokens,
+            unsampled_ids(vlm),
+            refill,
+            row_share=row_share,
+        )
         for queued in queue:
             yield queued.source, texts_of(queued)
         if report is not None:
@@ -112,7 +163,11 @@ def write_shards(stage: StageFolder, table: str, items: list, work: Callable, sh
     """Writes a shard for every `shard_size` items, from `work(items)`, which yields (number of the item, rows, rows set aside) in any order.
 
     Shards that are already there are kept, and their items are not worked on again."""
-    starts = [s for s in range(0, max(len(items), 1), shard_size) if not (stage.path / f"{table}-{s // shard_size:05d}.jsonl").exists()]
+    starts = [
+        s
+        for s in range(0, max(len(items), 1), shard_size)
+        if not (stage.path / f"{table}-{s // shard_size:05d}.jsonl").exists()
+    ]
     shards = {s: range(s, min(s + shard_size, len(items))) for s in starts}  # the numbers of their items
     numbers = [n for members in shards.values() for n in members]
     done = {}
@@ -120,38 +175,108 @@ def write_shards(stage: StageFolder, table: str, items: list, work: Callable, sh
     def write_if_complete(start):
         if all(n in done for n in shards[start]):
             found = [done.pop(n) for n in shards[start]]
-            write_rows(stage.path / f"set_aside-{table}-{start // shard_size:05d}.jsonl", [row for _, set_aside in found for row in set_aside])
-            write_rows(stage.path / f"{table}-{start // shard_size:05d}.jsonl", [row for rows, _ in found for row in rows])
+            write_rows(
+                stage.path / f"set_aside-{table}-{start // shard_size:05d}.jsonl",
+                [row for _, set_aside in found for row in set_aside],
+            )
+            write_rows(
+                stage.path / f"{table}-{start // shard_size:05d}.jsonl",
+                [row for rows, _ in found for row in rows],
+            )
 
     for start in starts[: not items]:
         write_if_complete(start)  # an empty table has one empty shard
-    for k, rows, set_aside in tqdm(work([items[n] for n in numbers]), desc=f"{stage.stage}: {table}", unit="prompt", total=len(numbers)):
+    for k, rows, set_aside in tqdm(
+        work([items[n] for n in numbers]), desc=f"{stage.stage}: {table}", unit="prompt", total=len(numbers)
+    ):
         done[numbers[k]] = rows, set_aside
         write_if_complete(numbers[k] - numbers[k] % shard_size)
 
 # %% ../nbs/01_sampling.ipynb #e8d5b092
-def run_sampling(prompts, out, vlm, first_prompt=0, n_prompts=0, n_samples=10, temperature=0.7, top_p=1.0, second_temperature=0.0,
-                 max_new_tokens=512, batch_size=16, seed=0, round=1, adapter_sha="", *, top_k=0, refill=True, row_share=0.0, merge_adapter=True, shard_size=64):
+def run_sampling(
+    prompts,
+    out,
+    vlm,
+    first_prompt=0,
+    n_prompts=0,
+    n_samples=10,
+    temperature=0.7,
+    top_p=1.0,
+    second_temperature=0.0,
+    max_new_tokens=512,
+    batch_size=16,
+    seed=0,
+    round=1,
+    adapter_sha="",
+    *,
+    top_k=0,
+    refill=True,
+    row_share=0.0,
+    merge_adapter=True,
+    shard_size=64,
+):
     """The stage: samples N responses to each prompt of a table, in shards of `shard_size` prompts, and writes the manifest.
 
     `batch_size` (prompts at a time), `refill` and `row_share` (see `SampleQueue`) decide how fast it is and nothing else, so they are not among the
     parameters; the manifest notes what was asked for and what was done."""
-    if temperature < 0 or second_temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or n_samples < 1 or max_new_tokens < 1 or batch_size < 1:
-        raise ValueError("need temperatures and top_k of at least 0, 0 < top_p <= 1, and n_samples, max_new_tokens and batch_size of at least 1")
+    if (
+        temperature < 0
+        or second_temperature < 0
+        or not 0 < top_p <= 1
+        or top_k < 0
+        or n_samples < 1
+        or max_new_tokens < 1
+        or batch_size < 1
+    ):
+        raise ValueError(
+            "need temperatures and top_k of at least 0, 0 < top_p <= 1, and n_samples, max_new_tokens and batch_size of at least 1"
+        )
     merge_adapter = merge_adapter and can_merge(vlm)
-    parameters = dict(first_prompt=first_prompt, n_prompts=n_prompts, n_samples=n_samples, temperature=temperature, top_p=top_p, top_k=top_k,
-                      second_temperature=second_temperature, max_new_tokens=max_new_tokens, merge_adapter=merge_adapter, **vlm.settings, seed=seed, round=round)
-    stage = StageFolder(out, "sampling", parameters, {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": adapter_sha})
+    parameters = dict(
+        first_prompt=first_prompt,
+        n_prompts=n_prompts,
+        n_samples=n_samples,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        second_temperature=second_temperature,
+        max_new_tokens=max_new_tokens,
+        merge_adapter=merge_adapter,
+        **vlm.settings,
+        seed=seed,
+        round=round,
+    )
+    stage = StageFolder(
+        out,
+        "sampling",
+        parameters,
+        {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": adapter_sha},
+    )
     rows = read_table(prompts, "prompts", Prompt)[first_prompt:]
     rows = rows[:n_prompts] if n_prompts else rows
     if not stage.is_done:
         report = {}
         generate = vlm_generator(vlm, top_p, max_new_tokens, batch_size, top_k, refill, row_share, report)
         with merged_adapter(vlm) if merge_adapter else nullcontext():
-            write_shards(stage, "responses", rows, lambda some: sample_responses(
-                some, prompts, generate, n_samples, temperature, second_temperature, seed, round), shard_size)
+            write_shards(
+                stage,
+                "responses",
+                rows,
+                lambda some: sample_responses(
+                    some, prompts, generate, n_samples, temperature, second_temperature, seed, round
+                ),
+                shard_size,
+            )
         set_aside, responses = stage.set_aside("responses"), read_table(out, "responses", Response)
-        stage.finish(len(rows) * n_samples, len(responses), ["responses"], [s for s in set_aside for _ in range(n_samples)],
-                     truncated=sum(r.finish_reason == "length" for r in responses), batch_size={"asked": batch_size, "used": report["batch_size"]},
-                     refill=report["refill"], row_use=report["row_use"], **vlm.notes)
+        stage.finish(
+            len(rows) * n_samples,
+            len(responses),
+            ["responses"],
+            [s for s in set_aside for _ in range(n_samples)],
+            truncated=sum(r.finish_reason == "length" for r in responses),
+            batch_size={"asked": batch_size, "used": report["batch_size"]},
+            refill=report["refill"],
+            row_use=report["row_use"],
+            **vlm.notes,
+        )
     return read_table(out, "responses", Response)

@@ -4,6 +4,7 @@
 
 nbdev cleans and exports in place, so both happen in a temporary copy and the working tree stays as it is.
 """
+
 import json
 import os
 import re
@@ -60,6 +61,7 @@ def dirty_notebooks(root=ROOT):
 
 def stale_modules(root=ROOT):
     """Names of the modules that differ from what the notebooks export, missing and left-over ones too."""
+
     def contents(folder):
         return {p.name: p.read_bytes() for p in (folder / LIB).glob("*.py") if p.name != "__init__.py"}
 

@@ -1,8 +1,9 @@
 """Copy the figures of finished runs into data/results/, where the index (and so the README) reads them.
 
-    python scripts/collect_results.py runs/seed_0 runs/seed_1 runs/seed_2 --ablations runs/ablations
-    python scripts/collect_results.py --reward-reuse runs/reward-reuse-0 runs/reward-reuse-1
+python scripts/collect_results.py runs/seed_0 runs/seed_1 runs/seed_2 --ablations runs/ablations
+python scripts/collect_results.py --reward-reuse runs/reward-reuse-0 runs/reward-reuse-1
 """
+
 import argparse
 import json
 import shutil
@@ -24,10 +25,18 @@ def collect(run, target):
 
 def main():
     """Collect the runs named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="finished runs of one recipe with different seeds")
     parser.add_argument("--ablations", type=Path, help="a finished run of a recipe with variants")
-    parser.add_argument("--reward-reuse", nargs="*", type=Path, default=[], help="finished runs of reward-reuse with different seeds")
+    parser.add_argument(
+        "--reward-reuse",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="finished runs of reward-reuse with different seeds",
+    )
     args = parser.parse_args()
     for run in args.runs:
         seed = json.loads((run / "manifest.json").read_text())["recipe"]["seed"]

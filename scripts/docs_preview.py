@@ -5,6 +5,7 @@
 nbdev prepares the notebooks exactly as for Quarto (it runs the exported cells and adds the signatures), then
 pandoc turns each into a page. Search, sidebar and theme of the Quarto site are missing.
 """
+
 import html
 import re
 import shutil
@@ -23,7 +24,9 @@ OUT = Path(__file__).resolve().parent.parent / "_docs"
 STYLE = "<style>body { max-width: 60em } nav a { margin-right: 1em } img { max-width: 100% }</style>"
 NOTEBOOK_LINK = re.compile(r"\]\(([\w-]+\.ipynb)")
 SITE_LINK = re.compile(r"\]\(/(?=[\w-]+\.html)")  # nbdev links from the root of a site; these pages are files
-SOURCE_LINK = re.compile(r"^\[source\]\(/blob.*\n", re.MULTILINE)  # to a repository page, where none is configured
+SOURCE_LINK = re.compile(
+    r"^\[source\]\(/blob.*\n", re.MULTILINE
+)  # to a repository page, where none is configured
 
 
 def relink(text):
@@ -48,11 +51,19 @@ def write_page(path, front, nav):
         head, top = Path(tmp) / "head.html", Path(tmp) / "nav.html"
         head.write_text(STYLE, encoding="utf-8")
         top.write_text(nav, encoding="utf-8")
-        options = ["--standalone", "--mathml", "--toc", "--toc-depth=2", f"--metadata=title:{front['title']}",
-                   f"--metadata=subtitle:{front.get('description', '')}",
-                   f"--include-in-header={head}", f"--include-before-body={top}"]
-        pypandoc.convert_text(text, "html5", format="commonmark_x", extra_args=options,
-                              outputfile=OUT / front["output-file"])
+        options = [
+            "--standalone",
+            "--mathml",
+            "--toc",
+            "--toc-depth=2",
+            f"--metadata=title:{front['title']}",
+            f"--metadata=subtitle:{front.get('description', '')}",
+            f"--include-in-header={head}",
+            f"--include-before-body={top}",
+        ]
+        pypandoc.convert_text(
+            text, "html5", format="commonmark_x", extra_args=options, outputfile=OUT / front["output-file"]
+        )
 
 
 def main():

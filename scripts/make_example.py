@@ -4,6 +4,7 @@ The notebooks use them by default.
 
     python scripts/make_example.py
 """
+
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,10 @@ def make_candidates(prompts, out):
 def main():
     """Replace the example by a new one."""
     shutil.rmtree(EXAMPLE, ignore_errors=True)
-    at = {name: str(EXAMPLE / name) for name in ("prompts", "01_sampling", "02_claims", "03_feedback", "04_pairs", "07_guided_decoding")}
+    at = {
+        name: str(EXAMPLE / name)
+        for name in ("prompts", "01_sampling", "02_claims", "03_feedback", "04_pairs", "07_guided_decoding")
+    }
     write_prompts(at["prompts"], {"train": 20, "dev": 4})
     vlm = open_vlm(POLICY)
     run_sampling(at["prompts"], at["01_sampling"], vlm, max_new_tokens=128)

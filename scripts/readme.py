@@ -5,6 +5,7 @@
 
 The result depends on the notebook alone. Pictures become files, because repository pages show no data URIs.
 """
+
 import base64
 import posixpath
 import re
@@ -65,7 +66,7 @@ class Page:
         if cell.cell_type == "markdown":
             text = self.relink(cell.source)
             for name, data in cell.get("attachments", {}).items():
-                (kind, data), = data.items()
+                ((kind, data),) = data.items()
                 path = self.add_picture(cell.id, kind.removeprefix("image/"), data)
                 text = text.replace(f"attachment:{name}", path)
             return [self.externalise(text, cell.id)]

@@ -4,6 +4,7 @@
 
 A notebook is written only if it ran to its end. Standard error (progress bars, warnings with paths of this machine) is not kept.
 """
+
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from nbclient import NotebookClient
 def refresh(path):
     """Execute one notebook with its defaults and store its outputs."""
     nb = nbformat.read(path, as_version=4)
-    NotebookClient(nb, kernel_name="python3", timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        nb, kernel_name="python3", timeout=900, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]

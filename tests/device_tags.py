@@ -7,6 +7,7 @@
 Everything is computed on the CPU. The rules are PyTorch's own: tensors of one operation are on one device, except that a CPU tensor
 without dimensions may be a partner of any, an index may be on the CPU, and `copy_` copies from anywhere. What is on the card cannot be
 pinned and has no NumPy array. Not covered: what C++ does between two calls from Python, such as the inside of a backward pass."""
+
 import weakref
 
 import torch
@@ -71,7 +72,10 @@ class DeviceTags(TorchFunctionMode):
             return tensor.to(device, dtype)
         with torch._C.DisableTorchFunction():
             out = tensor if dtype is None else tensor.to(dtype)
-            if self.device_of(tensor) != device and out.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+            if (
+                self.device_of(tensor) != device
+                and out.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+            ):
                 out = out.clone()
         self.mark(out, device)
         return out
@@ -82,20 +86,33 @@ class DeviceTags(TorchFunctionMode):
         if other is not None:
             return self.moved(tensor, self.device_of(other), other.dtype)
         device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
-        return self.moved(tensor, device_named(device) if device is not None else self.device_of(tensor), dtype)
+        return self.moved(
+            tensor, device_named(device) if device is not None else self.device_of(tensor), dtype
+        )
 
     def check(self, func, args, kwargs):
         "The device of an operation. Raises RuntimeError when its tensors are on two."
         tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
         if func in INDEXED:
             of = [self.device_of(args[0])]
-            tensors = [args[0], *(x for x in tree_leaves(args[1:]) if is_tensor(x) and (self.device_of(x) != CPU or len(args) > 2 and x is args[2]))]
+            tensors = [
+                args[0],
+                *(
+                    x
+                    for x in tree_leaves(args[1:])
+                    if is_tensor(x) and (self.device_of(x) != CPU or len(args) > 2 and x is args[2])
+                ),
+            ]
         if func in COPIES:
             return self.device_of(args[0])
-        devices = {self.device_of(x) for x in tensors if func in FROM_PYTHON or x.ndim or self.device_of(x) != CPU}
+        devices = {
+            self.device_of(x) for x in tensors if func in FROM_PYTHON or x.ndim or self.device_of(x) != CPU
+        }
         if len(devices) > 1:
             shapes = ", ".join(f"{tuple(x.shape)} on {self.device_of(x)}" for x in tensors[:6])
-            raise RuntimeError(f"{getattr(func, '__name__', func)}: expected all tensors to be on the same device, found {shapes}")
+            raise RuntimeError(
+                f"{getattr(func, '__name__', func)}: expected all tensors to be on the same device, found {shapes}"
+            )
         return next(iter(devices), self.device_of(tensors[0]) if tensors else CPU)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -117,7 +134,9 @@ class DeviceTags(TorchFunctionMode):
             raise RuntimeError(f"{func.__name__}: this tensor {tuple(args[0].shape)} is on {CARD}")
         if func is Tensor.pin_memory:
             return args[0]
-        if func is torch._has_compatible_shallow_copy_type and self.device_of(args[0]) != self.device_of(args[1]):
+        if func is torch._has_compatible_shallow_copy_type and self.device_of(args[0]) != self.device_of(
+            args[1]
+        ):
             return False
         device = self.check(func, args, kwargs)
         if kwargs.get("device") is not None:

@@ -1,4 +1,5 @@
 """A real HTTP server on this machine that speaks OpenAI's chat protocol, misbehaves when told to, and counts what it is asked."""
+
 import json
 import threading
 import time
@@ -8,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class JudgeServer(ThreadingHTTPServer):
     """An OpenAI-compatible server. `script` holds what to do with the first requests; the rest is answered after `delay` seconds."""
+
     daemon_threads, request_queue_size = True, 64
 
     def __init__(self):
@@ -37,9 +39,15 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(step.get("delay", s.delay))
         with s.lock:
             s.now -= 1
-        answer = {"model": "echo-2", "system_fingerprint": "fp_7", "usage": {"prompt_tokens": 7, "completion_tokens": 3},
-                  "choices": [{"message": {"content": s.reply(body)}, "finish_reason": step.get("reason", "stop")}]}
-        payload = step.get("body", json.dumps(answer)).replace("{auth}", self.headers.get("Authorization", ""))
+        answer = {
+            "model": "echo-2",
+            "system_fingerprint": "fp_7",
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3},
+            "choices": [{"message": {"content": s.reply(body)}, "finish_reason": step.get("reason", "stop")}],
+        }
+        payload = step.get("body", json.dumps(answer)).replace(
+            "{auth}", self.headers.get("Authorization", "")
+        )
         try:
             self.send_response(step.get("status", 200))
             for name, value in step.get("headers", {}).items():

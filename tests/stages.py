@@ -1,13 +1,20 @@
 """The seven stages on a handful of icon scenes, each as one call; run as a script so that a test can kill it."""
+
 import sys
 from pathlib import Path
 
 from rlaifv_nb.iconworld import write_prompts
 
 POLICY, SPLITTER = "packaged:iconworld-vlm", "packaged:iconworld-splitter"
-TABLES = {"01_sampling": ["responses"], "02_claims": ["claims"], "03_feedback": ["verdicts"], "04_pairs": ["pairs"],
-          "05_dpo": ["reference", "training"], "06_evaluation": ["scores", "cases-0", "cases-1"],
-          "07_guided_decoding": ["candidates-base", "candidates-aligned", "choices"]}
+TABLES = {
+    "01_sampling": ["responses"],
+    "02_claims": ["claims"],
+    "03_feedback": ["verdicts"],
+    "04_pairs": ["pairs"],
+    "05_dpo": ["reference", "training"],
+    "06_evaluation": ["scores", "cases-0", "cases-1"],
+    "07_guided_decoding": ["candidates-base", "candidates-aligned", "choices"],
+}
 
 
 def prepare(inputs):
@@ -23,7 +30,9 @@ def run_stage(stage, inputs, out):
         from rlaifv_nb.models import open_vlm
         from rlaifv_nb.sampling import run_sampling
 
-        run_sampling(at["prompts"], out, open_vlm(POLICY), n_samples=6, max_new_tokens=100, batch_size=3, shard_size=3)
+        run_sampling(
+            at["prompts"], out, open_vlm(POLICY), n_samples=6, max_new_tokens=100, batch_size=3, shard_size=3
+        )
     elif stage == "02_claims":
         from rlaifv_nb.claims import run_claims
         from rlaifv_nb.models import open_llm
@@ -33,7 +42,15 @@ def run_stage(stage, inputs, out):
         from rlaifv_nb.feedback import run_feedback
         from rlaifv_nb.models import open_vlm
 
-        run_feedback(at["prompts"], at["01_sampling"], at["02_claims"], out, open_vlm(POLICY), batch_size=3, shard_size=3)
+        run_feedback(
+            at["prompts"],
+            at["01_sampling"],
+            at["02_claims"],
+            out,
+            open_vlm(POLICY),
+            batch_size=3,
+            shard_size=3,
+        )
     elif stage == "04_pairs":
         from rlaifv_nb.pairs import run_pairs
 
@@ -41,16 +58,36 @@ def run_stage(stage, inputs, out):
     elif stage == "05_dpo":
         from rlaifv_nb.dpo import run_dpo
 
-        run_dpo(at["prompts"], at["04_pairs"], out, POLICY, learning_rate=5e-4, epochs=3.0, batch_size=4, evaluations=6)
+        run_dpo(
+            at["prompts"],
+            at["04_pairs"],
+            out,
+            POLICY,
+            learning_rate=5e-4,
+            epochs=3.0,
+            batch_size=4,
+            evaluations=6,
+        )
     elif stage == "06_evaluation":
         from rlaifv_nb.evaluation import run_evaluation
 
-        run_evaluation(out, POLICY, f"aligned={at['05_dpo']}/adapter", n_scenes=30, batch_size=5, shard_size=5)
+        run_evaluation(
+            out, POLICY, f"aligned={at['05_dpo']}/adapter", n_scenes=30, batch_size=5, shard_size=5
+        )
     elif stage == "07_guided_decoding":
         from rlaifv_nb.guided_decoding import run_guided_decoding
 
-        run_guided_decoding(at["prompts"], out, POLICY, f"{at['05_dpo']}/adapter", n_candidates=4, temperature=0.9,
-                            max_new_tokens=100, batch_size=3, shard_size=3)
+        run_guided_decoding(
+            at["prompts"],
+            out,
+            POLICY,
+            f"{at['05_dpo']}/adapter",
+            n_candidates=4,
+            temperature=0.9,
+            max_new_tokens=100,
+            batch_size=3,
+            shard_size=3,
+        )
     else:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(TABLES)}")
 

@@ -1,6 +1,7 @@
 """The same answer files give the same figures, to the last digit, as the official scripts gave (tests/data/parity, made by make_fixtures.py).
 
 The answer files come from seeds (parity_cases.py); NLTK and spaCy are replaced by the same simple rules on both sides."""
+
 import json
 import math
 import sys
@@ -10,14 +11,46 @@ from pathlib import Path
 import parity_cases as cases
 import pytest
 
-from rlaifv_nb.benchmarks import (always_no, amber_figures, count_amber_answers, count_mmstar_answers, count_pope_answers, mmstar_figures,
-                                  pope_figures, read_amber_annotations, read_amber_answers, read_pope)
+from rlaifv_nb.benchmarks import (
+    always_no,
+    amber_figures,
+    count_amber_answers,
+    count_mmstar_answers,
+    count_pope_answers,
+    mmstar_figures,
+    pope_figures,
+    read_amber_annotations,
+    read_amber_answers,
+    read_pope,
+)
 from rlaifv_nb.intervals import sum_counts
-from rlaifv_nb.judgements import (count_points, count_preferences, count_ratings, point_figures, preference_figures, rating_figures,
-                                  read_preference, read_reviews)
-from rlaifv_nb.objects import (AmberWords, coco_words, count_amber_descriptions, count_mentions, description_figures, mention_figures,
-                               open_amber_tools, open_halbench_tools, parse_object_list, phrase_mentions, read_amber_words, read_coco_truth,
-                               read_coco_words, read_halbench_answers, text_mentions)
+from rlaifv_nb.judgements import (
+    count_points,
+    count_preferences,
+    count_ratings,
+    point_figures,
+    preference_figures,
+    rating_figures,
+    read_preference,
+    read_reviews,
+)
+from rlaifv_nb.objects import (
+    AmberWords,
+    coco_words,
+    count_amber_descriptions,
+    count_mentions,
+    description_figures,
+    mention_figures,
+    open_amber_tools,
+    open_halbench_tools,
+    parse_object_list,
+    phrase_mentions,
+    read_amber_words,
+    read_coco_truth,
+    read_coco_words,
+    read_halbench_answers,
+    text_mentions,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,7 +90,10 @@ def stand_ins(monkeypatch):
 
 def amber(case):
     "All official figures of an AMBER case by our functions."
-    annotations, answers = {a["id"]: a for a in case["annotations"]}, {a["id"]: a["response"] for a in case["answers"]}
+    annotations, answers = (
+        {a["id"]: a for a in case["annotations"]},
+        {a["id"]: a["response"] for a in case["answers"]},
+    )
     words, cases.Word.near = AmberWords(case["association"], frozenset(case["safe"])), case["near"]
     yes_no = amber_figures(sums_of(count_amber_answers, answers, annotations, "official"), "official")
     described = sums_of(count_amber_descriptions, answers, annotations, words, *open_amber_tools())
@@ -89,19 +125,36 @@ def halbench(case, coco, folder):
     "Both official sets of metrics of a case, through our loaders."
     for kind in ("instances", "captions"):
         for part in ("train", "val"):
-            rows = {"images": case["images"], "categories": case["categories"], "annotations": case[kind][part == "val" :: 2]}
+            rows = {
+                "images": case["images"],
+                "categories": case["categories"],
+                "annotations": case[kind][part == "val" :: 2],
+            }
             (folder / f"{kind}_{part}2014.json").write_text(json.dumps(rows))
     (folder / "caps.jsonl").write_text("".join(json.dumps(c) + "\n" for c in case["caps"]))
-    answers, phrases = read_halbench_answers(folder / "caps.jsonl"), {c["image_id"]: c["phrases"] for c in case["caps"]}
+    answers, phrases = (
+        read_halbench_answers(folder / "caps.jsonl"),
+        {c["image_id"]: c["phrases"] for c in case["caps"]},
+    )
     tag, lemmas = open_halbench_tools()
     truth = read_coco_truth(folder, answers, coco, lemmas)
-    mentions = {"judge": {id: phrase_mentions(p, coco, tag) for id, p in phrases.items()},
-                "classic": {id: text_mentions(text, coco, lemmas) for id, text in answers.items()}}
-    return {name: mention_figures(sums_of(count_mentions, answers, m, truth, "official"), "official") for name, m in mentions.items()}
+    mentions = {
+        "judge": {id: phrase_mentions(p, coco, tag) for id, p in phrases.items()},
+        "classic": {id: text_mentions(text, coco, lemmas) for id, text in answers.items()},
+    }
+    return {
+        name: mention_figures(sums_of(count_mentions, answers, m, truth, "official"), "official")
+        for name, m in mentions.items()
+    }
 
 
-PRINTED = {"Response Hall": "CHAIRs_refine", "Object Hall": "CHAIRi", "Response Correct": "correct_rate", "Object Correct": "object_correct_rate",
-           "Object Recall": "obj_rec"}
+PRINTED = {
+    "Response Hall": "CHAIRs_refine",
+    "Object Hall": "CHAIRi",
+    "Response Correct": "correct_rate",
+    "Object Correct": "object_correct_rate",
+    "Object Recall": "obj_rec",
+}
 
 
 def compare_halbench(ours, figures, seed):
@@ -151,9 +204,14 @@ def test_mmhal_bench():
         ours = rating_figures(sums, "official")
         types = ",".join(str(v) for k, v in ours.items() if k.startswith("score: "))
         for part in ("evaluation", "summary"):
-            assert (f"{ours['score']:.2f}", types) == (figures[f"{part}/score"], figures[f"{part}/types"]), seed
+            assert (f"{ours['score']:.2f}", types) == (figures[f"{part}/score"], figures[f"{part}/types"]), (
+                seed
+            )
         assert f"{ours['hallucination']:.3f}" == figures["evaluation/hallucination"], seed
-        assert f"{sum(v for (_, name), v in sums.items() if name == 'hallucinating') / 96:.2f}" == figures["summary/hallucination"], seed
+        assert (
+            f"{sum(v for (_, name), v in sums.items() if name == 'hallucinating') / 96:.2f}"
+            == figures["summary/hallucination"]
+        ), seed
         assert f"{ours['informativeness']:.2f}" == figures["summary/informativeness"], seed
 
 
@@ -161,8 +219,14 @@ def test_refomb(tmp_path):
     table = {"win": 1, "loss": -1, "tie": 0}
     for seed, figures in seeds("refomb"):
         items = cases.refomb_case(seed)
-        verdicts = [next(t for t in i["attempts"] if read_preference(t, "official") is not None) for i in items]
-        (tmp_path / "saved.json").write_text(json.dumps([{"image": i["id"], "type_name": i["type"], "review": t} for i, t in zip(items, verdicts)]))
+        verdicts = [
+            next(t for t in i["attempts"] if read_preference(t, "official") is not None) for i in items
+        ]
+        (tmp_path / "saved.json").write_text(
+            json.dumps(
+                [{"image": i["id"], "type_name": i["type"], "review": t} for i, t in zip(items, verdicts)]
+            )
+        )
         texts, types = read_reviews(tmp_path / "saved.json")
         ours = preference_figures(sums_of(count_preferences, texts, types, mode="official"), "official")
         scores = {id: read_preference(t, "official") for id, t in texts.items()}
@@ -172,7 +236,9 @@ def test_refomb(tmp_path):
                 assert figures[f"{part} table"] == "IndexError" and set(scores.values()) == {-1}, seed
                 continue
             assert ours["win"] == figures[f"{part} table/score"], seed
-            assert {k: list(scores.values()).count(v) for k, v in table.items()} == {k: figures[f"{part} table/{k}"] for k in table}, seed
+            assert {k: list(scores.values()).count(v) for k, v in table.items()} == {
+                k: figures[f"{part} table/{k}"] for k in table
+            }, seed
             for type in set(types.values()):
                 win, loss, tie = map(int, figures[f"{part} table/{type}"].split("/"))
                 assert ours[f"win: {type}"] == (win + tie / 2) / (win + loss + tie), seed
@@ -193,7 +259,10 @@ def test_pope(tmp_path):
 
 def test_mmstar():
     for seed, figures in seeds("mmstar"):
-        assert mmstar_figures(sums_of(count_mmstar_answers, cases.mmstar_case(seed), "official"), "official") == figures, seed
+        assert (
+            mmstar_figures(sums_of(count_mmstar_answers, cases.mmstar_case(seed), "official"), "official")
+            == figures
+        ), seed
 
 
 def test_llava_bench():
@@ -215,7 +284,9 @@ def test_answer_files_that_official_scripts_would_misread(tmp_path):
     with pytest.raises(ValueError, match="row 2: id 7 comes twice"):
         read_amber_answers(tmp_path / "double.json")
     (tmp_path / "short.json").write_text('{"question": "a", "answer": "yes"}\n')
-    (tmp_path / "labels.json").write_text('{"question_id": 1, "text": "a", "label": "yes"}\n{"question_id": 2, "text": "b", "label": "no"}\n')
+    (tmp_path / "labels.json").write_text(
+        '{"question_id": 1, "text": "a", "label": "yes"}\n{"question_id": 2, "text": "b", "label": "no"}\n'
+    )
     with pytest.raises(ValueError, match="1 rows for 2 questions"):
         read_pope(tmp_path / "short.json", tmp_path / "labels.json")
     (tmp_path / "broken.jsonl").write_text('{"image_id": 1, "answer": "a"}\n{"image_id": 2, "answ')

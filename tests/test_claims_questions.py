@@ -1,7 +1,17 @@
 """A question must ask for exactly its fact: negation, tense, numbers, written text and order are kept."""
+
 import pytest
 
-from rlaifv_nb.claims import BY_SPLITTER, BY_STATEMENT, RULE, ask_questions, extract_claims, question_problem, read_templates, statement_question
+from rlaifv_nb.claims import (
+    BY_SPLITTER,
+    BY_STATEMENT,
+    RULE,
+    ask_questions,
+    extract_claims,
+    question_problem,
+    read_templates,
+    statement_question,
+)
 from rlaifv_nb.records import Response
 
 GOOD = [
@@ -106,12 +116,17 @@ def test_a_question_that_does_not_fit(fact, question, problem):
 def test_questions_of_other_facts_never_fit(k):
     for other in range(len(GOOD)):
         same = {fact.replace("isn't", "is not") for fact, _ in (GOOD[k], GOOD[other])}
-        if GOOD[k][0] != GOOD[other][0] and len(same) == 2 and not {"The image shows a dog.", "There is a dog."} >= same:
+        if (
+            GOOD[k][0] != GOOD[other][0]
+            and len(same) == 2
+            and not {"The image shows a dog.", "There is a dog."} >= same
+        ):
             assert question_problem(GOOD[k][0], GOOD[other][1]), (GOOD[k], GOOD[other])
 
 
 def replies(table, asked):
     "A splitter that looks its replies up; every prompt that it is given is kept in `asked`."
+
     def ask(prompts):
         asked.append(prompts)
         return [next((reply for key, reply in table.items() if key in p), ("", "stop")) for p in prompts]
@@ -119,31 +134,56 @@ def replies(table, asked):
     return ask
 
 
-@pytest.mark.parametrize("questions, by, prompts", [
-    ("rule", [RULE, RULE, BY_SPLITTER, BY_STATEMENT, BY_STATEMENT], 3),
-    ("splitter", [BY_SPLITTER, BY_STATEMENT, BY_SPLITTER, BY_STATEMENT, BY_STATEMENT], 5),
-    ("statement", [BY_STATEMENT] * 5, 0),
-])
+@pytest.mark.parametrize(
+    "questions, by, prompts",
+    [
+        ("rule", [RULE, RULE, BY_SPLITTER, BY_STATEMENT, BY_STATEMENT], 3),
+        ("splitter", [BY_SPLITTER, BY_STATEMENT, BY_SPLITTER, BY_STATEMENT, BY_STATEMENT], 5),
+        ("statement", [BY_STATEMENT] * 5, 0),
+    ],
+)
 def test_the_order_of_rule_splitter_and_statement(questions, by, prompts):
     facts = ["There is a dog.", "The dog is not red.", "The dog sits.", "The dog ran.", "The cat ran."]
     asked = []
-    ask = replies({facts[0]: ("Is there a dog?", "stop"), facts[1]: ("Is the dog red?", "stop"), facts[2]: ("Does the dog sit?", "stop"),
-                   facts[3]: ("Does the dog run?", "stop"), facts[4]: ("Did the cat", "length")}, asked)
+    ask = replies(
+        {
+            facts[0]: ("Is there a dog?", "stop"),
+            facts[1]: ("Is the dog red?", "stop"),
+            facts[2]: ("Does the dog sit?", "stop"),
+            facts[3]: ("Does the dog run?", "stop"),
+            facts[4]: ("Did the cat", "length"),
+        },
+        asked,
+    )
     known = ask_questions(facts + facts, ask, read_templates(), questions=questions)
     assert list(known) == facts and [known[f][1] for f in facts] == by
-    assert [len(p) for p in asked] == [prompts] * bool(prompts), "each distinct fact once, and only where the splitter is needed"
+    assert [len(p) for p in asked] == [prompts] * bool(prompts), (
+        "each distinct fact once, and only where the splitter is needed"
+    )
     for fact, (question, made_by, problem) in known.items():
-        assert question == statement_question(fact) if made_by == BY_STATEMENT else not question_problem(fact, question)
+        assert (
+            question == statement_question(fact)
+            if made_by == BY_STATEMENT
+            else not question_problem(fact, question)
+        )
     if questions != "statement":
         assert known[facts[3]][2] == "Does the dog run? (left out: ran; added: run)"
         assert known[facts[4]][2] == "there was no end within the token limit"
 
 
 def test_the_check_can_be_switched_off():
-    ask = replies({"Split": ("- Der Hund ist rot.\n- \u72d7", "stop"), "Fact: Der Hund ist rot.": ("Ist der Hund rot?", "stop"),
-                   "Fact: \u72d7": ("\u72d7?", "stop")}, [])
+    ask = replies(
+        {
+            "Split": ("- Der Hund ist rot.\n- \u72d7", "stop"),
+            "Fact: Der Hund ist rot.": ("Ist der Hund rot?", "stop"),
+            "Fact: \u72d7": ("\u72d7?", "stop"),
+        },
+        [],
+    )
     response = Response("p-00", "p", 0, 0, "Ein roter Dackel.", "stop")
     claims, set_aside, remarks = extract_claims([response], {"p": "Was?"}, ask, check=False)
     assert [c.question for c in claims] == ["Ist der Hund rot?", "\u72d7?"] and not set_aside
     claims, set_aside, remarks = extract_claims([response], {"p": "Was?"}, ask)
-    assert [c.question for c in claims] == [statement_question("Der Hund ist rot.")] and [r.fact for r in remarks][0] == "\u72d7"
+    assert [c.question for c in claims] == [statement_question("Der Hund ist rot.")] and [
+        r.fact for r in remarks
+    ][0] == "\u72d7"

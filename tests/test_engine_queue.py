@@ -1,4 +1,5 @@
 """Rows and slots that are refilled, blocks that grow, one instruction for all texts: on = off, on every architecture, in every dtype, and when memory runs out."""
+
 import functools
 from contextlib import contextmanager
 
@@ -14,7 +15,16 @@ from rlaifv_nb.attention import BLOCK
 from rlaifv_nb.claims import fill, read_templates
 from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.models import open_llm, open_vlm, prompt_inputs, unsampled_ids
-from rlaifv_nb.prefix import QueuedPrompt, SampleQueue, generate_texts, grow_texts, on_device, pick_tokens, read_prompts, sample_branches
+from rlaifv_nb.prefix import (
+    QueuedPrompt,
+    SampleQueue,
+    generate_texts,
+    grow_texts,
+    on_device,
+    pick_tokens,
+    read_prompts,
+    sample_branches,
+)
 
 SIZES = ((150, 100), (90, 140), (120, 120), (56, 56))
 QUESTIONS = (*DESCRIBE, "What is in the top left?")
@@ -26,13 +36,24 @@ on_every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 def inputs_of(vlm_name, scene):
     "A prompt with a picture and a question of its own size."
     vlm = tiny(vlm_name)
-    return prompt_inputs(vlm, draw_picture(make_scene("dev", scene)).resize(SIZES[scene % 4]), QUESTIONS[scene % len(QUESTIONS)])
+    return prompt_inputs(
+        vlm,
+        draw_picture(make_scene("dev", scene)).resize(SIZES[scene % 4]),
+        QUESTIONS[scene % len(QUESTIONS)],
+    )
 
 
 def prompts_of(vlm_name, n, n_answers, temperatures=(0.9,)):
     "Prompts of a queue; seeds and temperatures differ."
-    return [QueuedPrompt(f"p{k}", inputs_of(vlm_name, k), [100 * k + i for i in range(n_answers + k % 2)],
-                         [temperatures[i % len(temperatures)] for i in range(n_answers + k % 2)]) for k in range(n)]
+    return [
+        QueuedPrompt(
+            f"p{k}",
+            inputs_of(vlm_name, k),
+            [100 * k + i for i in range(n_answers + k % 2)],
+            [temperatures[i % len(temperatures)] for i in range(n_answers + k % 2)],
+        )
+        for k in range(n)
+    ]
 
 
 @contextmanager
@@ -61,8 +82,15 @@ def sampled(vlm, prompts, **options):
 def one_by_one(vlm, prompts, **options):
     "The same, each answer alone."
     with many_ends(vlm):
-        return {p.name: [sample_branches(vlm, read_prompts(vlm, [p.inputs]), [0], [seed], t, never=unsampled_ids(vlm), **options)[0]
-                         for seed, t in zip(p.seeds, p.temperatures)] for p in prompts}
+        return {
+            p.name: [
+                sample_branches(
+                    vlm, read_prompts(vlm, [p.inputs]), [0], [seed], t, never=unsampled_ids(vlm), **options
+                )[0]
+                for seed, t in zip(p.seeds, p.temperatures)
+            ]
+            for p in prompts
+        }
 
 
 @on_every_architecture
@@ -72,15 +100,30 @@ def test_refilled_rows_give_the_same_answers(name, look, rows):
     alone = one_by_one(vlm, prompts_of(name, 7, 3), max_new_tokens=18)
     assert len({len(ids) for answers in alone.values() for ids, _ in answers}) > 3, "answers of many lengths"
     for batch_size in (1, 3):
-        on, queue = sampled(vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, row_share=rows)
+        on, queue = sampled(
+            vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, row_share=rows
+        )
         assert on == alone and queue.batch_size == batch_size and 0 < queue.use.share() <= 1
         if not vlm.sharing and look == 1 and batch_size == 3:
-            off, waits = sampled(vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, refill=False)
-            assert off == alone and queue.use.useful == waits.use.useful and queue.use.share() > waits.use.share()
+            off, waits = sampled(
+                vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, refill=False
+            )
+            assert (
+                off == alone
+                and queue.use.useful == waits.use.useful
+                and queue.use.share() > waits.use.share()
+            )
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.sampled_from((0.3, 2 / 3, 1.0)), st.sampled_from(((0.7,), (0,), (0.8, 1.3), (0, 1.0))))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.sampled_from((0.3, 2 / 3, 1.0)),
+    st.sampled_from(((0.7,), (0,), (0.8, 1.3), (0, 1.0))),
+)
 def test_any_shape_of_a_queue(n, n_answers, batch_size, look, rows, temperatures):
     vlm = tiny("qwen25_vl")  # positions in three dimensions
     prompts = prompts_of("qwen25_vl", n, n_answers, temperatures)
@@ -93,7 +136,9 @@ def test_never_more_prompts_alive_than_asked_and_read_when_their_turn_comes():
 
     def source():
         for p in prompts_of("llava", 9, 2):
-            assert sum(not q.is_done for q in asked) <= 2, "at most two are alive when a further one is looked at"
+            assert sum(not q.is_done for q in asked) <= 2, (
+                "at most two are alive when a further one is looked at"
+            )
             asked.append(p)
             yield p
 
@@ -125,9 +170,13 @@ def test_out_of_memory_keeps_what_is_finished(name, refill, capsys):
     vlm = tiny(name)
     whole, _ = sampled(vlm, prompts_of(name, 6, 3), batch_size=4, max_new_tokens=16)
     size = max(inputs_of(name, k)["input_ids"].shape[1] for k in range(6))
-    each = size if not vlm.sharing else 4 * size  # a model that does not share reads a prompt for each of its answers
+    each = (
+        size if not vlm.sharing else 4 * size
+    )  # a model that does not share reads a prompt for each of its answers
     with memory_for(vlm, 2 * each + 1) as often:
-        found, queue = sampled(vlm, prompts_of(name, 6, 3), batch_size=4, max_new_tokens=16, refill=refill, row_share=1.0)
+        found, queue = sampled(
+            vlm, prompts_of(name, 6, 3), batch_size=4, max_new_tokens=16, refill=refill, row_share=1.0
+        )
     assert found == whole and often and queue.batch_size < 4
     assert "out of memory with 4 prompts at a time: going on with 2" in capsys.readouterr().out
 
@@ -139,7 +188,10 @@ def test_a_single_prompt_goes_on_with_fewer_answers_or_is_named(capsys):
     with memory_for(vlm, 2 * size):
         found, queue = sampled(vlm, prompts_of(name, 2, 3), max_new_tokens=8)
     assert found == whole and queue.batch_size == 1 and queue.answers_at_once == 1
-    with memory_for(vlm, size - 1), pytest.raises(MemoryError, match="not enough memory for a single item: one answer to prompt p1"):
+    with (
+        memory_for(vlm, size - 1),
+        pytest.raises(MemoryError, match="not enough memory for a single item: one answer to prompt p1"),
+    ):
         sampled(vlm, prompts_of(name, 2, 3)[1:], max_new_tokens=8)
     assert "out of memory with 3 answers to one prompt: going on with 1 at a time" in capsys.readouterr().out
 
@@ -182,19 +234,32 @@ def test_texts_behind_one_instruction(name):
     instruction = torch.randint(10, 700, (40,), generator=generator).tolist()
     rests = [torch.randint(10, 700, (n,), generator=generator).tolist() for n in (1, 9, 70, 3, 30)]
     branches = grow_texts(vlm, instruction, rests, 20)
-    own = [prefixes.read(tiny(name, False), [{"input_ids": torch.tensor([instruction + rest])}]) for rest in rests]
+    own = [
+        prefixes.read(tiny(name, False), [{"input_ids": torch.tensor([instruction + rest])}])
+        for rest in rests
+    ]
     for step in range(12):
         for hidden, alone in zip(branches.hidden, own):
             assert torch.allclose(hidden, alone.last_hidden[0], atol=1e-4)
         tokens = [11 + step + k for k in range(len(rests))]
         branches.step(torch.tensor(tokens))
-        own = [prefixes.read(tiny(name, False), [{"input_ids": torch.cat([a.inputs[0]["input_ids"], torch.tensor([[t]])], 1)}]) for a, t in zip(own, tokens)]
+        own = [
+            prefixes.read(
+                tiny(name, False),
+                [{"input_ids": torch.cat([a.inputs[0]["input_ids"], torch.tensor([[t]])], 1)}],
+            )
+            for a, t in zip(own, tokens)
+        ]
 
 
 @pytest.mark.parametrize("max_tokens", [65536, 700, 90, 1])
 def test_texts_in_any_number_at_a_time(max_tokens):
     llm = open_llm("packaged:iconworld-splitter")
-    facts = [f"There is a {colour} {noun}." for colour in ("red", "blue", "green") for noun in ("cat", "dog", "cup", "clock")] + ["A " + "very " * 40 + "big dog."]
+    facts = [
+        f"There is a {colour} {noun}."
+        for colour in ("red", "blue", "green")
+        for noun in ("cat", "dog", "cup", "clock")
+    ] + ["A " + "very " * 40 + "big dog."]
     prompts = [f"Turn the fact about an image into a question.\nFact: {fact}\nQuestion:" for fact in facts]
     plain = open_llm("packaged:iconworld-splitter", share_prefix=False)
     rows = []
@@ -210,20 +275,33 @@ def test_texts_in_any_number_at_a_time(max_tokens):
 
 def test_texts_when_memory_runs_out(capsys):
     llm = open_llm("packaged:iconworld-splitter")
-    prompts = [f"Turn the fact about an image into a question.\nFact: There are {n} cats.\nQuestion:" for n in ("two", "three", "four", "five", "six")]
+    prompts = [
+        f"Turn the fact about an image into a question.\nFact: There are {n} cats.\nQuestion:"
+        for n in ("two", "three", "four", "five", "six")
+    ]
     whole = generate_texts(llm, prompts, 24)
     with memory_for(llm, 30) as often:
         assert generate_texts(llm, prompts, 24) == whole and often
     assert "out of memory with 5 texts at a time: going on with 2" in capsys.readouterr().out
-    with memory_for(llm, 1), pytest.raises(MemoryError, match="not enough memory for a single item: a text of"):
+    with (
+        memory_for(llm, 1),
+        pytest.raises(MemoryError, match="not enough memory for a single item: a text of"),
+    ):
         generate_texts(llm, prompts, 24)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(-80, 80), min_size=2, max_size=12, unique=True), st.floats(0.2, 2), st.integers(0, 13), st.floats(0.05, 1))
+@given(
+    st.lists(st.integers(-80, 80), min_size=2, max_size=12, unique=True),
+    st.floats(0.2, 2),
+    st.integers(0, 13),
+    st.floats(0.05, 1),
+)
 def test_top_k_and_top_p_as_in_generate(tenths, temperature, top_k, top_p):
     n, logits = 4000, torch.tensor([tenths]) / 10
-    tokens = pick_tokens(logits.expand(n, -1), ((torch.arange(n) + 0.5) / n).double(), temperature, top_p, top_k)
+    tokens = pick_tokens(
+        logits.expand(n, -1), ((torch.arange(n) + 0.5) / n).double(), temperature, top_p, top_k
+    )
     warpers = [TemperatureLogitsWarper(temperature)]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
@@ -239,7 +317,9 @@ def test_each_row_may_have_a_temperature_of_its_own():
     uniform = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
     temperatures = [0.0, 0.7, 1.4]
     together = pick_tokens(logits, uniform, torch.tensor(temperatures, dtype=torch.float64), 0.9, 20)
-    assert together.tolist() == [pick_tokens(logits[[k]], uniform[[k]], t, 0.9, 20).item() for k, t in enumerate(temperatures)]
+    assert together.tolist() == [
+        pick_tokens(logits[[k]], uniform[[k]], t, 0.9, 20).item() for k, t in enumerate(temperatures)
+    ]
 
 
 def test_nothing_waits_for_the_device_between_two_looks():
@@ -250,12 +330,27 @@ def test_nothing_waits_for_the_device_between_two_looks():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func.overloadpacket.__name__
-            if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh", "_unique2") or "bool" in str([a.dtype for a in args if name == "index" and hasattr(a, "dtype")]):
+            if name in (
+                "_local_scalar_dense",
+                "nonzero",
+                "equal",
+                "masked_select",
+                "lift_fresh",
+                "_unique2",
+            ) or "bool" in str([a.dtype for a in args if name == "index" and hasattr(a, "dtype")]):
                 found.append(name)
             return func(*args, **(kwargs or {}))
 
     vlm, found, looks = tiny("llava"), [], []
-    queue = SampleQueue(vlm, prompts_of("llava", 5, 4), batch_size=2, max_new_tokens=40, never=unsampled_ids(vlm), look=10, row_share=0.7)
+    queue = SampleQueue(
+        vlm,
+        prompts_of("llava", 5, 4),
+        batch_size=2,
+        max_new_tokens=40,
+        never=unsampled_ids(vlm),
+        look=10,
+        row_share=0.7,
+    )
     step = prefixes.SharedRows.step
 
     def watched(self, tokens):
@@ -278,30 +373,63 @@ def test_nothing_waits_for_the_device_between_two_looks():
     assert found == [] and len(looks) > 20 and sum(looks) < len(looks) / 3
 
 
-HALF = pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantisation": "nf4"}, {"dtype": "bfloat16", "quantisation": "nf4"}], ids=["bf16", "nf4", "bf16 nf4"])
+HALF = pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, {"quantisation": "nf4"}, {"dtype": "bfloat16", "quantisation": "nf4"}],
+    ids=["bf16", "nf4", "bf16 nf4"],
+)
 
 
 @HALF
 def test_refilled_rows_in_16_and_4_bits(options):
-    vlm, plain = open_vlm("packaged:iconworld-vlm", **options), open_vlm("packaged:iconworld-vlm", share_prefix=False, **options)
-    inputs = [prompt_inputs(vlm, draw_picture(make_scene("dev", k)), DESCRIBE[k % len(DESCRIBE)]) for k in range(10)]
+    vlm, plain = (
+        open_vlm("packaged:iconworld-vlm", **options),
+        open_vlm("packaged:iconworld-vlm", share_prefix=False, **options),
+    )
+    inputs = [
+        prompt_inputs(vlm, draw_picture(make_scene("dev", k)), DESCRIBE[k % len(DESCRIBE)]) for k in range(10)
+    ]
     prompts = [QueuedPrompt(str(k), i, [0], [0]) for k, i in enumerate(inputs)]
-    done = list(SampleQueue(vlm, prompts, batch_size=4, max_new_tokens=80, never=unsampled_ids(vlm), row_share=0.5, look=3))
+    done = list(
+        SampleQueue(
+            vlm, prompts, batch_size=4, max_new_tokens=80, never=unsampled_ids(vlm), row_share=0.5, look=3
+        )
+    )
     assert len(done) == 10 and all(a.reason == "stop" for p in done for a in p.answers)
     index, branches = range(10), [p.answers[0].tokens + [vlm.end_id] for p in prompts]
     # greedy: each token is the best one to the plain path, too, but for ties that rounding breaks
     states = prefixes.score_branches(plain, read_prompts(plain, inputs), list(index), branches)
     with torch.no_grad():
-        regrets = torch.cat([logps.max(-1).values - logps[range(len(b)), b] for b, logps in
-                             zip(branches, (vlm.core.lm_head(h[:-1]).float().log_softmax(-1) for h in states))])
-    assert len(regrets) > 300 and 0 <= regrets.mean() < (1e-4 if "dtype" not in options else 5e-3), regrets.mean()
+        regrets = torch.cat(
+            [
+                logps.max(-1).values - logps[range(len(b)), b]
+                for b, logps in zip(
+                    branches, (vlm.core.lm_head(h[:-1]).float().log_softmax(-1) for h in states)
+                )
+            ]
+        )
+    assert len(regrets) > 300 and 0 <= regrets.mean() < (1e-4 if "dtype" not in options else 5e-3), (
+        regrets.mean()
+    )
 
 
 @HALF
 def test_texts_in_16_and_4_bits(options):
-    shared, plain = open_llm("packaged:iconworld-splitter", **options), open_llm("packaged:iconworld-splitter", share_prefix=False, **options)
-    facts = ["There is a cat.", "The cat is red.", "There are two dogs.", "The dogs are in the top left.", "There are three cups.", "The cups are blue.",
-             "The cat is in the bottom right.", "There is a clock.", "The clock is green."]
+    shared, plain = (
+        open_llm("packaged:iconworld-splitter", **options),
+        open_llm("packaged:iconworld-splitter", share_prefix=False, **options),
+    )
+    facts = [
+        "There is a cat.",
+        "The cat is red.",
+        "There are two dogs.",
+        "The dogs are in the top left.",
+        "There are three cups.",
+        "The cups are blue.",
+        "The cat is in the bottom right.",
+        "There is a clock.",
+        "The clock is green.",
+    ]
     template = read_templates().question
     prompts = [fill(template, fact=fact) for fact in facts]
     on, off = generate_texts(shared, prompts, 24, 200), generate_texts(plain, prompts, 24)
@@ -311,4 +439,7 @@ def test_texts_in_16_and_4_bits(options):
 @pytest.mark.parametrize("where", ["cpu", "meta"])
 def test_a_prompts_tensors_go_where_the_model_is(where):
     moved = on_device({"input_ids": torch.ones(1, 3), "pixel_values": torch.ones(2)}, where)
-    assert {k: (tuple(v.shape), v.device.type) for k, v in moved.items()} == {"input_ids": ((1, 3), where), "pixel_values": ((2,), where)}
+    assert {k: (tuple(v.shape), v.device.type) for k, v in moved.items()} == {
+        "input_ids": ((1, 3), where),
+        "pixel_values": ((2,), where),
+    }

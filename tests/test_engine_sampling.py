@@ -1,4 +1,5 @@
 """01_sampling as a stage: a stream of prompts in shards, refill on = off, the adapter merged in 16 bits, and what the manifest says."""
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -7,7 +8,15 @@ from stages import prepare
 from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.models import open_vlm, prompt_inputs
 from rlaifv_nb.prefix import branch_logps, read_prompts
-from rlaifv_nb.records import Prompt, Response, read_manifest, read_table, resolve_path, shard_paths, write_table
+from rlaifv_nb.records import (
+    Prompt,
+    Response,
+    read_manifest,
+    read_table,
+    resolve_path,
+    shard_paths,
+    write_table,
+)
 from rlaifv_nb.sampling import can_merge, merged_adapter, run_sampling
 
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
@@ -22,13 +31,34 @@ def prompts(tmp_path_factory):
 
 def tables(folder):
     "Its shards, byte for byte."
-    return {p.name: p.read_bytes() for p in (*shard_paths(folder, "responses"), *shard_paths(folder, "set_aside-responses"))}
+    return {
+        p.name: p.read_bytes()
+        for p in (*shard_paths(folder, "responses"), *shard_paths(folder, "set_aside-responses"))
+    }
 
 
 def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
     vlm = open_vlm(POLICY)
-    run_sampling(prompts, tmp_path / "on", vlm, n_samples=4, max_new_tokens=60, batch_size=4, shard_size=5, row_share=2 / 3)
-    run_sampling(prompts, tmp_path / "off", vlm, n_samples=4, max_new_tokens=60, batch_size=7, shard_size=5, refill=False)
+    run_sampling(
+        prompts,
+        tmp_path / "on",
+        vlm,
+        n_samples=4,
+        max_new_tokens=60,
+        batch_size=4,
+        shard_size=5,
+        row_share=2 / 3,
+    )
+    run_sampling(
+        prompts,
+        tmp_path / "off",
+        vlm,
+        n_samples=4,
+        max_new_tokens=60,
+        batch_size=7,
+        shard_size=5,
+        refill=False,
+    )
     on, off = tables(tmp_path / "on"), tables(tmp_path / "off")
     assert on == off and len(on) == 8, "18 prompts in shards of 5, with what was set aside"
     told, waits = read_manifest(tmp_path / "on"), read_manifest(tmp_path / "off")
@@ -36,20 +66,35 @@ def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
     assert (told["batch_size"], told["refill"], waits["refill"]) == ({"asked": 4, "used": 4}, True, False)
     assert 0.5 < waits["row_use"] < told["row_use"] <= 1
     run_sampling(prompts, tmp_path / "cpu", vlm, n_samples=4, max_new_tokens=60, batch_size=4, shard_size=5)
-    assert tables(tmp_path / "cpu") == on and read_manifest(tmp_path / "cpu")["refill"] is False, "a CPU drops rows instead"
+    assert tables(tmp_path / "cpu") == on and read_manifest(tmp_path / "cpu")["refill"] is False, (
+        "a CPU drops rows instead"
+    )
 
 
 def test_the_packaged_example_is_what_comes_out(tmp_path):
-    made = run_sampling(resolve_path("packaged:example/prompts"), tmp_path, open_vlm(POLICY), max_new_tokens=128)
+    made = run_sampling(
+        resolve_path("packaged:example/prompts"), tmp_path, open_vlm(POLICY), max_new_tokens=128
+    )
     assert made == read_table(resolve_path("packaged:example/01_sampling"), "responses", Response)
 
 
 def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_path, monkeypatch):
     import rlaifv_nb.sampling as s
 
-    run_sampling(prompts, tmp_path / "whole", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4, row_share=0.7)
+    run_sampling(
+        prompts,
+        tmp_path / "whole",
+        open_vlm(POLICY),
+        n_samples=2,
+        max_new_tokens=40,
+        batch_size=3,
+        shard_size=4,
+        row_share=0.7,
+    )
     generator = s.vlm_generator
-    monkeypatch.setattr(s, "vlm_generator", lambda *args: lambda questions: stopping(generator(*args)(questions), 9))
+    monkeypatch.setattr(
+        s, "vlm_generator", lambda *args: lambda questions: stopping(generator(*args)(questions), 9)
+    )
 
     def stopping(answers, n):
         for k, answer in enumerate(answers):
@@ -58,11 +103,29 @@ def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_p
             yield answer
 
     with pytest.raises(KeyboardInterrupt):
-        run_sampling(prompts, tmp_path / "part", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4, row_share=0.7)
+        run_sampling(
+            prompts,
+            tmp_path / "part",
+            open_vlm(POLICY),
+            n_samples=2,
+            max_new_tokens=40,
+            batch_size=3,
+            shard_size=4,
+            row_share=0.7,
+        )
     kept = {p.name: p.stat().st_mtime_ns for p in shard_paths(tmp_path / "part", "responses")}
     assert len(kept) in (1, 2)
     monkeypatch.setattr(s, "vlm_generator", generator)
-    run_sampling(prompts, tmp_path / "part", open_vlm(POLICY), n_samples=2, max_new_tokens=40, batch_size=3, shard_size=4, row_share=0.7)
+    run_sampling(
+        prompts,
+        tmp_path / "part",
+        open_vlm(POLICY),
+        n_samples=2,
+        max_new_tokens=40,
+        batch_size=3,
+        shard_size=4,
+        row_share=0.7,
+    )
     assert tables(tmp_path / "part") == tables(tmp_path / "whole")
     assert all((tmp_path / "part" / name).stat().st_mtime_ns == when for name, when in kept.items())
 
@@ -73,7 +136,15 @@ def test_unreadable_pictures_and_an_empty_table(prompts, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "images").symlink_to(prompts / "images")
     write_table(tmp_path / "p", "prompts", [broken[0], rows[0], broken[1], rows[1], rows[2], broken[2]])
-    made = run_sampling(tmp_path / "p", tmp_path / "out", open_vlm(POLICY), n_samples=2, max_new_tokens=20, batch_size=2, shard_size=2)
+    made = run_sampling(
+        tmp_path / "p",
+        tmp_path / "out",
+        open_vlm(POLICY),
+        n_samples=2,
+        max_new_tokens=20,
+        batch_size=2,
+        shard_size=2,
+    )
     assert [r.prompt_id for r in made] == [r.prompt_id for r in rows for _ in range(2)]
     assert read_manifest(tmp_path / "out")["set_aside"] == {"unreadable picture": 6}
     write_table(tmp_path / "none", "prompts", [])
@@ -81,7 +152,18 @@ def test_unreadable_pictures_and_an_empty_table(prompts, tmp_path):
     assert read_manifest(tmp_path / "nothing")["rows_in"] == 0
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"second_temperature": -0.5}, {"top_p": 0}, {"top_k": -1}, {"n_samples": 0}, {"batch_size": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"second_temperature": -0.5},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"n_samples": 0},
+        {"batch_size": 0},
+        {"max_new_tokens": 0},
+    ],
+)
 def test_what_cannot_be_is_refused(bad, prompts, tmp_path):
     with pytest.raises(ValueError, match="need temperatures and top_k of at least 0"):
         run_sampling(prompts, tmp_path, open_vlm(POLICY), **bad)
@@ -108,7 +190,12 @@ def test_a_merged_adapter_is_taken_out_to_the_bit():
     before = {k: v.clone() for k, v in vlm.model.state_dict().items()}
     layers = [m for m in vlm.model.modules() if isinstance(m, LoraLayer)]
     inputs = [prompt_inputs(vlm, draw_picture(make_scene("dev", k)), DESCRIBE[k]) for k in range(4)]
-    answers = [vlm.tokenizer("There are two red cats in the top left. A blue dog sits.", add_special_tokens=False).input_ids + [vlm.end_id]] * 4
+    answers = [
+        vlm.tokenizer(
+            "There are two red cats in the top left. A blue dog sits.", add_special_tokens=False
+        ).input_ids
+        + [vlm.end_id]
+    ] * 4
     beside = torch.cat(branch_logps(vlm, read_prompts(vlm, inputs), range(4), answers))
     with vlm.model.disable_adapter():
         without = torch.cat(branch_logps(vlm, read_prompts(vlm, inputs), range(4), answers))
@@ -126,6 +213,17 @@ def test_the_stage_merges_in_16_bits_and_says_so(prompts, tmp_path):
     layer = next(m for m in vlm.model.modules() if isinstance(m, LoraLayer))
     layer.register_forward_hook(lambda module, args, out: seen.append(module.merged))
     for merge in (True, False):
-        run_sampling(prompts, tmp_path / str(merge), vlm, n_prompts=2, n_samples=2, max_new_tokens=20, merge_adapter=merge)
-        assert set(seen) == {merge} and read_manifest(tmp_path / str(merge))["parameters"]["merge_adapter"] is merge
+        run_sampling(
+            prompts,
+            tmp_path / str(merge),
+            vlm,
+            n_prompts=2,
+            n_samples=2,
+            max_new_tokens=20,
+            merge_adapter=merge,
+        )
+        assert (
+            set(seen) == {merge}
+            and read_manifest(tmp_path / str(merge))["parameters"]["merge_adapter"] is merge
+        )
         seen.clear()

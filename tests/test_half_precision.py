@@ -1,4 +1,5 @@
 """The whole tiny chain as it runs on a card, in bfloat16 on NF4 weights: by functions, and by notebooks."""
+
 import json
 
 import numpy as np
@@ -34,8 +35,18 @@ def run(tmp_path_factory):
     run_claims(at / "prompts", at / "01", at / "02", open_llm(SPLITTER, **HALF))
     run_feedback(at / "prompts", at / "01", at / "02", at / "03", vlm)
     run_pairs(at / "prompts", at / "01", at / "02", at / "03", at / "04")
-    run_dpo(at / "prompts", at / "04", at / "05", POLICY, learning_rate=5e-4, epochs=2.0, batch_size=4,
-            evaluations=2, min_steps=1, **HALF)
+    run_dpo(
+        at / "prompts",
+        at / "04",
+        at / "05",
+        POLICY,
+        learning_rate=5e-4,
+        epochs=2.0,
+        batch_size=4,
+        evaluations=2,
+        min_steps=1,
+        **HALF,
+    )
     return at
 
 
@@ -121,8 +132,9 @@ def test_scores_in_16_bits_hardly_depend_on_the_batch(run, tmp_path):
 def test_sampled_candidates_in_16_bits(run, tmp_path):
     write_prompts(tmp_path / "prompts", {"test": 3})
     adapter = str(run / "05" / "adapter")
-    run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, adapter, n_candidates=4,
-                        max_new_tokens=60, **HALF)
+    run_guided_decoding(
+        tmp_path / "prompts", tmp_path / "out", POLICY, adapter, n_candidates=4, max_new_tokens=60, **HALF
+    )
     candidates = read_candidates(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out")
     assert manifest["rows_in"] == 24 == len(candidates) + sum(manifest["set_aside"].values())
@@ -132,11 +144,22 @@ def test_sampled_candidates_in_16_bits(run, tmp_path):
 
 def test_the_notebooks_programs_in_16_bits(tmp_path):
     """One round of the tiny recipe through papermill, with every model in bfloat16 and NF4."""
-    own = {"01_sampling": {"n_samples": 6, "max_new_tokens": 80}, "02_claims": {}, "03_feedback": {},
-           "05_dpo": {"epochs": 1.0, "batch_size": 4, "min_steps": 1}, "06_evaluation": {"n_scenes": 6},
-           "07_guided_decoding": {"n_scenes": 2, "n_candidates": 2}}
-    recipe = load_recipe("tiny", {"rounds": 1, "prompts": {"n_per_round": 14, "n_dev": 4},
-                                  "parameters": {stage: HALF | options for stage, options in own.items()}})
+    own = {
+        "01_sampling": {"n_samples": 6, "max_new_tokens": 80},
+        "02_claims": {},
+        "03_feedback": {},
+        "05_dpo": {"epochs": 1.0, "batch_size": 4, "min_steps": 1},
+        "06_evaluation": {"n_scenes": 6},
+        "07_guided_decoding": {"n_scenes": 2, "n_candidates": 2},
+    }
+    recipe = load_recipe(
+        "tiny",
+        {
+            "rounds": 1,
+            "prompts": {"n_per_round": 14, "n_dev": 4},
+            "parameters": {stage: HALF | options for stage, options in own.items()},
+        },
+    )
     notebooks = package_folder("nbs")
     run_chain(check_recipe(recipe, notebooks), tmp_path / "run", notebooks)
     folders = [f"round_1/{stage}" for stage in ("01_sampling", "02_claims", "03_feedback", "05_dpo")]

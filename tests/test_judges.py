@@ -1,4 +1,5 @@
 """Judges against a real HTTP server on this machine: what it is asked, how often, what is kept, and what a killed run leaves."""
+
 import json
 import os
 import signal
@@ -9,7 +10,16 @@ import time
 import pytest
 from judge_server import running_server
 
-from rlaifv_nb.judges import (BudgetSpent, JudgeError, JudgePrompt, judge_note, open_judge, parse_spec, read_judgements, request_body)
+from rlaifv_nb.judges import (
+    BudgetSpent,
+    JudgeError,
+    JudgePrompt,
+    judge_note,
+    open_judge,
+    parse_spec,
+    read_judgements,
+    request_body,
+)
 from rlaifv_nb.records import write_rows
 
 KEY = "sk-a-very-secret-key-0123456789"
@@ -27,13 +37,35 @@ def ask(server, folder, texts, **options):
 
 
 def test_a_verdict_is_kept_with_all_that_led_to_it(server, tmp_path):
-    judge = open_judge(server.spec, tmp_path, temperature=0.5, seed=3, max_new_tokens=99, extra={"top_p": 0.9})
-    one, = judge.ask([JudgePrompt("Which?", "Be fair.")])
-    assert server.requests == [{"model": "echo", "temperature": 0.5, "seed": 3, "max_tokens": 99, "top_p": 0.9, "messages": [
-        {"role": "system", "content": "Be fair."}, {"role": "user", "content": "Which?"}]}]
-    assert (one.text, one.finish_reason, one.version, one.prompt_tokens, one.answer_tokens) == ("heard: Which?", "stop", "echo-2 fp_7", 7, 3)
+    judge = open_judge(
+        server.spec, tmp_path, temperature=0.5, seed=3, max_new_tokens=99, extra={"top_p": 0.9}
+    )
+    (one,) = judge.ask([JudgePrompt("Which?", "Be fair.")])
+    assert server.requests == [
+        {
+            "model": "echo",
+            "temperature": 0.5,
+            "seed": 3,
+            "max_tokens": 99,
+            "top_p": 0.9,
+            "messages": [{"role": "system", "content": "Be fair."}, {"role": "user", "content": "Which?"}],
+        }
+    ]
+    assert (one.text, one.finish_reason, one.version, one.prompt_tokens, one.answer_tokens) == (
+        "heard: Which?",
+        "stop",
+        "echo-2 fp_7",
+        7,
+        3,
+    )
     assert (one.kind, one.model, one.system, one.prompt) == ("endpoint", "echo", "Be fair.", "Which?")
-    assert one.parameters == {"url": server.spec.split("|")[0], "temperature": 0.5, "seed": 3, "max_tokens": 99, "top_p": 0.9}
+    assert one.parameters == {
+        "url": server.spec.split("|")[0],
+        "temperature": 0.5,
+        "seed": 3,
+        "max_tokens": 99,
+        "top_p": 0.9,
+    }
     assert list(read_judgements(tmp_path).values()) == [one]
 
 
@@ -66,11 +98,23 @@ def test_requests_run_at_the_same_time_but_not_more_than_allowed(server, tmp_pat
 def test_overload_waits_as_long_as_the_server_asks(server, tmp_path):
     server.script = [{"status": 429, "headers": {"Retry-After": "1"}, "body": "slow down"}]
     judge, found = ask(server, tmp_path, ["a"])
-    assert found[0].text == "heard: a" and 0.95 < server.times[1] - server.times[0] < 3 and judge.budget.requests == 2
+    assert (
+        found[0].text == "heard: a"
+        and 0.95 < server.times[1] - server.times[0] < 3
+        and judge.budget.requests == 2
+    )
 
 
-@pytest.mark.parametrize("step", [{"status": 500}, {"status": 503, "body": "x"}, {"status": 200, "body": "{\"choices\": [{\"mess"},
-                                  {"status": 200, "body": "{\"error\": {\"message\": \"overloaded\"}}"}, {"status": 200, "body": "{\"choices\": []}"}])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"status": 500},
+        {"status": 503, "body": "x"},
+        {"status": 200, "body": '{"choices": [{"mess'},
+        {"status": 200, "body": '{"error": {"message": "overloaded"}}'},
+        {"status": 200, "body": '{"choices": []}'},
+    ],
+)
 def test_what_passes_is_tried_again(server, tmp_path, step):
     server.script = [step, step]
     _, found = ask(server, tmp_path, ["a"])
@@ -84,14 +128,27 @@ def test_waits_grow(server, tmp_path):
     assert waits[0] >= 0.1 and waits[1] >= 0.2 and waits[2] >= 0.4
 
 
-@pytest.mark.parametrize("step, said", [({"status": 500, "body": "out of order"}, "HTTP 500 'out of order'"), ({"body": "<html>"}, "'<html>'"),
-                                        ({"body": "{\"choices\": []}"}, "IndexError")])
+@pytest.mark.parametrize(
+    "step, said",
+    [
+        ({"status": 500, "body": "out of order"}, "HTTP 500 'out of order'"),
+        ({"body": "<html>"}, "'<html>'"),
+        ({"body": '{"choices": []}'}, "IndexError"),
+    ],
+)
 def test_what_does_not_pass_is_one_error_and_the_rest_is_kept(server, tmp_path, step, said):
     server.script = [{}, {}] + [step] * 99
     with pytest.raises(JudgeError) as caught:
         ask(server, tmp_path, ["a", "b", "c", "d"], concurrency=1, retries=2)
-    assert said in str(caught.value) and "no answer in 3 attempts" in str(caught.value) and "2 of 4 judgements are missing" in str(caught.value)
-    assert len(server.requests) == 5 and sorted(j.prompt for j in read_judgements(tmp_path).values()) == ["a", "b"]
+    assert (
+        said in str(caught.value)
+        and "no answer in 3 attempts" in str(caught.value)
+        and "2 of 4 judgements are missing" in str(caught.value)
+    )
+    assert len(server.requests) == 5 and sorted(j.prompt for j in read_judgements(tmp_path).values()) == [
+        "a",
+        "b",
+    ]
     server.script = []
     _, found = ask(server, tmp_path, ["a", "b", "c", "d"])
     assert len(found) == 4 and server.prompts()[5:] in (["c", "d"], ["d", "c"])
@@ -99,7 +156,9 @@ def test_what_does_not_pass_is_one_error_and_the_rest_is_kept(server, tmp_path, 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 302])
 def test_a_wrong_request_is_not_repeated(server, tmp_path, status):
-    server.script = [{"status": status, "body": "no such model", "headers": {"Location": "http://127.0.0.1:9/"}}] * 9
+    server.script = [
+        {"status": status, "body": "no such model", "headers": {"Location": "http://127.0.0.1:9/"}}
+    ] * 9
     with pytest.raises(JudgeError, match=f"HTTP {status} 'no such model'"):
         ask(server, tmp_path, ["a", "b"], concurrency=1)
     assert len(server.requests) == 1
@@ -124,8 +183,28 @@ def test_nobody_listens(server, tmp_path):
 
 def test_a_certificate_is_checked(server, tmp_path):
     import ssl
-    made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-                           "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "k.pem", "-out", tmp_path / "c.pem"], capture_output=True)
+
+    made = subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            tmp_path / "k.pem",
+            "-out",
+            tmp_path / "c.pem",
+        ],
+        capture_output=True,
+    )
     if made.returncode:
         pytest.skip("needs openssl to make a certificate")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -171,7 +250,10 @@ def test_the_key_is_sent_and_never_kept(server, tmp_path, monkeypatch):
     server.script = [{"status": 401, "body": "{auth} is no key"}]
     with pytest.raises(JudgeError) as caught:
         judge.ask([JudgePrompt("b")])
-    write_rows(tmp_path / "out" / "more.jsonl", [{"identity": judge.identity, "judge": repr(judge), "error": str(caught.value)}])
+    write_rows(
+        tmp_path / "out" / "more.jsonl",
+        [{"identity": judge.identity, "judge": repr(judge), "error": str(caught.value)}],
+    )
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert len(files) == 2 and not any(KEY in p.read_text() for p in files)
     monkeypatch.delenv("JUDGE_KEY")
@@ -216,17 +298,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(server, tmp_path):
     child.wait()
     kept = read_judgements(tmp_path / "killed")
     assert 0 < len(kept) < 30 and not (tmp_path / "killed.jsonl").exists()
-    shard, = (tmp_path / "killed").glob("*.jsonl")
+    (shard,) = (tmp_path / "killed").glob("*.jsonl")
     shard.write_bytes(shard.read_bytes() + b'{"key": "half a li')  # what a kill within a write leaves
     server.delay, before = 0.0, len(server.requests)
     assert start(tmp_path / "killed", tmp_path / "killed.jsonl").wait(60) == 0
-    assert sorted(server.prompts()[before:]) == sorted({f"p{i}" for i in range(30)} - {j.prompt for j in kept.values()})
+    assert sorted(server.prompts()[before:]) == sorted(
+        {f"p{i}" for i in range(30)} - {j.prompt for j in kept.values()}
+    )
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_two_processes_share_a_folder(server, tmp_path):
     server.delay = 0.02
-    children = [subprocess.Popen([sys.executable, "-c", CHILD, server.spec, tmp_path / "shared", tmp_path / f"{k}.jsonl"]) for k in range(2)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, server.spec, tmp_path / "shared", tmp_path / f"{k}.jsonl"]
+        )
+        for k in range(2)
+    ]
     assert [c.wait(60) for c in children] == [0, 0]
     assert len(read_judgements(tmp_path / "shared")) == 30
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
@@ -234,22 +323,35 @@ def test_two_processes_share_a_folder(server, tmp_path):
 
 def test_a_local_judge(tmp_path):
     options = dict(max_new_tokens=48, batch_size=2)
-    prompts = [JudgePrompt(f"Turn the fact into a question.\nFact: There are {n} dogs.\nQuestion:", system) for n, system in
-               (("two", ""), ("three", ""), ("two", "Be brief."))]
+    prompts = [
+        JudgePrompt(f"Turn the fact into a question.\nFact: There are {n} dogs.\nQuestion:", system)
+        for n, system in (("two", ""), ("three", ""), ("two", "Be brief."))
+    ]
     judge = open_judge("local:packaged:iconworld-splitter", tmp_path, max_requests=2, **options)
     with pytest.raises(BudgetSpent, match="1 of 3"):
         judge.ask(prompts)
     found = open_judge("local:packaged:iconworld-splitter", tmp_path, **options).ask(prompts)
-    assert len({j.key for j in found}) == 3 and all(j.kind == "local" and j.version == judge.version and j.answer_tokens for j in found)
-    assert found == open_judge("local:packaged:iconworld-splitter", tmp_path / "other", **options).ask(prompts)
+    assert len({j.key for j in found}) == 3 and all(
+        j.kind == "local" and j.version == judge.version and j.answer_tokens for j in found
+    )
+    assert found == open_judge("local:packaged:iconworld-splitter", tmp_path / "other", **options).ask(
+        prompts
+    )
     with pytest.raises(JudgeError, match="do not fit into the 2048"):
         open_judge("local:packaged:iconworld-splitter", tmp_path, max_new_tokens=2040).ask(prompts)
 
 
-@pytest.mark.parametrize("spec, options, said", [
-    ("gpt-4", {}, "local:MODEL.*or URL"), ("local:", {}, "local:MODEL"), ("https://u:pw@h.example/v1|m", {}, "plain address"),
-    ("https://h.example/v1?api-key=pw|m", {}, "plain address"), ("local:packaged:nothing", {}, "not in this package"),
-    ("local:packaged:iconworld-splitter", {"temperature": 0.5}, "greedily")])
+@pytest.mark.parametrize(
+    "spec, options, said",
+    [
+        ("gpt-4", {}, "local:MODEL.*or URL"),
+        ("local:", {}, "local:MODEL"),
+        ("https://u:pw@h.example/v1|m", {}, "plain address"),
+        ("https://h.example/v1?api-key=pw|m", {}, "plain address"),
+        ("local:packaged:nothing", {}, "not in this package"),
+        ("local:packaged:iconworld-splitter", {"temperature": 0.5}, "greedily"),
+    ],
+)
 def test_what_cannot_be_opened_says_why(tmp_path, spec, options, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         open_judge(spec, tmp_path, **options)

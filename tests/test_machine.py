@@ -188,8 +188,7 @@ def test_an_unknown_model_is_named_whichever_it_is(hub, key):
     (problem,) = problems_of(recipe_of(**{key: "some-one/typo"}))
     assert (
         "there is no model some-one/typo on the Hub, or it is private: "
-        f"check its name at {opened.url}/some-one/typo"
-        in problem
+        f"check its name at {opened.url}/some-one/typo" in problem
     )
 
 

@@ -1,4 +1,5 @@
 """The benchmarks in miniature: figures of the metric code against counts from the scenes, and answer files that are wrong on purpose."""
+
 import json
 import random
 
@@ -9,8 +10,16 @@ from rlaifv_nb.benchmarks import read_published
 from rlaifv_nb.command import main
 from rlaifv_nb.iconworld import IconClaim, biased_groups, caption_text, is_true
 from rlaifv_nb.measures import PARTS, measure_answers, measure_reviews, measure_scores
-from rlaifv_nb.miniature import (N_LIKELY, absent_objects, likely_objects, named_objects, true_answer_figures, true_description_figures,
-                                 write_miniature, yes_no_claims)
+from rlaifv_nb.miniature import (
+    N_LIKELY,
+    absent_objects,
+    likely_objects,
+    named_objects,
+    true_answer_figures,
+    true_description_figures,
+    write_miniature,
+    yes_no_claims,
+)
 from rlaifv_nb.records import Score, read_table
 from rlaifv_nb.reviews import read_refomb_items
 
@@ -28,7 +37,14 @@ def figures(world, descriptions, answers, mode="clean"):
     "`{figure: value}` of an answer file with these texts, through the file and the measures."
     folder, _ = world
     questions, path = open_questions("amber", folder), folder / "texts.json"
-    path.write_text(json.dumps([{"id": q.question_id, "response": t} for q, t in zip(questions, [*descriptions, *answers], strict=True)]))
+    path.write_text(
+        json.dumps(
+            [
+                {"id": q.question_id, "response": t}
+                for q, t in zip(questions, [*descriptions, *answers], strict=True)
+            ]
+        )
+    )
     scores = measure_scores("", measure_answers("amber", folder, path, questions, mode), mode, "")
     return {s.metric.partition(": ")[2]: s.value for s in scores}
 
@@ -50,15 +66,22 @@ def test_metric_equals_the_count_from_the_scenes(world, seed):
     said = [t if rng.random() < 0.8 else rng.choice([None, not t]) for t in truths(world)]
     texts = captions(world, seed)
     found = figures(world, texts, [{True: "Yes", False: "no.", None: "Hm"}[s] for s in said])
-    assert {k: found[k] for k in ("CHAIR", "Cover", "Hal", "Cog")} == true_description_figures(world[1], texts)
+    assert {k: found[k] for k in ("CHAIR", "Cover", "Hal", "Cog")} == true_description_figures(
+        world[1], texts
+    )
     for part, row in true_answer_figures(world[1], said).items():
-        assert {k: found[f"{part} {k}"] for k in ("accuracy", "precision", "recall")} == {k: row[k] for k in ("accuracy", "precision", "recall")}
+        assert {k: found[f"{part} {k}"] for k in ("accuracy", "precision", "recall")} == {
+            k: row[k] for k in ("accuracy", "precision", "recall")
+        }
         assert found[f"{part} F1"] == pytest.approx(row["F1"], abs=1e-9)
 
 
 def test_official_figures_are_the_scripts_roundings_of_the_same_counts(world):
     texts, said = captions(world, 1), truths(world)
-    found, (n, no) = figures(world, texts, ["Yes" if s else "No" for s in said], "official"), (len(said), said.count(False))
+    found, (n, no) = (
+        figures(world, texts, ["Yes" if s else "No" for s in said], "official"),
+        (len(said), said.count(False)),
+    )
     named = [named_objects(t) for t in texts]
     absent = [[o for o in row if s.group(o) is None] for row, s in zip(named, world[1])]
     assert found["CHAIR"] == round(sum(map(len, absent)) / (sum(map(len, named)) + 0.001) * 100, 1)
@@ -69,13 +92,18 @@ def test_official_figures_are_the_scripts_roundings_of_the_same_counts(world):
 
 
 def test_all_wrong_scores_nothing(world):
-    found = figures(world, [f"A {likely_objects(s)[0]}." for s in world[1]], ["No" if t else "Yes" for t in truths(world)])
+    found = figures(
+        world, [f"A {likely_objects(s)[0]}." for s in world[1]], ["No" if t else "Yes" for t in truths(world)]
+    )
     assert (found["CHAIR"], found["Hal"], found["Cover"], found["Cog"]) == (100, 100, 0, 100 / N_LIKELY)
     assert (found["all accuracy"], found["all F1"], found["all recall"]) == (0, 0, 0)
 
 
 def test_half_wrong_is_half(world):
-    texts = [f"A {s.groups[0].object} and a {likely_objects(s)[0]}." if i % 2 else f"A {s.groups[0].object}." for i, s in enumerate(world[1])]
+    texts = [
+        f"A {s.groups[0].object} and a {likely_objects(s)[0]}." if i % 2 else f"A {s.groups[0].object}."
+        for i, s in enumerate(world[1])
+    ]
     said = truths(world)
     wrong = set(range(0, len(said), 2))
     found = figures(world, texts, ["Yes" if t is not (i in wrong) else "No" for i, t in enumerate(said)])
@@ -85,19 +113,30 @@ def test_half_wrong_is_half(world):
 
 @pytest.mark.parametrize("k", range(N_LIKELY + 1))
 def test_k_known_hallucinations(world, k):
-    texts = [f"A {s.groups[0].object}" + "".join(f", a {o}" for o in likely_objects(s)[:k]) + "." for s in world[1]]
+    texts = [
+        f"A {s.groups[0].object}" + "".join(f", a {o}" for o in likely_objects(s)[:k]) + "." for s in world[1]
+    ]
     found = figures(world, texts, ["No"] * len(truths(world)))
-    assert found["CHAIR"] == pytest.approx(100 * k / (k + 1)) and found["Hal"] == 100 * (k > 0) and found["Cog"] == 100 * k / N_LIKELY
+    assert (
+        found["CHAIR"] == pytest.approx(100 * k / (k + 1))
+        and found["Hal"] == 100 * (k > 0)
+        and found["Cog"] == 100 * k / N_LIKELY
+    )
 
 
 def test_always_no_and_lower_case(world):
     said = truths(world)
     no = said.count(False)
     found = figures(world, [""] * N, ["No"] * len(said))
-    assert (found["all recall"], found["all precision"]) == (100, 100 * no / len(said)) and found["existence F1"] == 100
+    assert (found["all recall"], found["all precision"]) == (100, 100 * no / len(said)) and found[
+        "existence F1"
+    ] == 100
     assert (found["Hal"], found["Cover"]) == (0, 0) and found["CHAIR"] != found["CHAIR"]
     lower = ["yes" if t else "no" for t in said]
-    assert figures(world, [""] * N, lower)["all accuracy"] == 100 and figures(world, [""] * N, lower, "official")["all accuracy"] == 0
+    assert (
+        figures(world, [""] * N, lower)["all accuracy"] == 100
+        and figures(world, [""] * N, lower, "official")["all accuracy"] == 0
+    )
     empty = figures(world, [""] * N, [""] * len(said))
     assert (empty["all accuracy"], empty["all unread"]) == (0, 100)
 
@@ -105,7 +144,9 @@ def test_always_no_and_lower_case(world):
 def test_every_existence_question_is_false_and_no_claim_is_asked_twice(world):
     for scene in world[1]:
         claims = yes_no_claims(scene)
-        assert len(set(claims)) == len(claims) and not any(is_true(scene, c) for c in claims if c.type == "existence")
+        assert len(set(claims)) == len(claims) and not any(
+            is_true(scene, c) for c in claims if c.type == "existence"
+        )
         assert len({*likely_objects(scene)}) == N_LIKELY
 
 
@@ -117,10 +158,20 @@ def test_pope(world, part, tmp_path):
     for scene in scenes:
         assert not any(is_true(scene, IconClaim("existence", o)) for o in absent_objects(scene, part))
     texts = [q.row["label"] if i % 3 else "yes" for i, q in enumerate(questions)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"question": q.text, "answer": t}) + "\n" for q, t in zip(questions, texts)))
-    scores = {s.metric: s.value for s in measure_scores("", measure_answers(f"pope-{part}", folder, tmp_path / "a.jsonl", questions), "clean", "")}
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"question": q.text, "answer": t}) + "\n" for q, t in zip(questions, texts))
+    )
+    scores = {
+        s.metric: s.value
+        for s in measure_scores(
+            "", measure_answers(f"pope-{part}", folder, tmp_path / "a.jsonl", questions), "clean", ""
+        )
+    }
     false_yes = sum(q.row["label"] == "no" and t == "yes" for q, t in zip(questions, texts))
-    assert scores["POPE: accuracy"] == pytest.approx(100 * (len(questions) - false_yes) / len(questions)) and scores["POPE: recall"] == 100
+    assert (
+        scores["POPE: accuracy"] == pytest.approx(100 * (len(questions) - false_yes) / len(questions))
+        and scores["POPE: recall"] == 100
+    )
     assert scores["POPE: precision"] == pytest.approx(100 * 3 * N / (3 * N + false_yes))
 
 
@@ -136,54 +187,130 @@ def test_evaluate_command_from_end_to_end(world, tmp_path, capsys):
     folder, scenes = world
     common = ["--bench", "amber", "--data", str(folder), "--limit", "6", "--max-new-tokens", "128"]
     assert main(["evaluate", "packaged:iconworld-vlm", *common, "--out", str(tmp_path / "base")]) == 0
-    assert main(["evaluate", "packaged:iconworld-vlm", "--adapter", "packaged:iconworld-aligned", *common, "--out", str(tmp_path / "aligned"),
-                 "--compare", str(tmp_path / "base")]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "packaged:iconworld-vlm",
+                "--adapter",
+                "packaged:iconworld-aligned",
+                *common,
+                "--out",
+                str(tmp_path / "aligned"),
+                "--compare",
+                str(tmp_path / "base"),
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
-    assert "always No" in shown and "two models must differ by" in shown and "not set beside published figures" in shown and "| difference |" in shown
+    assert (
+        "always No" in shown
+        and "two models must differ by" in shown
+        and "not set beside published figures" in shown
+        and "| difference |" in shown
+    )
     for name in ("base", "aligned"):
         scores = {s.metric: s.value for s in read_table(tmp_path / name, "scores", Score)}
         texts = [row["response"] for row in json.loads((tmp_path / name / "amber.json").read_text())]
-        assert {f"AMBER generative: {k}": scores[f"AMBER generative: {k}"] for k in ("CHAIR", "Cover", "Hal", "Cog")} == {
-            f"AMBER generative: {k}": v for k, v in true_description_figures(scenes[:6], texts[:6]).items()}
+        assert {
+            f"AMBER generative: {k}": scores[f"AMBER generative: {k}"]
+            for k in ("CHAIR", "Cover", "Hal", "Cog")
+        } == {f"AMBER generative: {k}": v for k, v in true_description_figures(scenes[:6], texts[:6]).items()}
         said = [{"Yes": True, "No": False}.get(t) for t in texts[6:]]
-        assert scores["AMBER discriminative: all accuracy"] == true_answer_figures(scenes[:6], said)["all"]["accuracy"]
-    assert main(["evaluate", "--answers", str(tmp_path / "base" / "amber.json"), *common[:-2], "--out", str(tmp_path / "again")]) == 0
-    values = [[(s.metric, s.value, s.ci_low) for s in read_table(tmp_path / name, "scores", Score)] for name in ("base", "again")]
+        assert (
+            scores["AMBER discriminative: all accuracy"]
+            == true_answer_figures(scenes[:6], said)["all"]["accuracy"]
+        )
+    assert (
+        main(
+            [
+                "evaluate",
+                "--answers",
+                str(tmp_path / "base" / "amber.json"),
+                *common[:-2],
+                "--out",
+                str(tmp_path / "again"),
+            ]
+        )
+        == 0
+    )
+    values = [
+        [(s.metric, s.value, s.ci_low) for s in read_table(tmp_path / name, "scores", Score)]
+        for name in ("base", "again")
+    ]
     assert repr(values[0]) == repr(values[1])
-    assert main(["leaderboard", str(tmp_path)]) == 0 and "packaged:iconworld-vlm" in (tmp_path / "leaderboard.html").read_text()
+    assert (
+        main(["leaderboard", str(tmp_path)]) == 0
+        and "packaged:iconworld-vlm" in (tmp_path / "leaderboard.html").read_text()
+    )
 
 
 def test_a_second_call_changes_no_byte_and_other_settings_are_refused(world, tmp_path, capsys):
     folder, _ = world
-    argv = ["evaluate", "packaged:iconworld-vlm", "--bench", "pope-random", "--data", str(folder), "--limit", "4", "--out", str(tmp_path / "e")]
+    argv = [
+        "evaluate",
+        "packaged:iconworld-vlm",
+        "--bench",
+        "pope-random",
+        "--data",
+        str(folder),
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path / "e"),
+    ]
     assert main(argv) == 0
     files = {p: p.read_bytes() for p in (tmp_path / "e").rglob("*") if p.is_file()}
-    assert main(argv) == 0 and files == {p: p.read_bytes() for p in (tmp_path / "e").rglob("*") if p.is_file()}
+    assert main(argv) == 0 and files == {
+        p: p.read_bytes() for p in (tmp_path / "e").rglob("*") if p.is_file()
+    }
     (tmp_path / "e" / "manifest.json").unlink()
     (tmp_path / "e" / "answers" / "answers-00000.jsonl").unlink()
     (tmp_path / "e" / "answers" / "manifest.json").unlink()
     assert main(argv) == 0
     again = {p: p.read_bytes() for p in files if p.name not in ("manifest.json", "table.md")}
     assert again == {p: files[p] for p in again}
-    assert main([*argv[:-2], "--mode", "official", "--out", str(tmp_path / "e")]) == 2 and "other settings" in capsys.readouterr().err
+    assert (
+        main([*argv[:-2], "--mode", "official", "--out", str(tmp_path / "e")]) == 2
+        and "other settings" in capsys.readouterr().err
+    )
 
 
 def test_a_picture_that_cannot_be_read_is_set_aside_and_said(world, tmp_path, capsys):
     folder = tmp_path / "data"
     scenes = write_miniature(folder, 4)
     (folder / "images" / f"{scenes[1].scene_id}.png").write_bytes(b"no picture")
-    argv = ["evaluate", "packaged:iconworld-vlm", "--bench", "amber", "--data", str(folder), "--out", str(tmp_path / "e"), "--max-new-tokens", "64"]
+    argv = [
+        "evaluate",
+        "packaged:iconworld-vlm",
+        "--bench",
+        "amber",
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "e"),
+        "--max-new-tokens",
+        "64",
+    ]
     assert main(argv) == 0
     n = 1 + len(yes_no_claims(scenes[1]))
     assert f"{n} questions set aside: unreadable picture" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
-    assert manifest["questions_set_aside"] == {"unreadable picture": n} and manifest["rows_in"] - manifest["rows_out"] == n
+    assert (
+        manifest["questions_set_aside"] == {"unreadable picture": n}
+        and manifest["rows_in"] - manifest["rows_out"] == n
+    )
 
 
 def test_a_rate_of_0_or_100_percent_gets_the_exact_bound(world):
     folder, scenes = world
     path, questions = folder / "clean.json", open_questions("amber", folder)
-    path.write_text(json.dumps([{"id": q.question_id, "response": "No" if q.kind == "yes/no" else "Nothing."} for q in questions]))
+    path.write_text(
+        json.dumps(
+            [{"id": q.question_id, "response": "No" if q.kind == "yes/no" else "Nothing."} for q in questions]
+        )
+    )
     measured = measure_answers("amber", folder, path, questions)
     found = {s.metric: (s.value, s.ci_low, s.ci_high) for s in measure_scores("", measured, "clean", "")}
     assert found["AMBER generative: Hal"] == (0, 0, pytest.approx(100 * (1 - 0.025 ** (1 / N))))
@@ -201,12 +328,40 @@ def test_published_names_of_parts_are_in_the_published_file(tmp_path):
 
 def test_saved_reviews(tmp_path):
     (tmp_path / "mmhal.json").write_text(json.dumps([{"gpt4_review": f"Rating: {i % 7}"} for i in range(96)]))
-    found = {s.metric: s.value for s in measure_scores("", measure_reviews("mmhal", tmp_path / "mmhal.json"), "clean", "")}
+    found = {
+        s.metric: s.value
+        for s in measure_scores("", measure_reviews("mmhal", tmp_path / "mmhal.json"), "clean", "")
+    }
     ratings = [i % 7 for i in range(96)]
-    assert found["MMHal-Bench: score"] == sum(ratings) / 96 and found["MMHal-Bench: hallucination"] == 100 * sum(r < 3 for r in ratings) / 96
+    assert (
+        found["MMHal-Bench: score"] == sum(ratings) / 96
+        and found["MMHal-Bench: hallucination"] == 100 * sum(r < 3 for r in ratings) / 96
+    )
     rows = [{"image": i, "review": f"[[{'ABC'[i % 3]}]]", "type_name": "OCR"} for i in range(9)]
     (tmp_path / "A-B.json").write_text(json.dumps(rows))
-    (tmp_path / "A-B.hall.json").write_text(json.dumps([{"review_res": "[[B]]", "type_name": "OCR"} for _ in rows]))
-    found = {s.metric: s.value for s in measure_scores("", measure_reviews("refomb", tmp_path / "A-B.json", "official"), "official", "")}
+    (tmp_path / "A-B.hall.json").write_text(
+        json.dumps([{"review_res": "[[B]]", "type_name": "OCR"} for _ in rows])
+    )
+    found = {
+        s.metric: s.value
+        for s in measure_scores(
+            "", measure_reviews("refomb", tmp_path / "A-B.json", "official"), "official", ""
+        )
+    }
     assert found["RefoMB win: win"] == 0.5 and found["RefoMB trust: win"] == 1
-    assert main(["evaluate", "--bench", "refomb", "--reviews", str(tmp_path / "A-B.json"), "--out", str(tmp_path / "e"), "--mode", "official"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--bench",
+                "refomb",
+                "--reviews",
+                str(tmp_path / "A-B.json"),
+                "--out",
+                str(tmp_path / "e"),
+                "--mode",
+                "official",
+            ]
+        )
+        == 0
+    )

@@ -1,4 +1,5 @@
 """Numbers that are none, labelers that are not what they seem, one open model at a time: 03, 06 and 07."""
+
 import ast
 import gc
 import importlib
@@ -19,8 +20,17 @@ from rlaifv_nb.feedback import judge_claims, label_of, labeler_warnings, run_fee
 from rlaifv_nb.guided_decoding import read_candidates, run_guided_decoding
 from rlaifv_nb.iconworld import balanced_claims, make_scene, question_text, write_prompts
 from rlaifv_nb.models import open_vlm, surface_ids
-from rlaifv_nb.records import (Claim, Prompt, Response, SetAside, Verdict, package_folder, read_manifest,
-                               read_table, write_table)
+from rlaifv_nb.records import (
+    Claim,
+    Prompt,
+    Response,
+    SetAside,
+    Verdict,
+    package_folder,
+    read_manifest,
+    read_table,
+    write_table,
+)
 
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
 EXAMPLE = package_folder("data") / "example"
@@ -33,8 +43,11 @@ def some(tmp_path_factory):
     folder = tmp_path_factory.mktemp("some")
     prompts = read_table(EXAMPLE / "prompts", "prompts", Prompt)[:4]
     wanted = {p.prompt_id for p in prompts}
-    responses = [r for r in read_table(EXAMPLE / "01_sampling", "responses", Response)
-                 if r.prompt_id in wanted and r.sample_index < 3]
+    responses = [
+        r
+        for r in read_table(EXAMPLE / "01_sampling", "responses", Response)
+        if r.prompt_id in wanted and r.sample_index < 3
+    ]
     kept = {r.response_id for r in responses}
     claims = [c for c in read_table(EXAMPLE / "02_claims", "claims", Claim) if c.response_id in kept]
     write_prompts_at(folder, prompts)
@@ -72,9 +85,17 @@ def break_head(vlm):
 
 # 03
 
-@pytest.mark.parametrize("p_yes, p_no, mass, label", [
-    (0.0, 0.0, 0.0, "abstain"), (1e-9, 3e-8, 0.0, "abstain"), (3e-3, 1e-3, 0.0, "yes"),
-    (3e-3, 1e-3, 0.1, "abstain"), (0.5, 0.5, 0.1, "no")])
+
+@pytest.mark.parametrize(
+    "p_yes, p_no, mass, label",
+    [
+        (0.0, 0.0, 0.0, "abstain"),
+        (1e-9, 3e-8, 0.0, "abstain"),
+        (3e-3, 1e-3, 0.0, "yes"),
+        (3e-3, 1e-3, 0.1, "abstain"),
+        (0.5, 0.5, 0.1, "no"),
+    ],
+)
 def test_nothing_on_either_word_is_an_abstention(p_yes, p_no, mass, label):
     assert label_of(p_yes, p_no, mass) == label
 
@@ -89,8 +110,9 @@ def test_a_claim_without_a_number_is_set_aside_alone(some, tmp_path, capsys):
     """NaN in a single word: its claims get no verdict, and their neighbours in the same rows keep theirs."""
     healthy = {v.claim_id: v for v in judge(some, tmp_path / "healthy", open_vlm(POLICY))}
     claims = read_table(some, "claims", Claim)
-    word, n = Counter(w for c in claims for w in re.findall(r"[a-z]{3,}", c.question)
-                      if w not in ("there", "the", "image")).most_common()[-1]
+    word, n = Counter(
+        w for c in claims for w in re.findall(r"[a-z]{3,}", c.question) if w not in ("there", "the", "image")
+    ).most_common()[-1]
     vlm = open_vlm(POLICY)
     break_word(vlm, word)
     verdicts = judge(some, tmp_path / "broken", vlm)
@@ -132,6 +154,7 @@ def test_it_stops_before_it_has_judged_everything(tmp_path):
 
 def test_a_half_precision_overflow_is_named(some, tmp_path):
     """Weights that bfloat16 and float32 stand, and float16 does not."""
+
     def large(dtype):
         vlm = open_vlm(POLICY, dtype=dtype)
         with torch.no_grad():
@@ -155,16 +178,22 @@ def without_yes(vlm):
 
 
 def another_template(vlm):
-    text = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
-            "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}")
+    text = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
     vlm.processor.chat_template = text
     vlm.tokenizer.chat_template = text
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (without_picture, "are rejected. Likely reason: the labeler says no to everything"),
-    (without_yes, "are rejected. Likely reason: the labeler says no to everything"),
-    (another_template, r"abstains on .* \(100%\).*chat template that is not its own")])
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (without_picture, "are rejected. Likely reason: the labeler says no to everything"),
+        (without_yes, "are rejected. Likely reason: the labeler says no to everything"),
+        (another_template, r"abstains on .* \(100%\).*chat template that is not its own"),
+    ],
+)
 def test_a_labeler_that_is_not_what_it_seems_is_a_warning(spoil, says, some, tmp_path, capsys):
     vlm = open_vlm(POLICY)
     spoil(vlm)
@@ -208,6 +237,7 @@ def test_claims_of_another_run_are_refused(some, tmp_path):
 
 # 06 and 07
 
+
 def opened_broken(monkeypatch, spoil):
     "Every model that is opened from now on is spoilt."
     right = models.open_vlm
@@ -250,8 +280,9 @@ def test_guided_decoding_without_numbers_stops(monkeypatch, some, tmp_path):
     write_prompts(tmp_path / "prompts", {"test": 2})
     opened_broken(monkeypatch, break_head)
     with pytest.raises(ValueError, match="not one candidate .*'empty response': 8.*gives no numbers"):
-        run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2,
-                            max_new_tokens=8)
+        run_guided_decoding(
+            tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2, max_new_tokens=8
+        )
     with pytest.raises(ValueError, match="gives no numbers: all .*policy_sum_logp = nan"):
         run_guided_decoding(some, tmp_path / "given", POLICY, ADAPTER, responses=some)
 
@@ -299,8 +330,9 @@ def test_one_model_is_open_at_a_time(stage, monkeypatch, tmp_path):
         run_evaluation(tmp_path / "out", POLICY, f"a={ADAPTER},b={ADAPTER}", n_scenes=2, max_new_tokens=8)
     else:
         write_prompts(tmp_path / "prompts", {"test": 2})
-        run_guided_decoding(tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2,
-                            max_new_tokens=8)
+        run_guided_decoding(
+            tmp_path / "prompts", tmp_path / "out", POLICY, ADAPTER, n_candidates=2, max_new_tokens=8
+        )
     assert most == [1, 1, 1] if stage == "06" else most == [1]
     gc.collect()
     assert not any(model() for model in alive), "nothing holds a model behind the stage"
@@ -308,9 +340,15 @@ def test_one_model_is_open_at_a_time(stage, monkeypatch, tmp_path):
 
 # parameters
 
-@pytest.mark.parametrize("notebook, function", [
-    ("03_feedback", "run_feedback"), ("06_evaluation", "run_evaluation"),
-    ("07_guided_decoding", "run_guided_decoding")])
+
+@pytest.mark.parametrize(
+    "notebook, function",
+    [
+        ("03_feedback", "run_feedback"),
+        ("06_evaluation", "run_evaluation"),
+        ("07_guided_decoding", "run_guided_decoding"),
+    ],
+)
 def test_defaults_are_those_of_the_parameters_cell(notebook, function):
     cells = json.loads((NBS / f"{notebook}.ipynb").read_text())["cells"]
     (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
@@ -324,13 +362,17 @@ def test_defaults_are_those_of_the_parameters_cell(notebook, function):
     assert all(p.kind is p.KEYWORD_ONLY for p in options)
 
 
-@pytest.mark.parametrize("call", [
-    lambda out: run_evaluation(out, POLICY, n_scenes=0),
-    lambda out: run_evaluation(out, POLICY, batch_size=0),
-    lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, top_k=-1),
-    lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, temperature=-1.0),
-    lambda out: run_feedback(out, out, out, out, None, abstain_mass=1.5),
-    lambda out: run_feedback(out, out, out, out, None, batch_size=0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda out: run_evaluation(out, POLICY, n_scenes=0),
+        lambda out: run_evaluation(out, POLICY, batch_size=0),
+        lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, top_k=-1),
+        lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, temperature=-1.0),
+        lambda out: run_feedback(out, out, out, out, None, abstain_mass=1.5),
+        lambda out: run_feedback(out, out, out, out, None, batch_size=0),
+    ],
+)
 def test_senseless_options_are_refused_before_work(call, tmp_path):
     with pytest.raises(ValueError, match="need "):
         call(tmp_path)

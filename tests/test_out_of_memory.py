@@ -2,6 +2,7 @@
 
 The language model raises torch.OutOfMemoryError, as a card would, whenever more than so many tokens go
 through it at once."""
+
 import inspect
 import json
 from contextlib import contextmanager
@@ -17,8 +18,16 @@ from rlaifv_nb.evaluation import Case, run_evaluation
 from rlaifv_nb.feedback import PortionedAsker, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.models import open_llm, open_vlm
-from rlaifv_nb.records import (Candidate, Claim, RefLogp, Response, Verdict, read_manifest, read_table,
-                               shard_paths)
+from rlaifv_nb.records import (
+    Candidate,
+    Claim,
+    RefLogp,
+    Response,
+    Verdict,
+    read_manifest,
+    read_table,
+    shard_paths,
+)
 from rlaifv_nb.sampling import run_sampling
 
 ADAPTER = "packaged:iconworld-aligned"
@@ -61,8 +70,15 @@ def memory_for(limit):
     forward = LlamaModel.forward
     given = []
 
-    def limited(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, **kwargs):
+    def limited(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         given.append(tokens.shape[0] * tokens.shape[1])
         if given[-1] > limit():
@@ -123,7 +139,9 @@ def test_a_batch_that_does_not_fit_is_halved(stage, plenty, undisturbed, tmp_pat
     assert same_rows(rows_of(whole, tables), rows_of(tmp_path, tables))
     before, after = read_manifest(whole), read_manifest(tmp_path)
     assert before["batch_size"] == {"asked": batch_size, "used": batch_size}
-    assert after["batch_size"]["asked"] == batch_size and after["batch_size"]["used"] <= batch_size // 2, stage
+    assert after["batch_size"]["asked"] == batch_size and after["batch_size"]["used"] <= batch_size // 2, (
+        stage
+    )
     for key in ("parameters", "inputs", "rows_in", "rows_out"):
         assert before[key] == after[key], "the batch size is not part of the identity"
 
@@ -137,7 +155,10 @@ def test_finished_shards_stay_when_nothing_fits_any_more(stage, plenty, undistur
     def limit():
         return 0 if shard_paths(tmp_path, first) else 10**9
 
-    with memory_for(limit), pytest.raises(MemoryError, match="not enough memory (for a single|for one text|even for one)"):
+    with (
+        memory_for(limit),
+        pytest.raises(MemoryError, match="not enough memory (for a single|for one text|even for one)"),
+    ):
         function(undisturbed, tmp_path, batch_size=batch_size, shard_size=shard_size)
     assert not (tmp_path / "manifest.json").exists()
     finished = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.glob(f"*{first}-*.jsonl")}
@@ -178,6 +199,7 @@ def test_another_error_is_not_taken_for_memory(undisturbed, tmp_path):
 
 
 # 05: a row holds several pairs, so it is `max_tokens` that becomes less; the batch of the optimiser stays
+
 
 def train(inputs, out, **sizes):
     training = dict(learning_rate=5e-4, epochs=1.0, batch_size=2, evaluations=1, min_steps=1)

@@ -1,4 +1,5 @@
 """`rlaifv plan`: what it says of memory is what torch's allocator counts, packaged recipes fit their cards, and what cannot fit is refused."""
+
 import dataclasses
 import subprocess
 import sys
@@ -14,7 +15,15 @@ from tiny_models import open_tiny
 from rlaifv_nb import dryrun as dry
 from rlaifv_nb import prefix as prefixes
 from rlaifv_nb.command import main
-from rlaifv_nb.dpo import PairDataset, RowMaker, new_adapter, reference_logps, train_adapter, training_maker, usable_pairs
+from rlaifv_nb.dpo import (
+    PairDataset,
+    RowMaker,
+    new_adapter,
+    reference_logps,
+    train_adapter,
+    training_maker,
+    usable_pairs,
+)
 from rlaifv_nb.guided_decoding import sample_candidates
 from rlaifv_nb.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
 from rlaifv_nb.packing import PER_TOKEN
@@ -29,7 +38,14 @@ from workload import SIZES, open_random  # noqa: E402
 QUESTION, N, ROOM = "Describe the picture.", 4, 32
 TEXTS = ("A red cat sits.", "Two dogs and a cat.")
 NOTEBOOKS = package_folder("nbs")
-CARD_OF = {"llava15-7b-24gb": 24, "llava15-7b-40gb": 40, "llava15-7b-80gb": 80, "qwen25-vl-7b": 24, "selfalign": 40, "smolvlm": 8}
+CARD_OF = {
+    "llava15-7b-24gb": 24,
+    "llava15-7b-40gb": 40,
+    "llava15-7b-80gb": 80,
+    "qwen25-vl-7b": 24,
+    "selfalign": 40,
+    "smolvlm": 8,
+}
 
 
 def allocated(run):
@@ -38,7 +54,10 @@ def allocated(run):
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     live = peak = 0
     for event in events:
         live += event.nbytes()
@@ -56,8 +75,11 @@ def long_answers(monkeypatch):
 def models():
     "Models of two sizes, one of them in 4 bits too, and one that shares no prompts."
     larger = dataclasses.replace(SIZES["tiny"], hidden=256, layers=4, intermediate=688, vocabulary=4000)
-    return {"icon nf4": partial(open_vlm, "packaged:iconworld-vlm", quantisation="nf4"),
-            "larger": lambda: open_random(larger)[0], "gemma3": partial(open_tiny, "gemma3")}
+    return {
+        "icon nf4": partial(open_vlm, "packaged:iconworld-vlm", quantisation="nf4"),
+        "larger": lambda: open_random(larger)[0],
+        "gemma3": partial(open_tiny, "gemma3"),
+    }
 
 
 def within_a_tenth(planned, measured, weights):
@@ -71,14 +93,24 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     vlm = models()[name]()
     pictures, device = [Image.new("RGB", (224, 224), c) for c in ("white", "red")], "cpu"
     inputs = [prompt_inputs(vlm, picture, QUESTION) for picture in pictures]
-    fresh = lambda: dry.open_dry(vlm.core.config, vlm.processor, "float32", vlm.quantisation, share_prefix=not vlm.sharing)
+    fresh = lambda: dry.open_dry(
+        vlm.core.config, vlm.processor, "float32", vlm.quantisation, share_prefix=not vlm.sharing
+    )
     d = fresh()
     weights = dry.weight_bytes(d.model)
-    assert weights == sum(p.nbytes for p in vlm.model.parameters()) + sum(b.nbytes for b in vlm.model.buffers()) or vlm.quantisation == "nf4"
+    assert (
+        weights == sum(p.nbytes for p in vlm.model.parameters()) + sum(b.nbytes for b in vlm.model.buffers())
+        or vlm.quantisation == "nf4"
+    )
 
-    asked = [Question(k, Prompt(str(k), "", "", QUESTION), picture, [1] * N, [0.7] * N) for k, picture in enumerate(pictures)]
+    asked = [
+        Question(k, Prompt(str(k), "", "", QUESTION), picture, [1] * N, [0.7] * N)
+        for k, picture in enumerate(pictures)
+    ]
     measured = allocated(lambda: list(vlm_generator(vlm, 1.0, ROOM)(asked)))
-    within_a_tenth(dry.dry_peak(d, lambda: dry.sampling_work(d, dry.read_prompts(d, inputs), N, ROOM)), measured, weights)
+    within_a_tenth(
+        dry.dry_peak(d, lambda: dry.sampling_work(d, dry.read_prompts(d, inputs), N, ROOM)), measured, weights
+    )
 
     questions = [f"Is there a cat number {i}?" for i in range(6)]
     ask, head = prefixes.yes_no_asker(vlm), prompt_inputs(vlm, pictures[0], questions[0] + YES_NO_SUFFIX)
@@ -86,25 +118,53 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     n = prefixes.common_prefix_length(rows)
     head = {k: v[:, :n] if k in ("input_ids", "attention_mask", *PER_TOKEN) else v for k, v in head.items()}
     measured = allocated(lambda: ask(pictures, [questions] * 2))
-    within_a_tenth(dry.dry_peak(d, lambda: dry.feedback_work(d, [head] * 2, len(questions), len(rows[0]) - n)), measured, weights)
+    within_a_tenth(
+        dry.dry_peak(d, lambda: dry.feedback_work(d, [head] * 2, len(questions), len(rows[0]) - n)),
+        measured,
+        weights,
+    )
 
     prompts = {str(k): Prompt(str(k), f"{k}.png", "", QUESTION) for k in range(8)}
     for k in prompts:
         pictures[int(k) % 2].save(tmp_path / f"{k}.png")
     pairs = [Pair(f"pair {k}", k, "a", "b", *TEXTS, 0, -1) for k in prompts]
     for checkpointing in (False, True):
-        trained = new_adapter(OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing), 8, 16, 0)
-        maker, engine = training_maker(RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0)
+        trained = new_adapter(
+            OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing), 8, 16, 0
+        )
+        maker, engine = training_maker(
+            RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0
+        )
         assert usable_pairs(maker, pairs) == (pairs, [])
         data = PairDataset(maker, pairs, {r.pair_id: r for r in reference_logps(maker, pairs)})
         loss = dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
-        measured = allocated(lambda: train_adapter(trained, data, data, tmp_path / f"{checkpointing}", loss, learning_rate=1e-4, epochs=0.5, batch_size=4,
-                                                   gradient_checkpointing=checkpointing, evaluations=1))
+        measured = allocated(
+            lambda: train_adapter(
+                trained,
+                data,
+                data,
+                tmp_path / f"{checkpointing}",
+                loss,
+                learning_rate=1e-4,
+                epochs=0.5,
+                batch_size=4,
+                gradient_checkpointing=checkpointing,
+                evaluations=1,
+            )
+        )
         d = dry.put_adapter(fresh(), 8)
-        p = dict(layout=engine["layout"], batch_size=4, max_tokens=8192, gradient_checkpointing=checkpointing, beta=0.1)
+        p = dict(
+            layout=engine["layout"],
+            batch_size=4,
+            max_tokens=8192,
+            gradient_checkpointing=checkpointing,
+            beta=0.1,
+        )
         longest = max(len(b) for b in maker.row(pairs[0])["branches"])
         weights = dry.weight_bytes(d.model)
-        within_a_tenth(dry.dry_peak(d, lambda: dry.training_work(d, inputs[0], longest, p, device)), measured, weights)
+        within_a_tenth(
+            dry.dry_peak(d, lambda: dry.training_work(d, inputs[0], longest, p, device)), measured, weights
+        )
         if checkpointing:
             few = [prompts[str(k)] for k in range(2)]
             measured = allocated(lambda: sample_candidates(trained, "aligned", pictures, few, N, 0.7, ROOM))
@@ -116,7 +176,10 @@ def test_packaged_recipes_name_models_and_keys_that_exist():
     for name in packaged_recipes():
         recipe = check_recipe(load_recipe(name), NOTEBOOKS)
         for model in (recipe.policy, recipe.splitter, recipe.labeler):
-            assert model in FULL_SIZE or model.startswith("packaged:") or model in ("base", "policy"), (name, model)
+            assert model in FULL_SIZE or model.startswith("packaged:") or model in ("base", "policy"), (
+                name,
+                model,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +191,12 @@ def configs(tmp_path_factory):
 @pytest.mark.parametrize("notebook, low, high", [("03_feedback", 18, 19), ("05_dpo", 4, 5)])
 def test_7b_and_34b_fit_a_24_gb_card_in_4_bits(configs, notebook, low, high):
     recipe = check_recipe(load_recipe("llava15-7b-24gb"), NOTEBOOKS)
-    plan, line = plan_stage(notebook, stage_parameters(recipe, NOTEBOOKS)[notebook], recipe, CARDS[24], Lengths(), configs)
-    assert low < plan.weights / 2**30 < high and plan.gib(CARDS[24]) <= 0.9 * CARDS[24].gib and "assumed" in line
+    plan, line = plan_stage(
+        notebook, stage_parameters(recipe, NOTEBOOKS)[notebook], recipe, CARDS[24], Lengths(), configs
+    )
+    assert (
+        low < plan.weights / 2**30 < high and plan.gib(CARDS[24]) <= 0.9 * CARDS[24].gib and "assumed" in line
+    )
     assert plan.tokens > 1e6 and plan.seconds > 0
 
 
@@ -164,14 +231,24 @@ def test_attention_is_chosen_or_refused_in_one_line(monkeypatch):
     with pytest.raises(ImportError, match="pip install flash-attn"):
         attention_for("flash_attention_2", "cuda", torch.bfloat16)
     monkeypatch.setattr("rlaifv_nb.models.find_spec", lambda name: True)
-    assert attention_for("auto", "cuda", torch.bfloat16) == "flash_attention_2" and attention_for("auto", "cuda", torch.float32) == "sdpa"
+    assert (
+        attention_for("auto", "cuda", torch.bfloat16) == "flash_attention_2"
+        and attention_for("auto", "cuda", torch.float32) == "sdpa"
+    )
     with pytest.raises(ValueError, match="needs dtype"):
         attention_for("flash_attention_2", "cuda", torch.float32)
 
 
 def test_the_library_imports_without_cuda():
     names = sorted(p.stem for p in (Path(dry.__file__).parent).glob("[a-z]*.py"))
-    code = (f"import importlib, sys\nfor name in {names!r}: importlib.import_module('rlaifv_nb.' + name)\n"
-            "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "CUDA_VISIBLE_DEVICES": ""})
+    code = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module('rlaifv_nb.' + name)\n"
+        "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr

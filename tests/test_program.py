@@ -164,9 +164,9 @@ def test_every_stage_notebook_runs_as_a_program(name, ran):
 def test_at_most_one_large_model_is_open_at_a_time_in_a_program(name, ran):
     run = ran(name)
     opened = [json.loads(line) for line in (run.parent / "opened.jsonl").read_text().splitlines()]
-    assert len(opened) >= 7 and all(
-        row["large"] for row in opened
-    ), "a program opens the recipe's models and no others"
+    assert len(opened) >= 7 and all(row["large"] for row in opened), (
+        "a program opens the recipe's models and no others"
+    )
     assert max(row["alive"] for row in opened) == 1
 
 
@@ -294,7 +294,9 @@ def first_reads(cell):
     while tables:
         table = tables.pop()
         at_top = table.get_type() == "module"
-        tables += [t for t in table.get_children() if t.get_name() in ("listcomp", "setcomp", "dictcomp", "genexpr")]
+        tables += [
+            t for t in table.get_children() if t.get_name() in ("listcomp", "setcomp", "dictcomp", "genexpr")
+        ]
         for symbol in table.get_symbols():
             if at_top and (symbol.is_assigned() or symbol.is_imported()):
                 bound.add(symbol.get_name())

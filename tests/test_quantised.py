@@ -1,4 +1,5 @@
 """4-bit layers give the gradients of their dequantised weights, also after an evaluation forward (a trap on CPUs with AVX512-BF16)."""
+
 import pytest
 import torch
 
@@ -12,8 +13,13 @@ POLICY = "packaged:iconworld-vlm"
 
 def a_batch(vlm):
     question = "Describe the image in detail."
-    rows = [pack_row(prompt_inputs(vlm, draw_picture(make_scene("dev", i)), question), [answer_ids(vlm, question, t) for t in ("A red cat.", "Two dogs.")])
-            for i in range(2)]
+    rows = [
+        pack_row(
+            prompt_inputs(vlm, draw_picture(make_scene("dev", i)), question),
+            [answer_ids(vlm, question, t) for t in ("A red cat.", "Two dogs.")],
+        )
+        for i in range(2)
+    ]
     return collate_rows(rows)
 
 

@@ -1,4 +1,5 @@
 """Kill -9 in the middle of each stage, start again: the same tables, byte for byte, as an undisturbed run."""
+
 import json
 import os
 import shutil
@@ -18,7 +19,9 @@ HERE = Path(__file__).parent
 
 def table_bytes(folder, stage):
     "The stage's tables (and adapter weights) as bytes."
-    files = [p for t in TABLES[stage] for p in shard_paths(folder, t)] + sorted(Path(folder).glob("adapter/*.safetensors"))
+    files = [p for t in TABLES[stage] for p in shard_paths(folder, t)] + sorted(
+        Path(folder).glob("adapter/*.safetensors")
+    )
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
@@ -33,8 +36,12 @@ def is_underway(folder, stage):
 
 def start_and_kill(stage, inputs, out, seconds=240):
     "Runs the stage in its own process and kills it as soon as it is underway; returns whether it was killed before its end."
-    process = subprocess.Popen([sys.executable, HERE / "stages.py", stage, inputs, out], env=os.environ | {"PYTHONPATH": str(HERE)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, HERE / "stages.py", stage, inputs, out],
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     limit = time.time() + seconds
     while process.poll() is None and time.time() < limit and not is_underway(out, stage):
         time.sleep(0.001)
@@ -51,7 +58,9 @@ def test_killed_and_resumed(stage, undisturbed, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.jsonl")}
     run_stage(stage, undisturbed, out)
     assert table_bytes(out, stage) == table_bytes(undisturbed / stage, stage)
-    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items()), "finished shards must not be written again"
+    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items()), (
+        "finished shards must not be written again"
+    )
     assert not list(out.glob("**/.*.tmp"))
 
 
@@ -64,7 +73,9 @@ def test_manifest_accounts_for_every_row(stage, undisturbed):
             assert account[total] == sum(n for key, n in account.items() if key != total), (name, account)
     else:
         assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["set_aside"].values())
-    assert not {"host", "user", "path"} & {k for part in (manifest, manifest["parameters"], manifest["inputs"]) for k in part}
+    assert not {"host", "user", "path"} & {
+        k for part in (manifest, manifest["parameters"], manifest["inputs"]) for k in part
+    }
 
 
 def test_done_stage_is_not_run_again(undisturbed):
@@ -77,4 +88,6 @@ def test_other_parameters_are_refused_by_name(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "01_sampling", tmp_path / "again")
     started = json.loads((tmp_path / "again" / "started.json").read_text())
     with pytest.raises(ValueError, match="temperature: 0.7 -> 1.1"):
-        StageFolder(tmp_path / "again", "sampling", started["parameters"] | {"temperature": 1.1}, started["inputs"])
+        StageFolder(
+            tmp_path / "again", "sampling", started["parameters"] | {"temperature": 1.1}, started["inputs"]
+        )

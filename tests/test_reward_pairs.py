@@ -1,4 +1,5 @@
 """Pairs by the implicit reward: who may be chosen, the official draft's rule worked by hand, accounts, and 07's scores of given responses."""
+
 from collections import Counter
 from dataclasses import replace
 
@@ -10,8 +11,20 @@ from rlaifv_nb import reward_pairs as R
 from rlaifv_nb.guided_decoding import given_ids, read_candidates, run_guided_decoding
 from rlaifv_nb.pairs import length_gap
 from rlaifv_nb.recipes import RecipeError, chain_parameters, check_recipe, first_remade, load_recipe, plan_run
-from rlaifv_nb.records import (Candidate, Pair, Prompt, Response, SetAside, package_folder, read_manifest, read_table, response_id_of, write_json,
-                               write_table, write_text)
+from rlaifv_nb.records import (
+    Candidate,
+    Pair,
+    Prompt,
+    Response,
+    SetAside,
+    package_folder,
+    read_manifest,
+    read_table,
+    response_id_of,
+    write_json,
+    write_table,
+    write_text,
+)
 
 quick = settings(max_examples=80, deadline=None, database=None)
 WORDS = "red blue bus dog near two cars sit on it".split()
@@ -19,7 +32,16 @@ WORDS = "red blue bus dog near two cars sit on it".split()
 
 def candidate(index, text, reward, n_tokens=10, finish_reason="stop", prompt_id="p"):
     """A candidate with this summed reward."""
-    return Candidate("aligned", response_id_of(prompt_id, index), prompt_id, text, finish_reason, n_tokens, reward - 20.0, -20.0)
+    return Candidate(
+        "aligned",
+        response_id_of(prompt_id, index),
+        prompt_id,
+        text,
+        finish_reason,
+        n_tokens,
+        reward - 20.0,
+        -20.0,
+    )
 
 
 def by_rank(n, **tokens):
@@ -33,12 +55,19 @@ def numbers(pairs):
 
 
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
-rows = st.lists(st.tuples(st.sampled_from("pqr"), texts, st.integers(-40, 40), st.integers(1, 30)), max_size=24)
-candidate_lists = rows.map(lambda rows: [candidate(i, text, reward / 4, n, prompt_id=p) for i, (p, text, reward, n) in enumerate(rows)])
+rows = st.lists(
+    st.tuples(st.sampled_from("pqr"), texts, st.integers(-40, 40), st.integers(1, 30)), max_size=24
+)
+candidate_lists = rows.map(
+    lambda rows: [
+        candidate(i, text, reward / 4, n, prompt_id=p) for i, (p, text, reward, n) in enumerate(rows)
+    ]
+)
 limits = st.tuples(st.integers(1, 4), st.integers(1, 3))
 
 
 # properties
+
 
 @quick
 @given(candidate_lists, limits, st.randoms())
@@ -51,7 +80,9 @@ def test_order_of_rows_changes_nothing(candidates, limit, rng):
 @given(candidate_lists, limits)
 def test_chosen_beats_rejected_and_top_never_meets_bottom(candidates, limit):
     top_k, max_pairs = limit
-    drawn, spare, twins, without = R.draw_reward_pairs(R.usable_candidates(candidates)[0], top_k, 0.9, 3, max_pairs)
+    drawn, spare, twins, without = R.draw_reward_pairs(
+        R.usable_candidates(candidates)[0], top_k, 0.9, 3, max_pairs
+    )
     of, lost = {c.response_id: c for c in candidates}, {s.row_id for s in twins}
     for p in drawn + spare:
         a, b = of[p.chosen_id], of[p.rejected_id]
@@ -64,8 +95,12 @@ def test_chosen_beats_rejected_and_top_never_meets_bottom(candidates, limit):
     assert not {p.chosen_id for p in drawn + spare} & {p.rejected_id for p in drawn + spare}
     assert len({p.pair_id for p in drawn + spare}) == len(drawn + spare)
     per_prompt = Counter(p.prompt_id for p in drawn)
-    assert all(n <= max_pairs for n in per_prompt.values()) and all(n <= top_k**2 for n in Counter(p.prompt_id for p in drawn + spare).values())
-    assert {*per_prompt, *(s.row_id for s in without)} == {c.prompt_id for c in candidates} and not {*per_prompt} & {s.row_id for s in without}
+    assert all(n <= max_pairs for n in per_prompt.values()) and all(
+        n <= top_k**2 for n in Counter(p.prompt_id for p in drawn + spare).values()
+    )
+    assert {*per_prompt, *(s.row_id for s in without)} == {c.prompt_id for c in candidates} and not {
+        *per_prompt
+    } & {s.row_id for s in without}
 
 
 @quick
@@ -87,26 +122,39 @@ def test_stage_accounts_for_everything_and_balances(tmp_path_factory, candidates
     write_table(room, "prompts", [Prompt(p, "", "", "What?") for p in "pqr"])
     write_table(room, "candidates-aligned", candidates)
     try:
-        pairs = R.run_reward_pairs(room, room, room / "out", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance)
+        pairs = R.run_reward_pairs(
+            room, room, room / "out", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
+        )
     except ValueError as e:
         assert "no pair is left" in str(e)
         return
     manifest = read_manifest(room / "out")
     for account, whole in (("candidates", "in"), ("prompts", "with candidates"), ("pairs", "possible")):
-        assert manifest[account][whole] == sum(n for reason, n in manifest[account].items() if reason != whole), account
-    assert abs(length_gap(pairs)) <= max(tolerance, 1e-12) and pairs == read_table(room / "out", "pairs", Pair)
+        assert manifest[account][whole] == sum(
+            n for reason, n in manifest[account].items() if reason != whole
+        ), account
+    assert abs(length_gap(pairs)) <= max(tolerance, 1e-12) and pairs == read_table(
+        room / "out", "pairs", Pair
+    )
     assert all(n <= limit[1] for n in Counter(p.prompt_id for p in pairs).values())
-    again = R.run_reward_pairs(room, room, room / "again", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance)
+    again = R.run_reward_pairs(
+        room, room, room / "again", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
+    )
     assert again == pairs and read_manifest(room / "again")["tables"] == manifest["tables"]
 
 
 # the official draft's rule, worked by hand (pull request 37 of RLHF-V/RLAIF-V, data_pair_builder.py and dpo_data_filter)
 
+
 def test_ten_answers_top_3_and_bottom_3():
     """Sum and mean agree: the draft's top is 0 1 2, its bottom 7 8 9. The same answers here, but best meets worst (there: 0>7, 1>8, 2>9)."""
     drawn, spare, _ = R.reward_pairs_of(by_rank(10), 3, 3)
     assert numbers(drawn) == [(0, 9), (1, 8), (2, 7)]
-    assert {a for a, _ in numbers(drawn + spare)} == {0, 1, 2} and {b for _, b in numbers(drawn + spare)} == {7, 8, 9}
+    assert {a for a, _ in numbers(drawn + spare)} == {0, 1, 2} and {b for _, b in numbers(drawn + spare)} == {
+        7,
+        8,
+        9,
+    }
     assert numbers(R.reward_pairs_of(by_rank(10), 3, 2)[0]) == [(0, 9), (1, 8)]
 
 
@@ -114,9 +162,15 @@ def test_only_what_is_in_both_tops_is_chosen():
     """Sums 9 8 7 6 5 4 -1 -2 -3 -4. Answer 2 is long (70 tokens: 0.1 a token), 3 short (1: 6.0): by mean the top 3 is 3 0 1. In both: 0 1.
     Answer 9 is long (400: -0.01), so the bottom 3 by mean is 6 7 8, by sum 7 8 9. In both: 7 8."""
     tokens = [10, 10, 70, 1, 10, 10, 10, 10, 10, 400]
-    ten = [replace(candidate(i, f"answer {i}", reward), n_tokens=n) for i, (reward, n) in enumerate(zip([9, 8, 7, 6, 5, 4, -1, -2, -3, -4], tokens))]
+    ten = [
+        replace(candidate(i, f"answer {i}", reward), n_tokens=n)
+        for i, (reward, n) in enumerate(zip([9, 8, 7, 6, 5, 4, -1, -2, -3, -4], tokens))
+    ]
     top, bottom = R.top_and_bottom(ten, 3)
-    assert [c.response_id for c in top] == ["p-00", "p-01"] and [c.response_id for c in bottom] == ["p-08", "p-07"]
+    assert [c.response_id for c in top] == ["p-00", "p-01"] and [c.response_id for c in bottom] == [
+        "p-08",
+        "p-07",
+    ]
 
 
 def test_fault_top_and_bottom_overlap():
@@ -138,7 +192,9 @@ def test_ten_gram_similarity_by_hand():
     end, middle = words[:99] + ["x"], words[:50] + ["x"] + words[51:]
     assert R.jaccard(R.ngrams_of(" ".join(words), 10), R.ngrams_of(" ".join(end), 10)) == 90 / 92
     assert R.jaccard(R.ngrams_of(" ".join(words), 10), R.ngrams_of(" ".join(middle), 10)) == 81 / 101
-    kept, _ = R.distinct_candidates([candidate(i, " ".join(w), 0.0) for i, w in enumerate((words, end, middle))])
+    kept, _ = R.distinct_candidates(
+        [candidate(i, " ".join(w), 0.0) for i, w in enumerate((words, end, middle))]
+    )
     assert [c.response_id for c in kept] == ["p-00", "p-02"]
 
 
@@ -146,7 +202,11 @@ def test_fault_slices_of_ten_mix_prompts():
     """A lost candidate (here: empty) shifts all later slices of the draft; ours are grouped by prompt."""
     p, q = by_rank(10), [replace(c, prompt_id="q", response_id="q" + c.response_id[1:]) for c in by_rank(10)]
     drawn = R.draw_reward_pairs(R.usable_candidates([replace(p[0], text=" "), *p[1:], *q])[0])[0]
-    assert all(d.chosen_id[0] == d.rejected_id[0] == d.prompt_id for d in drawn) and numbers(drawn[:3]) == [(1, 9), (2, 8), (3, 7)]
+    assert all(d.chosen_id[0] == d.rejected_id[0] == d.prompt_id for d in drawn) and numbers(drawn[:3]) == [
+        (1, 9),
+        (2, 8),
+        (3, 7),
+    ]
 
 
 def test_fault_a_tie_is_no_preference():
@@ -158,8 +218,13 @@ def test_fault_balance_is_one_sided(tmp_path):
     """Chosen answers that are too short: the draft's mean difference is below 0.5 tokens, so it keeps the bias; ours brings the gap down."""
     write_table(tmp_path, "prompts", [Prompt(f"p{i}", "", "", "What?") for i in range(20)])
     words = lambda n, name: " ".join(f"{name}{j}" for j in range(n))
-    rows = [(candidate(0, words(20, "good"), 1.0, prompt_id=f"p{i}"), candidate(1, words(24 if i % 4 else 16, "bad"), -1.0, prompt_id=f"p{i}"))
-            for i in range(20)]
+    rows = [
+        (
+            candidate(0, words(20, "good"), 1.0, prompt_id=f"p{i}"),
+            candidate(1, words(24 if i % 4 else 16, "bad"), -1.0, prompt_id=f"p{i}"),
+        )
+        for i in range(20)
+    ]
     write_table(tmp_path, "candidates-aligned", [c for row in rows for c in row])
     loose = R.run_reward_pairs(tmp_path, tmp_path, tmp_path / "loose", length_balance=False)
     kept = R.run_reward_pairs(tmp_path, tmp_path, tmp_path / "tight")
@@ -169,14 +234,24 @@ def test_fault_balance_is_one_sided(tmp_path):
 
 # what is refused
 
-@pytest.mark.parametrize("change", [{"policy_sum_logp": float("nan")}, {"reference_sum_logp": float("-inf")}, {"n_tokens": 0}])
+
+@pytest.mark.parametrize(
+    "change", [{"policy_sum_logp": float("nan")}, {"reference_sum_logp": float("-inf")}, {"n_tokens": 0}]
+)
 def test_a_candidate_without_reward_is_named(change):
     with pytest.raises(ValueError, match="candidate p-01 has no reward"):
         R.usable_candidates([candidate(0, "a", 1.0), replace(candidate(1, "b", 1.0), **change)])
 
 
-@pytest.mark.parametrize("call", [lambda: R.reward_pairs_of(by_rank(4), 0, 1), lambda: R.reward_pairs_of(by_rank(4), 1, 0),
-                                  lambda: R.distinct_candidates(by_rank(4), 1.1), lambda: R.distinct_candidates(by_rank(4), 0.9, 0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: R.reward_pairs_of(by_rank(4), 0, 1),
+        lambda: R.reward_pairs_of(by_rank(4), 1, 0),
+        lambda: R.distinct_candidates(by_rank(4), 1.1),
+        lambda: R.distinct_candidates(by_rank(4), 0.9, 0),
+    ],
+)
 def test_senseless_limits_are_refused(call):
     with pytest.raises(ValueError, match="need "):
         call()
@@ -193,17 +268,29 @@ def test_tables_of_two_runs_are_refused(tmp_path):
 
 # 07 scores given responses
 
+
 def test_given_responses_get_the_scores_of_sampled_candidates(tmp_path):
     """07 samples candidates of the aligned policy; the same texts, given as responses, get the same rewards, and nothing is sampled."""
-    example, policy, adapter = package_folder("data") / "example", "packaged:iconworld-vlm", "packaged:iconworld-aligned"
-    prompts = [replace(p, image_path=str(example / "prompts" / p.image_path)) for p in read_table(example / "prompts", "prompts", Prompt)[:2]]
+    example, policy, adapter = (
+        package_folder("data") / "example",
+        "packaged:iconworld-vlm",
+        "packaged:iconworld-aligned",
+    )
+    prompts = [
+        replace(p, image_path=str(example / "prompts" / p.image_path))
+        for p in read_table(example / "prompts", "prompts", Prompt)[:2]
+    ]
     write_table(tmp_path, "prompts", prompts)
     run_guided_decoding(tmp_path, tmp_path / "sampled", policy, adapter, n_candidates=2, max_new_tokens=100)
     sampled = [c for c in read_candidates(tmp_path / "sampled") if c.policy == "aligned"]
-    responses = [Response(c.response_id, c.prompt_id, i % 2, 0, c.text, c.finish_reason) for i, c in enumerate(sampled)]
+    responses = [
+        Response(c.response_id, c.prompt_id, i % 2, 0, c.text, c.finish_reason) for i, c in enumerate(sampled)
+    ]
     empty = Response(response_id_of(prompts[0].prompt_id, 2), prompts[0].prompt_id, 2, 0, " ", "stop")
     write_table(tmp_path / "given", "responses", [*responses, empty])
-    stage = run_guided_decoding(tmp_path, tmp_path / "scored", policy, adapter, responses=str(tmp_path / "given"))
+    stage = run_guided_decoding(
+        tmp_path, tmp_path / "scored", policy, adapter, responses=str(tmp_path / "given")
+    )
     scored, manifest = read_candidates(tmp_path / "scored"), read_manifest(stage.path)
     same = lambda c: (c.response_id, c.text, c.n_tokens, c.finish_reason)
     assert [same(c) for c in scored] == [same(c) for c in sampled]
@@ -221,10 +308,17 @@ def test_responses_to_other_prompts_are_refused():
 
 # in a recipe
 
-@pytest.mark.parametrize("changes, says", [
-    ({"feedback": ["reward"]}, "round 1 cannot be reward"), ({"feedback": ["claims", "rewards"]}, "feedback: unknown 'rewards'; did you mean reward"),
-    ({"feedback": []}, "one word a round"), ({"feedback": ["claims"] * 3}, "not 3 for 2 rounds"), ({"feedback": "claims"}, "feedback must be a list"),
-])
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"feedback": ["reward"]}, "round 1 cannot be reward"),
+        ({"feedback": ["claims", "rewards"]}, "feedback: unknown 'rewards'; did you mean reward"),
+        ({"feedback": []}, "one word a round"),
+        ({"feedback": ["claims"] * 3}, "not 3 for 2 rounds"),
+        ({"feedback": "claims"}, "feedback must be a list"),
+    ],
+)
 def test_feedback_of_a_recipe_is_checked(changes, says):
     with pytest.raises(RecipeError, match=says):
         load_recipe("tiny", changes)
@@ -234,31 +328,53 @@ def test_a_reward_round_samples_scores_and_pairs_with_the_adapter_of_the_round_b
     recipe = load_recipe("tiny", {"rounds": 4, "feedback": ["claims", "reward"]})
     steps = {s.out: s.parameters for s in plan_run(recipe)}
     for k in (2, 3, 4):
-        assert [o.split("/")[1] for o in steps if o.startswith(f"round_{k}/")] == ["01_sampling", "07_guided_decoding", "04_reward_pairs", "05_dpo"]
+        assert [o.split("/")[1] for o in steps if o.startswith(f"round_{k}/")] == [
+            "01_sampling",
+            "07_guided_decoding",
+            "04_reward_pairs",
+            "05_dpo",
+        ]
         scoring = steps[f"round_{k}/07_guided_decoding"]
-        assert str(scoring["adapter"]) == f"round_{k - 1}/05_dpo/adapter" and str(scoring["responses"]) == f"round_{k}/01_sampling"
+        assert (
+            str(scoring["adapter"]) == f"round_{k - 1}/05_dpo/adapter"
+            and str(scoring["responses"]) == f"round_{k}/01_sampling"
+        )
         assert str(steps[f"round_{k}/04_reward_pairs"]["candidates"]) == f"round_{k}/07_guided_decoding"
         assert str(steps[f"round_{k}/05_dpo"]["pairs"]) == f"round_{k}/04_reward_pairs"
-    assert str(steps["07_guided_decoding"]["adapter"]) == "round_4/05_dpo/adapter" and "responses" not in steps["07_guided_decoding"]
+    assert (
+        str(steps["07_guided_decoding"]["adapter"]) == "round_4/05_dpo/adapter"
+        and "responses" not in steps["07_guided_decoding"]
+    )
     assert {k: v for k, v in steps.items() if k.startswith("round_1/")} == {
-        s.out: s.parameters for s in plan_run(load_recipe("tiny", {"rounds": 4})) if s.round == 1}, "round 1 is what it was"
+        s.out: s.parameters for s in plan_run(load_recipe("tiny", {"rounds": 4})) if s.round == 1
+    }, "round 1 is what it was"
     assert chain_parameters(recipe, "05_dpo", 1)["pairs"].parts == ("round_1", "04_pairs")
 
 
 def test_restart_tells_the_scoring_of_a_round_from_the_last_step():
     steps = plan_run(load_recipe("tiny", {"feedback": ["claims", "reward"]}))
-    assert [steps[first_remade(steps, "07_guided_decoding", k)].out for k in (0, 2)] == ["07_guided_decoding", "round_2/07_guided_decoding"]
+    assert [steps[first_remade(steps, "07_guided_decoding", k)].out for k in (0, 2)] == [
+        "07_guided_decoding",
+        "round_2/07_guided_decoding",
+    ]
     with pytest.raises(RecipeError, match="there is no round 1"):
         first_remade(steps, "04_reward_pairs", 1)
 
 
 def test_parameters_of_reward_pairs_are_checked_against_the_notebook():
-    recipe = load_recipe("tiny", {"feedback": ["claims", "reward"], "parameters": {"04_reward_pairs": {"top_k": 2}}})
+    recipe = load_recipe(
+        "tiny", {"feedback": ["claims", "reward"], "parameters": {"04_reward_pairs": {"top_k": 2}}}
+    )
     assert check_recipe(recipe, package_folder("nbs")).parameters["04_reward_pairs"] == {"top_k": 2}
-    for change, says in (({"04_reward_pairs": {"topk": 2}}, "did you mean top_k"),
-                         ({"07_guided_decoding": {"responses": "x"}}, "set by the chain itself")):
+    for change, says in (
+        ({"04_reward_pairs": {"topk": 2}}, "did you mean top_k"),
+        ({"07_guided_decoding": {"responses": "x"}}, "set by the chain itself"),
+    ):
         with pytest.raises(RecipeError, match=says):
-            check_recipe(load_recipe("tiny", {"feedback": ["claims", "reward"], "parameters": change}), package_folder("nbs"))
+            check_recipe(
+                load_recipe("tiny", {"feedback": ["claims", "reward"], "parameters": change}),
+                package_folder("nbs"),
+            )
 
 
 def test_a_step_knows_its_candidates_by_their_tables(tmp_path):
@@ -282,8 +398,14 @@ def test_report_shows_pairs_that_the_reward_made_and_claims_no_missing_feedback(
     texts = ("There is a red bus on the left.", "There is a blue cat on the right.")
     ids = [response_id_of(prompt_id, i) for i in (0, 1)]
     for k, stage in ((1, "04_pairs"), (2, "04_reward_pairs")):
-        write_table(tmp_path / f"round_{k}/01_sampling", "responses", [Response(i, prompt_id, n, 0, texts[n], "stop") for n, i in enumerate(ids)])
-        write_table(tmp_path / f"round_{k}" / stage, "pairs", [Pair("a", prompt_id, *ids, *texts, 0.042, -0.017)])
+        write_table(
+            tmp_path / f"round_{k}/01_sampling",
+            "responses",
+            [Response(i, prompt_id, n, 0, texts[n], "stop") for n, i in enumerate(ids)],
+        )
+        write_table(
+            tmp_path / f"round_{k}" / stage, "pairs", [Pair("a", prompt_id, *ids, *texts, 0.042, -0.017)]
+        )
     write_text(tmp_path / "recipe.yaml", "name: x\nrounds: 2\ndescription: y\nfeedback: [claims, reward]\n")
     page = write_report(tmp_path).read_text()
     assert "Feedback in round 1" in page and "Feedback in round 2" not in page

@@ -1,4 +1,5 @@
 """05_dpo as it runs beside a graphics card: two devices, 16 bits, several cards, too little memory, too few steps. All on a CPU."""
+
 import gc
 import json
 import re
@@ -17,11 +18,34 @@ import rlaifv_nb.attention as attention
 import rlaifv_nb.dpo as dpo
 from rlaifv_nb.attention import kernel_for
 from rlaifv_nb.caches import ContentCache
-from rlaifv_nb.dpo import RowMaker, drift_of, preflight, reference_logps, require_steps, run_dpo, split_pairs, steps_of, tenth_of
+from rlaifv_nb.dpo import (
+    RowMaker,
+    drift_of,
+    preflight,
+    reference_logps,
+    require_steps,
+    run_dpo,
+    split_pairs,
+    steps_of,
+    tenth_of,
+)
 from rlaifv_nb.models import open_vlm
-from rlaifv_nb.records import Pair, Prompt, RefLogp, read_manifest, read_table, resolve_path, sha256_of, write_table
+from rlaifv_nb.records import (
+    Pair,
+    Prompt,
+    RefLogp,
+    read_manifest,
+    read_table,
+    resolve_path,
+    sha256_of,
+    write_table,
+)
 
-POLICY, PROMPTS, PAIRS = "packaged:iconworld-vlm", resolve_path("packaged:example/prompts"), resolve_path("packaged:example/04_pairs")
+POLICY, PROMPTS, PAIRS = (
+    "packaged:iconworld-vlm",
+    resolve_path("packaged:example/prompts"),
+    resolve_path("packaged:example/04_pairs"),
+)
 SETTING = dict(learning_rate=5e-4, epochs=1.0, batch_size=4, evaluations=2, min_steps=1, quantisation="none")
 RESULTS = ("training-00000.jsonl", "reference-00000.jsonl", "adapter/adapter_model.safetensors")
 
@@ -57,7 +81,9 @@ def results(folder):
 
 def tables(folder):
     "Prompts by id, and pairs."
-    return {p.prompt_id: p for p in read_table(folder / "prompts", "prompts", Prompt)}, read_table(folder / "pairs", "pairs", Pair)
+    return {p.prompt_id: p for p in read_table(folder / "prompts", "prompts", Prompt)}, read_table(
+        folder / "pairs", "pairs", Pair
+    )
 
 
 def curve(folder, split):
@@ -97,12 +123,24 @@ def card(monkeypatch):
 def test_tags_are_as_strict_as_pytorch():
     with DeviceTags() as tags:
         here, there = torch.ones(3), torch.ones(3, device="cuda")
-        for wrong in (lambda: here + there, lambda: torch.cat([here, there]), there.numpy, there.pin_memory, lambda: here[there.bool()],
-                      lambda: torch.nn.functional.linear(here, there[None]), lambda: torch.stack([torch.ones(()), there.sum()])):
+        for wrong in (
+            lambda: here + there,
+            lambda: torch.cat([here, there]),
+            there.numpy,
+            there.pin_memory,
+            lambda: here[there.bool()],
+            lambda: torch.nn.functional.linear(here, there[None]),
+            lambda: torch.stack([torch.ones(()), there.sum()]),
+        ):
             with pytest.raises(RuntimeError, match="same device|is on cuda"):
                 wrong()
         same = there * 2 + torch.tensor(1.0)
-        assert same.device == CARD and there[torch.tensor([0])].device == CARD and there.cpu().device == CPU and here.to(there).device == CARD
+        assert (
+            same.device == CARD
+            and there[torch.tensor([0])].device == CARD
+            and there.cpu().device == CPU
+            and here.to(there).device == CARD
+        )
         module = tags.put(torch.nn.Linear(3, 3))
         module(there).sum().backward()
         assert module.weight.grad.device == CARD and module.weight.is_cuda and not here.is_cuda
@@ -148,7 +186,11 @@ def test_adapter_products_are_in_tf32_beside_weights_of_16_bits(card, few, tmp_p
 
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr(dpo.PreferenceTrainer, "compute_loss", noted)
-    for name, options, expected in (("on", {"dtype": "bfloat16"}, "high"), ("off", {"dtype": "bfloat16", "tf32": False}, "highest"), ("float32", {}, "highest")):
+    for name, options, expected in (
+        ("on", {"dtype": "bfloat16"}, "high"),
+        ("off", {"dtype": "bfloat16", "tf32": False}, "highest"),
+        ("float32", {}, "highest"),
+    ):
         train(few, tmp_path / name, kernel="sdpa", epochs=0.3, **options)
         assert set(seen) == {(expected, torch.float32)}, name
         seen.clear()
@@ -160,23 +202,36 @@ def test_adapter_products_are_in_tf32_beside_weights_of_16_bits(card, few, tmp_p
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_a_right_reference_passes_in_16_bits_and_a_wrong_one_does_not(few, tmp_path, quantisation):
-    manifest = train(few, tmp_path, dtype="bfloat16", quantisation=quantisation, learning_rate=3e-3, epochs=2.0)
-    assert manifest["parameters"]["dtype"] == "bfloat16" and manifest["preflight"]["drift_nats_per_token"] < 0.01
+    manifest = train(
+        few, tmp_path, dtype="bfloat16", quantisation=quantisation, learning_rate=3e-3, epochs=2.0
+    )
+    assert (
+        manifest["parameters"]["dtype"] == "bfloat16" and manifest["preflight"]["drift_nats_per_token"] < 0.01
+    )
     by_id, pairs = tables(few)
     wrong = open_vlm(POLICY, str(tmp_path / "adapter"), dtype="bfloat16", quantisation=quantisation)
     maker = RowMaker(wrong, by_id, few / "prompts")
     reference = {r.pair_id: r for r in reference_logps(maker, pairs[:8])}
     preflight(maker, pairs[:8], reference)
-    with wrong.model.disable_adapter(), pytest.raises(RuntimeError, match="they are not the same model") as found:
+    with (
+        wrong.model.disable_adapter(),
+        pytest.raises(RuntimeError, match="they are not the same model") as found,
+    ):
         preflight(maker, pairs[:8], reference)
-    assert 0.05 < float(re.search(r"differ by ([\d.]+)", str(found.value))[1]) < 1, "as far as a round or two move a policy"
+    assert 0.05 < float(re.search(r"differ by ([\d.]+)", str(found.value))[1]) < 1, (
+        "as far as a round or two move a policy"
+    )
 
 
 def test_noise_averages_out_and_a_preference_does_not():
     n_tokens = torch.full((8, 2), 100)
-    noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) * 0.05 * 10  # 0.05 nats a token, independent
+    noise = (
+        torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) * 0.05 * 10
+    )  # 0.05 nats a token, independent
     assert drift_of(noise, n_tokens) < 0.005
-    assert drift_of(torch.tensor([[3.0, -3.0]]).expand(8, 2), n_tokens) == pytest.approx(0.03), "chosen up, rejected down is no noise"
+    assert drift_of(torch.tensor([[3.0, -3.0]]).expand(8, 2), n_tokens) == pytest.approx(0.03), (
+        "chosen up, rejected down is no noise"
+    )
 
 
 def test_float16_cannot_be_trained(few, tmp_path):
@@ -189,11 +244,16 @@ def test_old_cards_and_old_torch_take_sdpa(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert kernel_for("auto", CARD, torch.bfloat16) == "sdpa"
     for kernel in ("varlen", "flash_attn"):
-        with pytest.raises(ValueError, match=f"kernel='{kernel}' needs a card of compute capability 8.0 .* this one has 7.5"):
+        with pytest.raises(
+            ValueError, match=f"kernel='{kernel}' needs a card of compute capability 8.0 .* this one has 7.5"
+        ):
             kernel_for(kernel, CARD, torch.bfloat16)
     attention.card_problem.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert kernel_for("auto", CARD, torch.bfloat16) == "varlen" and kernel_for("auto", CARD, torch.float32) == "sdpa"
+    assert (
+        kernel_for("auto", CARD, torch.bfloat16) == "varlen"
+        and kernel_for("auto", CARD, torch.float32) == "sdpa"
+    )
     attention.card_problem.cache_clear()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value: None)
     assert kernel_for("auto", CARD, torch.bfloat16) == "sdpa"
@@ -223,13 +283,25 @@ def test_what_does_not_fit_is_done_again_in_halves(plain, few, tmp_path, monkeyp
     tried = small_card(monkeypatch, room=300)
     manifest = train(few, tmp_path)
     used = manifest["max_tokens"]
-    assert used["asked"] == 8192 and used["used"] <= 300 and read_manifest(plain)["max_tokens"] == {"asked": 8192, "used": 8192}
+    assert (
+        used["asked"] == 8192
+        and used["used"] <= 300
+        and read_manifest(plain)["max_tokens"] == {"asked": 8192, "used": 8192}
+    )
     assert "out of memory: going on with max_tokens" in capsys.readouterr().out
     assert sum(n > 300 for n in tried) < 8, "what is learned in the reference holds for the training"
-    assert manifest["parameters"] == read_manifest(plain)["parameters"], "max_tokens is no part of the identity"
-    for a, b in zip(curve(plain, "train") + curve(plain, "dev"), curve(tmp_path, "train") + curve(tmp_path, "dev"), strict=True):
+    assert manifest["parameters"] == read_manifest(plain)["parameters"], (
+        "max_tokens is no part of the identity"
+    )
+    for a, b in zip(
+        curve(plain, "train") + curve(plain, "dev"),
+        curve(tmp_path, "train") + curve(tmp_path, "dev"),
+        strict=True,
+    ):
         assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a["margin"] == pytest.approx(b["margin"], abs=5e-3) and a["accuracy"] == b["accuracy"], "no pair is counted twice"
+        assert a["margin"] == pytest.approx(b["margin"], abs=5e-3) and a["accuracy"] == b["accuracy"], (
+            "no pair is counted twice"
+        )
 
 
 @pytest.mark.parametrize("where", ["training", "evaluation"])
@@ -247,15 +319,24 @@ def test_a_step_that_does_not_fit_begins_anew(plain, few, tmp_path, monkeypatch,
     monkeypatch.setattr(dpo, "row_logps", row_logps)
     manifest = train(few, tmp_path, max_tokens=400)
     assert manifest["max_tokens"]["used"] < 400
-    for a, b in zip(curve(plain, "train") + curve(plain, "dev"), curve(tmp_path, "train") + curve(tmp_path, "dev"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["margin"] == pytest.approx(b["margin"], abs=5e-3)
+    for a, b in zip(
+        curve(plain, "train") + curve(plain, "dev"),
+        curve(tmp_path, "train") + curve(tmp_path, "dev"),
+        strict=True,
+    ):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["margin"] == pytest.approx(
+            b["margin"], abs=5e-3
+        )
 
 
 def test_a_pair_too_large_for_the_card_is_named(few, tmp_path, monkeypatch):
     by_id, pairs = tables(few)
     small_card(monkeypatch, room=50)
     maker = RowMaker(open_vlm(POLICY), by_id, few / "prompts")
-    with pytest.raises(RuntimeError, match=r"the pair \w.* \(\d+ tokens\) does not fit into memory even alone: smaller pictures \(max_pixels\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"the pair \w.* \(\d+ tokens\) does not fit into memory even alone: smaller pictures \(max_pixels\)",
+    ):
         reference_logps(maker, pairs[:4])
 
 
@@ -309,16 +390,25 @@ def test_a_picture_that_has_changed_is_refused_though_it_is_known(few, tmp_path,
     (tmp_path / "few/prompts" / changed.image_path).write_bytes(b"another picture")
     decoded.clear()
     good, set_aside = dpo.usable_pairs(maker, pairs)
-    assert {s.row_id for s in set_aside} == {p.pair_id for p in pairs if p.prompt_id == changed.prompt_id} and not decoded
-    assert all("has changed since the prompts were written" in s.detail for s in set_aside) and len(good) + len(set_aside) == len(pairs)
+    assert {s.row_id for s in set_aside} == {
+        p.pair_id for p in pairs if p.prompt_id == changed.prompt_id
+    } and not decoded
+    assert all("has changed since the prompts were written" in s.detail for s in set_aside) and len(
+        good
+    ) + len(set_aside) == len(pairs)
 
 
 def test_questions_and_pairs_that_cannot_be_asked_are_set_aside(few, tmp_path):
     by_id, pairs = tables(few)
     vlm = open_vlm(POLICY)
-    odd = replace(by_id[pairs[0].prompt_id], prompt_id="odd", question=f"What is {vlm.processor.image_token}?")
+    odd = replace(
+        by_id[pairs[0].prompt_id], prompt_id="odd", question=f"What is {vlm.processor.image_token}?"
+    )
     maker = RowMaker(vlm, by_id | {"odd": odd}, few / "prompts", features=ContentCache(tmp_path, 1))
-    strange = [replace(pairs[0], pair_id="a", prompt_id="odd"), replace(pairs[0], pair_id="b", prompt_id="nowhere")]
+    strange = [
+        replace(pairs[0], pair_id="a", prompt_id="odd"),
+        replace(pairs[0], pair_id="b", prompt_id="nowhere"),
+    ]
     good, set_aside = dpo.usable_pairs(maker, pairs[:2] + strange)
     assert good == pairs[:2] and [s.row_id for s in set_aside] == ["a", "b"]
     assert "stands for a picture" in set_aside[0].detail and "no such prompt" in set_aside[1].detail
@@ -332,7 +422,9 @@ def test_processes_that_prepare_rows_change_no_byte(plain, few, tmp_path, cache_
 
 def test_the_cache_has_one_budget(few, tmp_path):
     for cache_gb in (1.0, 2e-4):
-        manifest = train(few, tmp_path / f"{cache_gb}", cache=str(tmp_path / f"cache {cache_gb}"), cache_gb=cache_gb)
+        manifest = train(
+            few, tmp_path / f"{cache_gb}", cache=str(tmp_path / f"cache {cache_gb}"), cache_gb=cache_gb
+        )
         size = sum(p.stat().st_size for p in (tmp_path / f"cache {cache_gb}").glob("*/*"))
         assert 0 < size <= 1e9 * cache_gb and (manifest["engine"]["not_cached"] > 0) == (cache_gb < 1)
 
@@ -350,13 +442,20 @@ def test_a_cache_leaves_half_of_the_free_disk(tmp_path, monkeypatch):
 
 def test_too_few_steps_are_refused_before_anything_is_opened(few, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "open_vlm", lambda *args, **kwargs: pytest.fail("nothing may be opened"))
-    with pytest.raises(ValueError, match=r"12 training pairs make 3 steps at batch_size 4 and epochs 1: too few to learn from \(min_steps 10\).*n_per_round"):
+    with pytest.raises(
+        ValueError,
+        match=r"12 training pairs make 3 steps at batch_size 4 and epochs 1: too few to learn from \(min_steps 10\).*n_per_round",
+    ):
         train(few, tmp_path, min_steps=10)
     by_id, pairs = tables(few)
     with pytest.raises(ValueError) as found:
         require_steps(pairs, 1.0, 4, 10)
-    epochs, smaller = (float(re.search(rf"{name} [<>]= ([\d.]+)", str(found.value))[1]) for name in ("epochs", "batch_size"))
-    assert steps_of(16, epochs, 4) >= 10 > steps_of(16, epochs - 0.1, 4) and steps_of(16, 1.0, smaller) >= 10 > steps_of(16, 1.0, smaller + 1)
+    epochs, smaller = (
+        float(re.search(rf"{name} [<>]= ([\d.]+)", str(found.value))[1]) for name in ("epochs", "batch_size")
+    )
+    assert steps_of(16, epochs, 4) >= 10 > steps_of(16, epochs - 0.1, 4) and steps_of(
+        16, 1.0, smaller
+    ) >= 10 > steps_of(16, 1.0, smaller + 1)
     require_steps(pairs, epochs, 4, 10)
 
 
@@ -372,7 +471,10 @@ def test_a_short_run_has_no_warm_up_and_its_first_step_teaches(few, tmp_path):
         train(few, tmp_path / str(steps), epochs=epochs)
         weights = load_file(tmp_path / str(steps) / "adapter/adapter_model.safetensors")
         assert all(v.any() for k, v in weights.items() if "lora_B" in k), steps
-    warm_up = [dpo.trainer_arguments(open_vlm(POLICY), tmp_path, n, 1e-4, 4, False, 2, 0, 0).warmup_steps for n in (3, 19, 20, 36, 400)]
+    warm_up = [
+        dpo.trainer_arguments(open_vlm(POLICY), tmp_path, n, 1e-4, 4, False, 2, 0, 0).warmup_steps
+        for n in (3, 19, 20, 36, 400)
+    ]
     assert warm_up == [0, 0, 1, 1, 20], "from 20 steps on what it always was"
 
 
@@ -406,9 +508,15 @@ def test_numbers_that_are_none_stop_the_training(few, tmp_path, monkeypatch):
         return logps
 
     monkeypatch.setattr(dpo, "row_logps", row_logps)
-    with pytest.raises(FloatingPointError, match=f"log-probabilities or loss are not finite, with the pairs .*{broken}"):
+    with pytest.raises(
+        FloatingPointError, match=f"log-probabilities or loss are not finite, with the pairs .*{broken}"
+    ):
         train(few, tmp_path / "loss")
-    monkeypatch.setattr(dpo, "row_logps", lambda core, batch: [_InfiniteGradient.apply(l) if core.training else l for l in real(core, batch)])
+    monkeypatch.setattr(
+        dpo,
+        "row_logps",
+        lambda core, batch: [_InfiniteGradient.apply(l) if core.training else l for l in real(core, batch)],
+    )
     with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite, with the pairs"):
         train(few, tmp_path / "gradient")
 
@@ -439,23 +547,33 @@ def test_a_reference_that_is_not_finite_is_set_aside(few, tmp_path, monkeypatch)
     overflowing.fresh = False
     monkeypatch.setattr(dpo, "row_sums", overflowing)
     manifest = train(few, tmp_path / "out", cache=str(tmp_path / "cache"))
-    assert manifest["set_aside"] == {"log-probabilities that are not finite": 1} and manifest["rows_out"] == 15
+    assert (
+        manifest["set_aside"] == {"log-probabilities that are not finite": 1} and manifest["rows_out"] == 15
+    )
     assert unlucky not in {r.pair_id for r in read_table(tmp_path / "out", "reference", RefLogp)}
     assert manifest["train_pairs"] + manifest["dev_pairs"] == 15
     overflowing.fresh = True
-    assert train(few, tmp_path / "again", cache=str(tmp_path / "cache"))["rows_out"] == 16, "the cache has not kept it"
+    assert train(few, tmp_path / "again", cache=str(tmp_path / "cache"))["rows_out"] == 16, (
+        "the cache has not kept it"
+    )
 
 
 def test_prompt_ids_of_any_text_split():
     def prompt(name):
         return Prompt(name, "x.png", "", "What?")
 
-    for names in (["photo one", "photo two", "éléphant 3"], [f"picture-{i}.jpg" for i in range(40)], ["a", "b"]):
+    for names in (
+        ["photo one", "photo two", "éléphant 3"],
+        [f"picture-{i}.jpg" for i in range(40)],
+        ["a", "b"],
+    ):
         by_id = {n: prompt(n) for n in names}
         pairs = [Pair(f"{n}{k}", n, "a", "b", "A", "B", 0, -1) for n in names for k in range(2)]
         train, dev = split_pairs(pairs, by_id)
         assert train and dev and not {p.prompt_id for p in train} & {p.prompt_id for p in dev}
-        assert split_pairs(pairs[::-1], by_id)[1] == [p for p in pairs[::-1] if p in dev], "the order does not matter"
+        assert split_pairs(pairs[::-1], by_id)[1] == [p for p in pairs[::-1] if p in dev], (
+            "the order does not matter"
+        )
     hexadecimal = [sha256_of(str(i))[:12] for i in range(50)]
     assert [tenth_of(h) for h in hexadecimal] == [int(h, 16) % 10 for h in hexadecimal], "as it always was"
     with pytest.raises(ValueError, match="pairs of at least two prompts"):
@@ -470,7 +588,9 @@ def test_dropout_is_seeded_and_resumed_to_the_same_bytes(plain, few, tmp_path, m
     manifest = train(few, tmp_path / "whole", **setting)
     assert manifest["parameters"]["lora_dropout"] == 0.3
     assert manifest["preflight"]["drift_nats_per_token"] < 1e-6, "reference and preflight know no dropout"
-    assert (tmp_path / "whole/reference-00000.jsonl").read_bytes() == (plain / "reference-00000.jsonl").read_bytes()
+    assert (tmp_path / "whole/reference-00000.jsonl").read_bytes() == (
+        plain / "reference-00000.jsonl"
+    ).read_bytes()
     assert json.loads((tmp_path / "whole/adapter/adapter_config.json").read_text())["lora_dropout"] == 0.3
     step = dpo.PreferenceTrainer.training_step
     calls = []

@@ -1,6 +1,7 @@
 """LLaVA-1.5-7B's shape with random weights on one CUDA GPU (NF4 QLoRA, bfloat16, gradient checkpointing): speed, memory and the largest packing.
 
 `python tests/bench/bench_gpu.py`; with `--smoke`, the same at toy size on a CPU, to see that it works."""
+
 import argparse
 import gc
 import math
@@ -15,9 +16,31 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlavaForConditionalGeneration
-from workload import (SIZES, TRL, Size, check_equal, interleave, machine, make_config, make_pairs, make_tokenizer, make_trainer, opened, pair_logps,
-                      pair_rows, peak_bytes, print_cells, reference_sums, spread, start_training, step_on_rows, trl_batch, trl_logps, with_lora,
-                      write_json)
+from workload import (
+    SIZES,
+    TRL,
+    Size,
+    check_equal,
+    interleave,
+    machine,
+    make_config,
+    make_pairs,
+    make_tokenizer,
+    make_trainer,
+    opened,
+    pair_logps,
+    pair_rows,
+    peak_bytes,
+    print_cells,
+    reference_sums,
+    spread,
+    start_training,
+    step_on_rows,
+    trl_batch,
+    trl_logps,
+    with_lora,
+    write_json,
+)
 
 from rlaifv_nb.attention import KERNELS
 from rlaifv_nb.caches import ContentCache
@@ -25,9 +48,28 @@ from rlaifv_nb.dpo import tf32_products
 from rlaifv_nb.models import keep_4bit_weights_unpacked
 from rlaifv_nb.packing import n_tokens_of
 
-SEVEN_B = Size(vocabulary=32064, hidden=4096, layers=32, heads=32, intermediate=11008, vision_hidden=1024, vision_layers=24, vision_heads=16)
+SEVEN_B = Size(
+    vocabulary=32064,
+    hidden=4096,
+    layers=32,
+    heads=32,
+    intermediate=11008,
+    vision_hidden=1024,
+    vision_layers=24,
+    vision_heads=16,
+)
 # Dense bfloat16.
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "4090": 165,
+    "3090": 71,
+}
 CAPS = (24, 40, 80)  # GB of a card, of which 2 GiB are left to the driver and to fragmentation
 TOY_CAPS = (0.15, 0.25)
 GIB = 2**30
@@ -39,8 +81,17 @@ GIB = 2**30
 def nf4_linear(bnb, layer, device, dtype):
     "A 4-bit layer of random weights in the place of an empty one."
     weight = torch.randn(layer.out_features, layer.in_features, device=device, dtype=dtype) * 0.02
-    quantised = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-    quantised.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
+    quantised = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantised.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    ).to(device)
     return quantised
 
 
@@ -114,7 +165,11 @@ def flops_of(size, rows, layout, passes):
             tokens += n + sum(branches)
             seen += n * (n + 1) // 2 + sum(b * n + b * (b + 1) // 2 for b in branches)
     layer = 4 * size.hidden**2 + 3 * size.hidden * size.intermediate
-    return passes * 2 * (size.layers * (tokens * layer + 2 * seen * size.hidden) + answers * size.hidden * size.vocabulary)
+    return (
+        passes
+        * 2
+        * (size.layers * (tokens * layer + 2 * seen * size.hidden) + answers * size.hidden * size.vocabulary)
+    )
 
 
 def peak_flops(name, given):
@@ -142,8 +197,13 @@ def compare_steps(size, device, folder, repeats, peak_rate):
     pairs = make_pairs(size, make_tokenizer(size)[1], folder)
     rows, reference = pair_rows(vlm, pairs), reference_sums(vlm, pairs, "shared")
     with_features = pair_rows(vlm, pairs, ContentCache(folder / "features", 1))
-    step = lambda layout, kernel="sdpa", rows=rows: lambda: step_on_rows(vlm, optimizer, rows, reference, layout, kernel)
-    sides = {"plain": (step("plain"), vlm.model, "plain", 2), "shared": (step("shared"), vlm.model, "shared", 2)}
+    step = lambda layout, kernel="sdpa", rows=rows: (
+        lambda: step_on_rows(vlm, optimizer, rows, reference, layout, kernel)
+    )
+    sides = {
+        "plain": (step("plain"), vlm.model, "plain", 2),
+        "shared": (step("shared"), vlm.model, "shared", 2),
+    }
     for kernel in KERNELS[1:]:
         sides[f"packed, {kernel}"] = (step("packed", kernel), vlm.model, "packed", 2)
     sides["packed + features, auto"] = (step("packed", "auto", with_features), vlm.model, "packed", 2)
@@ -151,7 +211,9 @@ def compare_steps(size, device, folder, repeats, peak_rate):
     if find_spec("trl") is None:
         notes.append(f"TRL: not installed (pip install trl=={TRL})")
     else:
-        trainer, trl_optimizer = make_trainer(open_nf4(size, False, device)[0], pairs, folder / "trl", bf16=True, use_cpu=device == "cpu")
+        trainer, trl_optimizer = make_trainer(
+            open_nf4(size, False, device)[0], pairs, folder / "trl", bf16=True, use_cpu=device == "cpu"
+        )
         batch = trl_batch(trainer)
 
         def trl_step():
@@ -163,7 +225,11 @@ def compare_steps(size, device, folder, repeats, peak_rate):
             theirs = trl_logps(trainer)
         with torch.no_grad():
             ours = pair_logps(vlm, pairs, "packed", "auto")
-        check_equal("mean log-probabilities, packed and TRL", *([l.float().mean()[None] for l in x] for x in (ours, theirs)), tolerance=0.05)
+        check_equal(
+            "mean log-probabilities, packed and TRL",
+            *([l.float().mean()[None] for l in x] for x in (ours, theirs)),
+            tolerance=0.05,
+        )
         sides = {"TRL": (trl_step, trainer.model, "plain", 3)} | sides
     for name in list(sides):
         note = works_here(name, sides[name][0])
@@ -176,9 +242,17 @@ def compare_steps(size, device, folder, repeats, peak_rate):
     for name, (run, model, layout, passes) in sides.items():
         median, peak = statistics.median(seconds[name]), peak_of(run, device)
         ratios = [a / b for a, b in zip(seconds["TRL"], seconds[name])] if "TRL" in seconds else []
-        table[name] = {"pairs_per_second": len(pairs) / median, "noise": spread(seconds[name]), "seconds": seconds[name],
-                       "against_trl": statistics.median(ratios) if ratios else None, "step_gib": peak / GIB, "weights_gib": weights_of(model) / GIB,
-                       "flop_utilisation": flops_of(size, rows, layout, passes) / median / peak_rate if peak_rate else None}
+        table[name] = {
+            "pairs_per_second": len(pairs) / median,
+            "noise": spread(seconds[name]),
+            "seconds": seconds[name],
+            "against_trl": statistics.median(ratios) if ratios else None,
+            "step_gib": peak / GIB,
+            "weights_gib": weights_of(model) / GIB,
+            "flop_utilisation": flops_of(size, rows, layout, passes) / median / peak_rate
+            if peak_rate
+            else None,
+        }
     return table, notes
 
 
@@ -205,7 +279,9 @@ def largest_packings(size, device, folder, caps, deadline):
     vlm, optimizer = ours_trained(size, device)
     some = pair_rows(vlm, make_pairs(size, make_tokenizer(size)[1], folder))
     rows_of = lambda n: [some[k % len(some)] for k in range(n)]
-    step = lambda n: lambda: step_on_rows(vlm, optimizer, rows_of(n), torch.zeros(n, 2, device=device), "packed")
+    step = lambda n: (
+        lambda: step_on_rows(vlm, optimizer, rows_of(n), torch.zeros(n, 2, device=device), "packed")
+    )
     step(2)()
     few, many = (peak_of(step(n), device) for n in (2, 6))
     each, weights, found = max((many - few) / 4, 1), weights_of(vlm.model), {}
@@ -222,7 +298,9 @@ def largest_packings(size, device, folder, caps, deadline):
             if device == "cpu":
                 return weights + peak_of(step(n), device) <= limit
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+            torch.cuda.set_per_process_memory_fraction(
+                limit / torch.cuda.get_device_properties(0).total_memory
+            )
             full = False
             try:
                 step(n)()
@@ -244,12 +322,31 @@ def largest_packings(size, device, folder, caps, deadline):
 def show(table, notes, packings):
     "One table of everything."
     value = lambda x, form: "" if x is None or x != x else format(x, form)
-    cells = [("side", "pairs/s", "noise", "against TRL", "FLOP utilisation", "peak of a step, GiB", "weights, GiB")]
+    cells = [
+        ("side", "pairs/s", "noise", "against TRL", "FLOP utilisation", "peak of a step, GiB", "weights, GiB")
+    ]
     for name, r in table.items():
-        forms = {"pairs_per_second": ".3g", "noise": ".1%", "against_trl": ".2f", "flop_utilisation": ".1%", "step_gib": ".3g", "weights_gib": ".3g"}
+        forms = {
+            "pairs_per_second": ".3g",
+            "noise": ".1%",
+            "against_trl": ".2f",
+            "flop_utilisation": ".1%",
+            "step_gib": ".3g",
+            "weights_gib": ".3g",
+        }
         cells.append((name, *(value(r[key], form) for key, form in forms.items())))
     for cap, r in packings.items():
-        cells.append((f"largest row in {cap} GB", r if isinstance(r, str) else f"{r['pairs']} pairs, {r['tokens']} tokens", "", "", "", "", ""))
+        cells.append(
+            (
+                f"largest row in {cap} GB",
+                r if isinstance(r, str) else f"{r['pairs']} pairs, {r['tokens']} tokens",
+                "",
+                "",
+                "",
+                "",
+                "",
+            )
+        )
     print_cells(cells)
     for note in notes:
         print(note)
@@ -258,16 +355,31 @@ def show(table, notes, packings):
 def main():
     "Compares steps, looks for the largest packing, prints one table."
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="toy size on a CPU: whether the script works, not how fast anything is")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="toy size on a CPU: whether the script works, not how fast anything is",
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 rate of the card, if this script does not know it")
-    parser.add_argument("--minutes", type=float, default=8, help="no new search for a largest packing begins after three quarters of this")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="dense bfloat16 rate of the card, if this script does not know it"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8,
+        help="no new search for a largest packing begins after three quarters of this",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     a = parser.parse_args()
     if not a.smoke and not torch.cuda.is_available():
-        raise SystemExit("This benchmark needs a CUDA GPU and there is none here; --smoke runs the same at toy size on a CPU.")
+        raise SystemExit(
+            "This benchmark needs a CUDA GPU and there is none here; --smoke runs the same at toy size on a CPU."
+        )
     started, device = time.perf_counter(), "cpu" if a.smoke else "cuda"
-    size, repeats = (replace(SIZES["tiny"], hidden=128), min(a.repeats, 2)) if a.smoke else (SEVEN_B, a.repeats)
+    size, repeats = (
+        (replace(SIZES["tiny"], hidden=128), min(a.repeats, 2)) if a.smoke else (SEVEN_B, a.repeats)
+    )
     about = machine()
     print(", ".join(f"{k} {v}" for k, v in about.items() if v is not None))
     peak_rate = None if a.smoke and not a.peak_tflops else peak_flops(about.get("gpu", ""), a.peak_tflops)
@@ -276,11 +388,22 @@ def main():
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        packings = largest_packings(size, device, Path(folder), TOY_CAPS if a.smoke else CAPS, started + 45 * a.minutes)
+        packings = largest_packings(
+            size, device, Path(folder), TOY_CAPS if a.smoke else CAPS, started + 45 * a.minutes
+        )
     a.out.mkdir(parents=True, exist_ok=True)
     took = time.perf_counter() - started
-    write_json(a.out / "bench_gpu.json", {"machine": about, "smoke": a.smoke, "sides": table, "notes": notes, "largest": packings,
-                                          "took_seconds": round(took, 1)})
+    write_json(
+        a.out / "bench_gpu.json",
+        {
+            "machine": about,
+            "smoke": a.smoke,
+            "sides": table,
+            "notes": notes,
+            "largest": packings,
+            "took_seconds": round(took, 1),
+        },
+    )
     show(table, notes, packings)
     print(f"{'smoke run, figures mean nothing; ' if a.smoke else ''}{took / 60:.1f} minutes")
 

@@ -2,6 +2,7 @@
 
 `python tests/bench/gpu_check.py`; with `--smoke`, the same at toy size on a CPU, to see that it works. A part that fails says so and the others
 go on; the exit status is the number of parts that failed."""
+
 import argparse
 import sys
 import tempfile
@@ -26,11 +27,15 @@ from rlaifv_nb.prefix import grow, pick_tokens, read, uniform_numbers
 from rlaifv_nb.records import Verdict, free_memory, read_manifest, read_table, resolve_path, shard_paths
 
 PARTS = []
-EXAMPLE = {name: resolve_path(f"packaged:example/{name}") for name in ("prompts", "01_sampling", "02_claims", "03_feedback", "04_pairs")}
+EXAMPLE = {
+    name: resolve_path(f"packaged:example/{name}")
+    for name in ("prompts", "01_sampling", "02_claims", "03_feedback", "04_pairs")
+}
 
 
 def part(title):
     "Registers a function as a part of the check."
+
     def add(run):
         PARTS.append((title, run))
         return run
@@ -64,10 +69,23 @@ def peak_gib(device):
 @part("the machine")
 def machine(device):
     "Versions, and the card."
-    print("torch", torch.__version__, "CUDA", torch.version.cuda, "torchvision", find_spec("torchvision") is not None,
-          "flash_attn", find_spec("flash_attn") is not None)
+    print(
+        "torch",
+        torch.__version__,
+        "CUDA",
+        torch.version.cuda,
+        "torchvision",
+        find_spec("torchvision") is not None,
+        "flash_attn",
+        find_spec("flash_attn") is not None,
+    )
     if device == "cuda":
-        print(torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0), "cards:", torch.cuda.device_count())
+        print(
+            torch.cuda.get_device_name(0),
+            torch.cuda.get_device_capability(0),
+            "cards:",
+            torch.cuda.device_count(),
+        )
 
 
 @part("03_feedback on the packaged example: inputs reach the card, verdicts are those of the CPU")
@@ -78,14 +96,27 @@ def feedback(device):
         found = run_feedback(EXAMPLE["prompts"], EXAMPLE["01_sampling"], EXAMPLE["02_claims"], out, vlm)
     known = {v.claim_id: v for v in read_table(EXAMPLE["03_feedback"], "verdicts", Verdict)}
     flips = sum(v.label != known[v.claim_id].label for v in found)
-    print(f"{vlm.settings['dtype']} on {vlm.device}: {flips} of {len(found)} verdicts differ from float32 on a CPU")
+    print(
+        f"{vlm.settings['dtype']} on {vlm.device}: {flips} of {len(found)} verdicts differ from float32 on a CPU"
+    )
 
 
 def train_once(device, **options):
     "A short training on the packaged pairs; prints preflight and engine."
     with tempfile.TemporaryDirectory() as out:
-        run_dpo(EXAMPLE["prompts"], EXAMPLE["04_pairs"], out, "packaged:iconworld-vlm", device=device, learning_rate=5e-4, epochs=0.5,
-                batch_size=8, evaluations=1, min_steps=1, **options)
+        run_dpo(
+            EXAMPLE["prompts"],
+            EXAMPLE["04_pairs"],
+            out,
+            "packaged:iconworld-vlm",
+            device=device,
+            learning_rate=5e-4,
+            epochs=0.5,
+            batch_size=8,
+            evaluations=1,
+            min_steps=1,
+            **options,
+        )
         manifest = read_manifest(out)
     print(options or "defaults", manifest["preflight"], manifest["engine"])
 
@@ -130,7 +161,9 @@ def lora_product(device):
     print(f"base in bfloat16: {milliseconds(lambda: F.linear(x.bfloat16(), base), device):.3f} ms")
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        print(f"LoRA in float32, precision {precision}: {milliseconds(lambda: F.linear(F.linear(x, down), up), device):.3f} ms")
+        print(
+            f"LoRA in float32, precision {precision}: {milliseconds(lambda: F.linear(F.linear(x, down), up), device):.3f} ms"
+        )
     torch.set_float32_matmul_precision(before)
     x, down, up = x.bfloat16(), down.bfloat16(), up.bfloat16()
     print(f"LoRA in bfloat16: {milliseconds(lambda: F.linear(F.linear(x, down), up), device):.3f} ms")
@@ -138,13 +171,36 @@ def lora_product(device):
 
 def random_llava(device):
     "A LLaVA of LLaVA-1.5-7B's language model (small on a CPU) with random weights and a tiny vision tower, opened for sampling."
-    size = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    size = dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    )
     if device == "cpu":
-        size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
-    vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    config = tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(vocab_size=32064, **size), image_token_index=32000)
+        size = dict(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
+    vision = tf.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = tf.LlavaConfig(
+        vision_config=vision, text_config=tf.LlamaConfig(vocab_size=32064, **size), image_token_index=32000
+    )
     with torch.device(device):
-        model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        model = tf.AutoModelForImageTextToText.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
     padding = type("Padding", (), {"pad_token_id": 0})()
     return OpenModel(model, padding, "random", "random", "none", sharing_problem(model))
 
@@ -176,7 +232,9 @@ def sampling(device):
     for note in ("base", "with an adapter, not merged"):
         for n_prompts in (2, 8) if device == "cuda" else (1,):
             ms = sampling_step(vlm, n_prompts, 10, n_tokens, room, device)
-            print(f"{note}, {n_prompts} x 10 rows: {ms:.1f} ms per step, {n_prompts * 10 / ms * 1e3:.0f} tokens per second{peak_gib(device)}")
+            print(
+                f"{note}, {n_prompts} x 10 rows: {ms:.1f} ms per step, {n_prompts * 10 / ms * 1e3:.0f} tokens per second{peak_gib(device)}"
+            )
             free_memory()
         if note == "base":
             new_adapter(vlm, 64, 16, 0)
@@ -201,8 +259,19 @@ def kernels(device):
 @part("rlaifv run tiny, small: every stage through its notebook")
 def whole_chain(device):
     "The tiny recipe with few prompts, from pictures to report."
-    stages = {"05_dpo": {"epochs": 4}, "06_evaluation": {"n_scenes": 40}, "07_guided_decoding": {"n_scenes": 4, "n_candidates": 4}}
-    recipe = {"extends": "tiny", "name": "small", "rounds": 1, "device": device, "prompts": {"n_per_round": 40, "n_dev": 8}, "parameters": stages}
+    stages = {
+        "05_dpo": {"epochs": 4},
+        "06_evaluation": {"n_scenes": 40},
+        "07_guided_decoding": {"n_scenes": 4, "n_candidates": 4},
+    }
+    recipe = {
+        "extends": "tiny",
+        "name": "small",
+        "rounds": 1,
+        "device": device,
+        "prompts": {"n_per_round": 40, "n_dev": 8},
+        "parameters": stages,
+    }
     with tempfile.TemporaryDirectory() as home:
         out = Path(home) / "run"
         file = Path(home) / "small.yaml"
@@ -217,12 +286,22 @@ def whole_chain(device):
 
 def main():
     "Runs the parts; returns how many failed."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="toy size on a CPU: whether the script works, not how fast anything is")
-    parser.add_argument("--only", nargs="+", metavar="N", type=int, help="numbers of the parts to run, from 0")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="toy size on a CPU: whether the script works, not how fast anything is",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="N", type=int, help="numbers of the parts to run, from 0"
+    )
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
-        raise SystemExit("This check needs a CUDA card and there is none here; --smoke runs the same at toy size on a CPU.")
+        raise SystemExit(
+            "This check needs a CUDA card and there is none here; --smoke runs the same at toy size on a CPU."
+        )
     device = "cpu" if args.smoke else "cuda"
     passed, failed = [], []
     for number, (title, run) in enumerate(PARTS):
@@ -238,7 +317,9 @@ def main():
             print(traceback.format_exc(limit=-4))
         free_memory()
         print(f"   ({time.perf_counter() - began:.0f} s)", flush=True)
-    print(f"\n{'smoke run, figures mean nothing; ' if args.smoke else ''}passed: {passed or 'none'}; failed: {failed or 'none'}")
+    print(
+        f"\n{'smoke run, figures mean nothing; ' if args.smoke else ''}passed: {passed or 'none'}; failed: {failed or 'none'}"
+    )
     return len(failed)
 
 

@@ -6,6 +6,7 @@
 Both sides run on the same prompts, responses, claims and pairs: those of the packaged example (24 pictures,
 240 responses), and `--scenes` test scenes in stage 06. Prints a Markdown table; intervals are 95% bootstrap
 intervals over pictures."""
+
 import argparse
 import tempfile
 from collections.abc import Callable
@@ -19,8 +20,16 @@ from rlaifv_nb.evaluation import Case, read_cases, run_evaluation
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, reward_of, run_guided_decoding
 from rlaifv_nb.models import open_llm, open_vlm
-from rlaifv_nb.records import (Claim, Pair, RefLogp, Response, Verdict, package_folder, read_manifest,
-                               read_table)
+from rlaifv_nb.records import (
+    Claim,
+    Pair,
+    RefLogp,
+    Response,
+    Verdict,
+    package_folder,
+    read_manifest,
+    read_table,
+)
 from rlaifv_nb.sampling import run_sampling
 
 POLICY = "packaged:iconworld-vlm"
@@ -66,8 +75,18 @@ def run_side(at: Path, options: dict, scenes: int) -> None:
     run_sampling(prompts, at / "01", vlm, max_new_tokens=128)
     run_claims(prompts, EXAMPLE / "01_sampling", at / "02", open_llm(SPLITTER, **options))
     run_feedback(prompts, EXAMPLE / "01_sampling", EXAMPLE / "02_claims", at / "03", vlm)
-    run_dpo(prompts, EXAMPLE / "04_pairs", at / "05", POLICY, learning_rate=2e-4, epochs=0.5, batch_size=16,
-            evaluations=1, min_steps=1, **options)
+    run_dpo(
+        prompts,
+        EXAMPLE / "04_pairs",
+        at / "05",
+        POLICY,
+        learning_rate=2e-4,
+        epochs=0.5,
+        batch_size=16,
+        evaluations=1,
+        min_steps=1,
+        **options,
+    )
     run_evaluation(at / "06", POLICY, f"aligned={ADAPTER}", n_scenes=scenes, **options)
     run_guided_decoding(prompts, at / "07", POLICY, ADAPTER, responses=EXAMPLE / "01_sampling", **options)
 
@@ -81,8 +100,10 @@ def compare_sampling(at: dict[str, Path]) -> list[tuple]:
         one, other = (encode(r.text, add_special_tokens=False).input_ids for r in (a, b))
         rows.append((sum(x == y for x, y in zip(one, other)), max(len(one), len(other)), a.text == b.text, 1))
     rows = by_picture([r.prompt_id for r in whole], rows)
-    return [("01 sampled tokens that are identical, same seeds, %", interval(rows, percent(0, 1))),
-            ("01 answers that are identical, same seeds, %", interval(rows, percent(2, 3)))]
+    return [
+        ("01 sampled tokens that are identical, same seeds, %", interval(rows, percent(0, 1))),
+        ("01 answers that are identical, same seeds, %", interval(rows, percent(2, 3))),
+    ]
 
 
 def compare_claims(at: dict[str, Path]) -> list[tuple]:
@@ -111,8 +132,10 @@ def compare_verdicts(at: dict[str, Path]) -> list[tuple]:
     rows = by_picture([prompt_of[claims[i].response_id] for i in both], moved)
     flips = interval(rows, lambda sums: 1000 * sums[..., 0] / sums[..., 2])
     difference = interval(rows, lambda sums: sums[..., 1] / sums[..., 2])
-    return [(f"03 verdict flips per 1,000 claims (of {len(both):,})", flips),
-            ("03 mean absolute difference of P(yes)", difference)]
+    return [
+        (f"03 verdict flips per 1,000 claims (of {len(both):,})", flips),
+        ("03 mean absolute difference of P(yes)", difference),
+    ]
 
 
 def compare_training(at: dict[str, Path]) -> list[tuple]:
@@ -187,14 +210,22 @@ def main() -> None:
     parser.add_argument("--quantisation", choices=("nf4", "none"), default="nf4", help="of the bfloat16 side")
     parser.add_argument("--out", type=Path, help="keep the stages' folders here, and resume them")
     a = parser.parse_args()
-    options = {"float32": {"dtype": "float32", "quantisation": "none"},
-               "bfloat16": {"dtype": "bfloat16", "quantisation": a.quantisation}}
+    options = {
+        "float32": {"dtype": "float32", "quantisation": "none"},
+        "bfloat16": {"dtype": "bfloat16", "quantisation": a.quantisation},
+    }
     with tempfile.TemporaryDirectory() as temporary:
         at = {side: (a.out or Path(temporary)) / side for side in SIDES}
         for side in SIDES:
             run_side(at[side], options[side], a.scenes)
-        parts = (compare_sampling, compare_claims, compare_verdicts, compare_training, compare_evaluation,
-                 compare_rewards)
+        parts = (
+            compare_sampling,
+            compare_claims,
+            compare_verdicts,
+            compare_training,
+            compare_evaluation,
+            compare_rewards,
+        )
         lines = [line for compare in parts for line in compare(at)]
     print(f"| bfloat16 ({a.quantisation}) against float32 | figure (95% interval over pictures) |\n|---|---|")
     for name, figures in lines:

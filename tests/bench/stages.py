@@ -3,6 +3,7 @@
     python tests/bench/stages.py --against ../rlaifv_nb-before
 
 Sides take turns, each turn in a process of its own with one thread; the inputs of a stage are the same for all sides."""
+
 import argparse
 import inspect
 import json
@@ -16,13 +17,17 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
-POLICY, SPLITTER, ADAPTER = (HERE / "data" / name for name in ("iconworld-vlm", "iconworld-splitter", "iconworld-aligned"))
+POLICY, SPLITTER, ADAPTER = (
+    HERE / "data" / name for name in ("iconworld-vlm", "iconworld-splitter", "iconworld-aligned")
+)
 
 
 def given(function, **options):
     "The options that this version of the function has."
     known = inspect.signature(function).parameters
-    return {k: v for k, v in options.items() if k in known or any(p.kind is p.VAR_KEYWORD for p in known.values())}
+    return {
+        k: v for k, v in options.items() if k in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
+    }
 
 
 def make_inputs(folder):
@@ -48,18 +53,42 @@ def time_stages(inputs, out, share):
     from rlaifv_nb.sampling import run_sampling
 
     policy, switch = str(POLICY), {} if share else {"share_prefix": False}
-    table = {name: str(inputs / name) for name in ("prompts", "few", "adapter", "sampling", "claims", "feedback", "pairs")}
+    table = {
+        name: str(inputs / name)
+        for name in ("prompts", "few", "adapter", "sampling", "claims", "feedback", "pairs")
+    }
     vlm = lambda: open_vlm(policy, **given(open_vlm, **switch))
     stages = {
         "sampling": lambda o: run_sampling(table["prompts"], o, vlm(), max_new_tokens=128),
-        "claims": lambda o: run_claims(table["prompts"], table["sampling"], o, open_llm(str(SPLITTER), **given(open_llm, **switch))),
+        "claims": lambda o: run_claims(
+            table["prompts"], table["sampling"], o, open_llm(str(SPLITTER), **given(open_llm, **switch))
+        ),
         "feedback": lambda o: run_feedback(table["prompts"], table["sampling"], table["claims"], o, vlm()),
-        "pairs": lambda o: run_pairs(table["prompts"], table["sampling"], table["claims"], table["feedback"], o),
-        "dpo": lambda o: run_dpo(table["prompts"], table["pairs"], o, policy, learning_rate=2e-4, epochs=2.0, batch_size=16,
-                                 **given(run_dpo, **({} if share else {"layout": "plain", "cache_gb": 0}))),
+        "pairs": lambda o: run_pairs(
+            table["prompts"], table["sampling"], table["claims"], table["feedback"], o
+        ),
+        "dpo": lambda o: run_dpo(
+            table["prompts"],
+            table["pairs"],
+            o,
+            policy,
+            learning_rate=2e-4,
+            epochs=2.0,
+            batch_size=16,
+            **given(run_dpo, **({} if share else {"layout": "plain", "cache_gb": 0})),
+        ),
         "evaluation": lambda o: run_evaluation(o, policy, n_scenes=100),
-        "guided_decoding": lambda o: run_guided_decoding(table["few"], o, policy, table["adapter"], n_candidates=64, temperature=0.7,
-                                                         max_new_tokens=128, **given(run_guided_decoding, **switch))}
+        "guided_decoding": lambda o: run_guided_decoding(
+            table["few"],
+            o,
+            policy,
+            table["adapter"],
+            n_candidates=64,
+            temperature=0.7,
+            max_new_tokens=128,
+            **given(run_guided_decoding, **switch),
+        ),
+    }
     seconds = {}
     for name, stage in stages.items():
         began = time.perf_counter()
@@ -79,7 +108,9 @@ def child(*arguments, checkout=HERE):
 
 def main():
     "Runs the sides in turns; prints a table and writes stages.json."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", type=Path, help="another checkout of this project")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
@@ -88,9 +119,17 @@ def main():
     if a.child:
         what, inputs = a.child[0], Path(a.child[1])
         with tempfile.TemporaryDirectory() as out:
-            print(json.dumps(make_inputs(inputs) if what == "inputs" else time_stages(inputs, Path(out), share=what == "on")))
+            print(
+                json.dumps(
+                    make_inputs(inputs)
+                    if what == "inputs"
+                    else time_stages(inputs, Path(out), share=what == "on")
+                )
+            )
         return
-    sides = {"now": ("on", HERE), "switched off": ("off", HERE)} | ({"before": ("on", a.against.resolve())} if a.against else {})
+    sides = {"now": ("on", HERE), "switched off": ("off", HERE)} | (
+        {"before": ("on", a.against.resolve())} if a.against else {}
+    )
     found = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         child("--child", "inputs", folder)
@@ -98,10 +137,15 @@ def main():
             for side, (what, checkout) in sides.items():
                 found[side].append(json.loads(child("--child", what, folder, checkout=checkout)))
                 print(f"turn {turn + 1}, {side}: {sum(found[side][-1].values()):.1f} s", flush=True)
-    median = {side: {stage: statistics.median(turn[stage] for turn in turns) for stage in turns[0]} for side, turns in found.items()}
+    median = {
+        side: {stage: statistics.median(turn[stage] for turn in turns) for stage in turns[0]}
+        for side, turns in found.items()
+    }
     for side in median:
         median[side]["all"] = statistics.median(sum(turn.values()) for turn in found[side])
-    print("| stage | " + " | ".join(f"{side}, s" for side in sides) + " |\n" + "|---" * (len(sides) + 1) + "|")
+    print(
+        "| stage | " + " | ".join(f"{side}, s" for side in sides) + " |\n" + "|---" * (len(sides) + 1) + "|"
+    )
     for stage in median["now"]:
         print(f"| {stage} | " + " | ".join(f"{median[side][stage]:.2f}" for side in sides) + " |")
     a.out.mkdir(parents=True, exist_ok=True)

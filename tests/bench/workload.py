@@ -1,4 +1,5 @@
 """What the benchmarks share: a LLaVA of random weights, made-up pictures and texts, one training step of each side, and the means to measure."""
+
 import ctypes
 import gc
 import json
@@ -19,8 +20,15 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from rlaifv_nb.attention import sharing_problem
 from rlaifv_nb.caches import picture_entry, picture_key, question_inputs, remember, to_device
@@ -39,6 +47,7 @@ BETA, LEARNING_RATE, RANK, ALPHA = 0.1, 1e-5, 16, 32
 @dataclass(frozen=True)
 class Size:
     "Shapes of a model, and how much of each work is done."
+
     image: int = 336
     vocabulary: int = 32000
     hidden: int = 768
@@ -75,9 +84,26 @@ class Size:
 # vision tower has 4.5 % of its language model's parameters (0.30 of 6.7 billion): 256 x 6 layers are 5 M, 4.5 % of 110 M.
 SIZES = {
     "small": Size(),
-    "tiny": Size(image=112, vocabulary=1000, hidden=64, layers=2, heads=4, intermediate=172, vision_hidden=32, vision_layers=2, vision_heads=2,
-                 answer=(26, 8), candidates=16, plain_claims=6, batched_claims=16, plain_candidates=8, batch=8,
-                 growth_claims=(1, 8, 32), growth_candidates=(1, 4, 16), growth_images=(56, 112, 168)),
+    "tiny": Size(
+        image=112,
+        vocabulary=1000,
+        hidden=64,
+        layers=2,
+        heads=4,
+        intermediate=172,
+        vision_hidden=32,
+        vision_layers=2,
+        vision_heads=2,
+        answer=(26, 8),
+        candidates=16,
+        plain_claims=6,
+        batched_claims=16,
+        plain_candidates=8,
+        batch=8,
+        growth_claims=(1, 8, 32),
+        growth_candidates=(1, 4, 16),
+        growth_images=(56, 112, 168),
+    ),
 }
 
 
@@ -86,7 +112,9 @@ def import_trl():
     try:
         from trl import DPOConfig, DPOTrainer
     except ImportError as e:
-        raise SystemExit(f"This benchmark compares against TRL, which is not installed: pip install trl=={TRL}") from e
+        raise SystemExit(
+            f"This benchmark compares against TRL, which is not installed: pip install trl=={TRL}"
+        ) from e
     return DPOConfig, DPOTrainer
 
 
@@ -97,22 +125,41 @@ def make_words(n, seed=0):
     "Invented words of two or three syllables."
     rng, words = random.Random(seed), {}
     while len(words) < n:
-        words["".join(rng.choice("bdfglmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))] = True
+        words[
+            "".join(rng.choice("bdfglmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+        ] = True
     return list(words)
 
 
 def make_tokenizer(size):
     "Byte-level BPE in which most of the invented words are one token, and Yes and No are."
     words = make_words(min(2000, size.vocabulary // 5))
-    corpus = [f" {w}" for w in words] * 3 + [f"USER: <image>\nIs ?{YES_NO_SUFFIX} ASSISTANT: Yes No yes no", "Yes", "No", "."] * 50
+    corpus = [f" {w}" for w in words] * 3 + [
+        f"USER: <image>\nIs ?{YES_NO_SUFFIX} ASSISTANT: Yes No yes no",
+        "Yes",
+        "No",
+        ".",
+    ] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=min(size.vocabulary, 6000), show_progress=False, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=min(size.vocabulary, 6000),
+            show_progress=False,
+            special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
     single = [w for w in words if len(fast(f" {w}", add_special_tokens=False).input_ids) == 1]
     return fast, single
 
@@ -141,7 +188,9 @@ def make_pairs(size, words, folder, n=None, seed=1):
         path = Path(folder) / f"picture{k}.png"
         make_picture(path, k)
         pair = {"picture": str(path), "question": text_of(words, size.question_words, rng)}
-        pairs.append(pair | {side: text_of(words, answer_length(size, rng), rng) for side in ("chosen", "rejected")})
+        pairs.append(
+            pair | {side: text_of(words, answer_length(size, rng), rng) for side in ("chosen", "rejected")}
+        )
     return pairs
 
 
@@ -150,22 +199,53 @@ def make_pairs(size, words, folder, n=None, seed=1):
 
 def make_config(size, tokenizer):
     "A LLaVA of this size."
-    vision = CLIPVisionConfig(hidden_size=size.vision_hidden, intermediate_size=4 * size.vision_hidden, num_hidden_layers=size.vision_layers,
-                              num_attention_heads=size.vision_heads, image_size=size.image, patch_size=PATCH, projection_dim=size.vision_hidden)
-    text = LlamaConfig(hidden_size=size.hidden, intermediate_size=size.intermediate, num_hidden_layers=size.layers, num_attention_heads=size.heads,
-                       num_key_value_heads=size.heads, vocab_size=size.vocabulary, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2,
-                       pad_token_id=0)
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-                       vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False)
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_hidden,
+        intermediate_size=4 * size.vision_hidden,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        image_size=size.image,
+        patch_size=PATCH,
+        projection_dim=size.vision_hidden,
+    )
+    text = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        vocab_size=size.vocabulary,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
 def make_processor(size, tokenizer):
     "LLaVA's processor for pictures of this size."
     from rlaifv_nb.iconworld_models import CHAT_TEMPLATE
 
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": size.image}, crop_size={"height": size.image, "width": size.image})
-    return LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-                          chat_template=CHAT_TEMPLATE, image_token="<image>", num_additional_image_tokens=1)
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": size.image}, crop_size={"height": size.image, "width": size.image}
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 
 def opened(model, size, tokenizer, share=True):
@@ -173,7 +253,9 @@ def opened(model, size, tokenizer, share=True):
     sharing = sharing_problem(model.eval()) if share else "off"
     if share and sharing:
         raise SystemExit(f"prefix sharing is not possible: {sharing}")
-    return OpenModel(model, make_processor(size, tokenizer), "random-llava", sha256_of(repr(size)), "none", sharing)
+    return OpenModel(
+        model, make_processor(size, tokenizer), "random-llava", sha256_of(repr(size)), "none", sharing
+    )
 
 
 def open_random(size, share=True):
@@ -228,8 +310,16 @@ def pair_rows(vlm, pairs, cache=None):
         if cache is None:
             rows.append(pack_row(prompt_inputs(vlm, load_image(p["picture"]), p["question"]), branches))
         else:
-            key = picture_key(vlm, sha256_of(str(p["picture"])))  # 05_dpo has the file's hash from the prompts table
-            entry = remember(cache, [key], lambda keys: [picture_entry(vlm, prompt_inputs(vlm, load_image(p["picture"]), p["question"]))])[0]
+            key = picture_key(
+                vlm, sha256_of(str(p["picture"]))
+            )  # 05_dpo has the file's hash from the prompts table
+            entry = remember(
+                cache,
+                [key],
+                lambda keys: [
+                    picture_entry(vlm, prompt_inputs(vlm, load_image(p["picture"]), p["question"]))
+                ],
+            )[0]
             inputs, positions = question_inputs(vlm, entry, p["question"])
             rows.append(pack_row(inputs | {"image_features": entry["features"]}, branches, positions))
     return rows
@@ -237,7 +327,9 @@ def pair_rows(vlm, pairs, cache=None):
 
 def pair_logps(vlm, pairs, layout, kernel="auto", cache=None):
     "Log-probabilities of chosen and rejected of each pair, one tensor an answer."
-    return row_logps(vlm.core, to_device(collate_rows(pair_rows(vlm, pairs, cache), layout, kernel), vlm.device))
+    return row_logps(
+        vlm.core, to_device(collate_rows(pair_rows(vlm, pairs, cache), layout, kernel), vlm.device)
+    )
 
 
 @torch.no_grad()
@@ -283,15 +375,39 @@ def make_trainer(vlm, pairs, folder, **options):
 
     DPOConfig, DPOTrainer = import_trl()
     turn = lambda role, text: [{"role": role, "content": text}]
-    rows = [{"images": [p["picture"]], "prompt": turn("user", p["question"]), "chosen": turn("assistant", p["chosen"]),
-             "rejected": turn("assistant", p["rejected"])} for p in pairs]
+    rows = [
+        {
+            "images": [p["picture"]],
+            "prompt": turn("user", p["question"]),
+            "chosen": turn("assistant", p["chosen"]),
+            "rejected": turn("assistant", p["rejected"]),
+        }
+        for p in pairs
+    ]
     turns = [{"role": Value("string"), "content": Value("string")}]
     features = Features(images=List(ImageFeature()), prompt=turns, chosen=turns, rejected=turns)
-    config = DPOConfig(output_dir=str(folder), per_device_train_batch_size=len(pairs), learning_rate=LEARNING_RATE, beta=BETA, max_length=None,
-                       gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_num_workers=0, report_to=[],
-                       save_strategy="no", disable_tqdm=True, remove_unused_columns=False, **options)
-    trainer = DPOTrainer(model=vlm.model, args=config, train_dataset=Dataset.from_list(rows, features=features), processing_class=vlm.processor,
-                         peft_config=lora_config(vlm.model))
+    config = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(pairs),
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        max_length=None,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_num_workers=0,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+    trainer = DPOTrainer(
+        model=vlm.model,
+        args=config,
+        train_dataset=Dataset.from_list(rows, features=features),
+        processing_class=vlm.processor,
+        peft_config=lora_config(vlm.model),
+    )
     fill_adapter(trainer.model)
     trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     return trainer, start_training(trainer.model)
@@ -338,7 +454,9 @@ def check_equal(what, ours, theirs, tolerance=1e-3):
 
 def gradients(model):
     "Gradients of the adapter by name, which are then cleared."
-    found = {n: p.grad.detach().float().cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
+    found = {
+        n: p.grad.detach().float().cpu().clone() for n, p in model.named_parameters() if p.grad is not None
+    }
     model.zero_grad()
     return found
 
@@ -347,7 +465,9 @@ def check_gradients(what, ours, theirs, tolerance=1e-3):
     "Ends the run unless every matrix has the same gradient, relative to its norm."
     if ours.keys() != theirs.keys():
         raise SystemExit(f"{what}: the sides train different matrices")
-    difference = max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)).item() for n in theirs)
+    difference = max(
+        ((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)).item() for n in theirs
+    )
     print(f"  {what}: largest relative difference {difference:.1e} in {len(theirs)} matrices", flush=True)
     if not difference <= tolerance:
         raise SystemExit(f"{what}: gradients differ by {difference:.1e}, more than {tolerance:.0e}")
@@ -413,10 +533,23 @@ def machine():
     "The machine and the versions of what ran, without names or paths."
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (
+                line.partition(":")[2].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), "cores": cores, "threads": torch.get_num_threads(),
-             "system": platform.system(), "python": platform.python_version()}
+    about = {
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         about |= {"gpu": gpu.name, "gpu_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}

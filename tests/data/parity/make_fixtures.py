@@ -9,6 +9,7 @@ The scripts run unchanged, but for POPE's two paths, which it asks users to fill
 project does not need is replaced: NLTK and spaCy by the stand-ins of parity_cases.py, the judges' client by saved texts, jsonlines and the
 Excel writer by a few lines. Nothing of the scripts is stored, only the figures and the SHA-256 of each script.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -85,27 +86,49 @@ def amber(script, real):
 
     def run(case):
         folder, cases.Word.near = Path(tempfile.mkdtemp()), case["near"]
-        files = {"word_association": case["association"], "inference_data": case["answers"], "annotation": case["annotations"]}
+        files = {
+            "word_association": case["association"],
+            "inference_data": case["answers"],
+            "annotation": case["annotations"],
+        }
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content))
         (folder / "safe_words").write_text("\n".join(case["safe"]))
-        official.args = argparse.Namespace(**{k: folder / k for k in files}, safe_words=folder / "safe_words", evaluation_type="a",
-                                           similarity_score=0.8, metrics=script.parent / "data" / "metrics.txt")
+        official.args = argparse.Namespace(
+            **{k: folder / k for k in files},
+            safe_words=folder / "safe_words",
+            evaluation_type="a",
+            similarity_score=0.8,
+            metrics=script.parent / "data" / "metrics.txt",
+        )
         figures, part = {}, None  # the script prints headings, then "name: value" lines
         for line in printed(lambda: official.main(official.args)).splitlines():
             name, _, value = (s.strip() for s in line.partition(":"))
             if name and not value:
                 part = headings.get(name, name.lower())
             elif name:
-                figures[f"{part} {name if name == 'F1' or part == 'generative' else name.lower()}"] = float(value)
+                figures[f"{part} {name if name == 'F1' or part == 'generative' else name.lower()}"] = float(
+                    value
+                )
         return figures
 
     write("amber", [script], [run(cases.amber_case(seed)) for seed in range(N_SEEDS)])
     if real:
-        association, annotations = (json.loads((real / "amber" / f"{n}.json").read_text()) for n in ("relation", "annotations"))
-        write("amber_real", [script], [run(cases.amber_case(seed, association, annotations)) for seed in range(N_REAL)])
-        always_no = {"association": association, "annotations": annotations, "near": set(), "safe": cases.SAFE_WORDS,
-                     "answers": [{"id": a["id"], "response": "No"} for a in annotations if a["type"] != "generative"]}
+        association, annotations = (
+            json.loads((real / "amber" / f"{n}.json").read_text()) for n in ("relation", "annotations")
+        )
+        write(
+            "amber_real",
+            [script],
+            [run(cases.amber_case(seed, association, annotations)) for seed in range(N_REAL)],
+        )
+        always_no = {
+            "association": association,
+            "annotations": annotations,
+            "near": set(),
+            "safe": cases.SAFE_WORDS,
+            "answers": [{"id": a["id"], "response": "No"} for a in annotations if a["type"] != "generative"],
+        }
         write("amber_always_no", [script], [run(always_no)])
 
 
@@ -118,12 +141,20 @@ def halbench(script, real):
         folder = Path(tempfile.mkdtemp())
         (folder / "eval" / "data").mkdir(parents=True)
         (folder / "eval" / "data" / "synonyms_refine.txt").write_text("\n".join(case["synonyms"]) + "\n")
-        (folder / "caps.jsonl").write_text("".join(json.dumps({k: c[k] for k in ("image_id", "question", "answer")}) + "\n" for c in case["caps"]))
+        (folder / "caps.jsonl").write_text(
+            "".join(
+                json.dumps({k: c[k] for k in ("image_id", "question", "answer")}) + "\n" for c in case["caps"]
+            )
+        )
         base = {"info": 0, "licenses": 0}
         for kind in ("instances", "captions"):
             for part in ("train", "val"):
                 rows = case[kind][part == "val" :: 2]
-                content = base | {"images": case["images"], "annotations": rows, "categories": case["categories"]}
+                content = base | {
+                    "images": case["images"],
+                    "annotations": rows,
+                    "categories": case["categories"],
+                }
                 (folder / f"{kind}_{part}2014.json").write_text(json.dumps(content))
         phrases = {c["image_id"]: c["phrases"] for c in case["caps"]}
         result = {}
@@ -134,11 +165,19 @@ def halbench(script, real):
                 def work():
                     evaluator = official.CHAIR(list(phrases), ".", "")
                     evaluator.get_annotations()
-                    evaluator.gpt_caption_processor = lambda: ([c | {"extract_objs": phrases[c["image_id"]]} for c in evaluator.caps], {}, {})
+                    evaluator.gpt_caption_processor = lambda: (
+                        [c | {"extract_objs": phrases[c["image_id"]]} for c in evaluator.caps],
+                        {},
+                        {},
+                    )
                     chair.append(evaluator.compute_chair("caps.jsonl", -1, gpt_process=judge))
 
                 error = printed(work)
-                metrics = {k: v for k, v in chair[0]["overall_metrics"].items() if "tokens" not in k} if chair else error
+                metrics = (
+                    {k: v for k, v in chair[0]["overall_metrics"].items() if "tokens" not in k}
+                    if chair
+                    else error
+                )
                 result["judge" if judge else "classic"] = metrics
                 if judge and chair:
                     place = folder / "model" / "x" / "checkpoint-1"
@@ -166,9 +205,16 @@ def halbench(script, real):
 def mmhal(script):
     "The rating of saved judge texts, as the evaluation prints it and as the summary does."
     summary_script = script.with_name("summarize_gpt_mmhal_review.py")
-    summary, template = load(summary_script), json.loads((script.parent / "data" / "mmhal-bench_answer_template.json").read_text())
-    patterns = {"score": r"Average score: (\S+)", "hallucination": r"Hallucination rate: (\S+)", "informativeness": r"Informativeness: (\S+)",
-                "types": r"Average score for each question type: (\S+)"}
+    summary, template = (
+        load(summary_script),
+        json.loads((script.parent / "data" / "mmhal-bench_answer_template.json").read_text()),
+    )
+    patterns = {
+        "score": r"Average score: (\S+)",
+        "hallucination": r"Hallucination rate: (\S+)",
+        "informativeness": r"Informativeness: (\S+)",
+        "types": r"Average score for each question type: (\S+)",
+    }
 
     def run(texts):
         folder, left = Path(tempfile.mkdtemp()), iter(texts)
@@ -182,9 +228,20 @@ def mmhal(script):
 
         module("gpt4_grpc", Chat=Chat)
         (folder / "response.json").write_text(json.dumps(template))
-        sys.argv = ["mmhal", "--response", f"{folder}/response.json", "--evaluation", f"{folder}/out/saved.json", "--api-key", "none"]
+        sys.argv = [
+            "mmhal",
+            "--response",
+            f"{folder}/response.json",
+            "--evaluation",
+            f"{folder}/out/saved.json",
+            "--api-key",
+            "none",
+        ]
         outputs = [printed(lambda: runpy.run_path(str(script), run_name="__main__"))]
-        outputs += [printed(lambda: work(f"{folder}/out/saved.json")) for work in (summary.cal_informative, summary.cal_mmhalscore)]
+        outputs += [
+            printed(lambda: work(f"{folder}/out/saved.json"))
+            for work in (summary.cal_informative, summary.cal_mmhalscore)
+        ]
         found = [{k: m[1] for k, p in patterns.items() if (m := re.search(p, text))} for text in outputs]
         return {"evaluation": found[0], "summary": found[1] | found[2]}
 
@@ -194,7 +251,11 @@ def mmhal(script):
 
 def refomb(script):
     "Win by the review script, trust by the hallucination script, both broken down by the Excel script."
-    trust_script, excel_script, tables = script.with_name("eval_hallucination.py"), script.with_name("json_to_excel.py"), []
+    trust_script, excel_script, tables = (
+        script.with_name("eval_hallucination.py"),
+        script.with_name("json_to_excel.py"),
+        [],
+    )
 
     class Frame:
         def __init__(self, content):
@@ -224,32 +285,72 @@ def refomb(script):
             return items[id]["attempts"][asked[id]], None
 
         module("gpt4", Chat=lambda **kw: None, get_eval=get_eval)
-        rows = [{"image_url": f"{i['id']}.jpg", "question": f"ITEM{i['id']}!", "description": "d", "type": i["type"], "answer": "a"} for i in items]
+        rows = [
+            {
+                "image_url": f"{i['id']}.jpg",
+                "question": f"ITEM{i['id']}!",
+                "description": "d",
+                "type": i["type"],
+                "answer": "a",
+            }
+            for i in items
+        ]
         (folder / "reference").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (folder / "model").write_text(json.dumps(rows))  # as an array: the script misreads JSON lines of one row
-        sys.argv = ["review", "--answer_gpt_4v", f"{folder}/reference", "--answer_model", f"{folder}/model", "--save_dir", str(folder),
-                    "--modelB", "m"]
+        (folder / "model").write_text(
+            json.dumps(rows)
+        )  # as an array: the script misreads JSON lines of one row
+        sys.argv = [
+            "review",
+            "--answer_gpt_4v",
+            f"{folder}/reference",
+            "--answer_model",
+            f"{folder}/model",
+            "--save_dir",
+            str(folder),
+            "--modelB",
+            "m",
+        ]
         text = printed(lambda: runpy.run_path(str(script), run_name="__main__"))
-        result = {"win": re.search(r"Score is (\S+)", text)[1], "win table": breakdown(folder / "A-GPT-4V_B-m.json")}
+        result = {
+            "win": re.search(r"Score is (\S+)", text)[1],
+            "win table": breakdown(folder / "A-GPT-4V_B-m.json"),
+        }
         asked.clear()
-        (folder / "reviews.json").write_text(json.dumps([{"review": f"ITEM{i['id']}!", "type_name": i["type"], "modelB": "m"} for i in items]))
+        (folder / "reviews.json").write_text(
+            json.dumps([{"review": f"ITEM{i['id']}!", "type_name": i["type"], "modelB": "m"} for i in items])
+        )
         sys.argv = ["trust", "--jsonl_file", f"{folder}/reviews.json"]
         text = printed(lambda: runpy.run_path(str(trust_script), run_name="__main__"))
-        return result | {"trust": re.search(r"Score is (\S+)", text)[1], "trust table": breakdown(folder / "reviews.hall.json")}
+        return result | {
+            "trust": re.search(r"Score is (\S+)", text)[1],
+            "trust table": breakdown(folder / "reviews.hall.json"),
+        }
 
-    write("refomb", [script, trust_script, excel_script], [run(cases.refomb_case(seed)) for seed in range(N_SEEDS)])
+    write(
+        "refomb",
+        [script, trust_script, excel_script],
+        [run(cases.refomb_case(seed)) for seed in range(N_SEEDS)],
+    )
 
 
 def pope(script):
     "evaluate.py with its two paths filled in."
     source = script.read_text()
-    names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "F1", "Yes ratio": "yes ratio"}
+    names = {
+        "Accuracy": "accuracy",
+        "Precision": "precision",
+        "Recall": "recall",
+        "F1 score": "F1",
+        "Yes ratio": "yes ratio",
+    }
 
     def run(labels, answers):
         folder = Path(tempfile.mkdtemp())
         for name, rows in (("label_file", labels), ("ans_file", answers)):
             (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-        filled = re.sub(r"^(ans_file|label_file) = ''$", lambda m: f"{m[1]} = {str(folder / m[1])!r}", source, flags=re.M)
+        filled = re.sub(
+            r"^(ans_file|label_file) = ''$", lambda m: f"{m[1]} = {str(folder / m[1])!r}", source, flags=re.M
+        )
         text = printed(lambda: exec(compile(filled, "evaluate.py", "exec"), {}))
         return {names[k]: float(v) for k, v in re.findall(r"^(\w[\w ]*): (\S+)$", text, re.M)} or text
 
@@ -264,7 +365,13 @@ def mmstar(script):
 
     saved, tables = {}, {}
     module("vlmeval")
-    module("vlmeval.smp", load=tables.get, dump=lambda score, path: saved.update(score=score), get_logger=logging.getLogger, tqdm=tqdm)
+    module(
+        "vlmeval.smp",
+        load=tables.get,
+        dump=lambda score, path: saved.update(score=score),
+        get_logger=logging.getLogger,
+        tqdm=tqdm,
+    )
     official = load(script)
 
     def run(rows):
@@ -277,6 +384,7 @@ def mmstar(script):
 
 def llava(script):
     "RLHF-V's summary of LLaVA-Bench reviews."
+
     def run(reviews):
         folder = Path(tempfile.mkdtemp())
         (folder / "llava_test_gpt4.jsonl").write_text("".join(json.dumps(r) + "\n" for r in reviews))
