@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE ?= tiny
 OUT ?= runs/$(RECIPE)
-NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) $(wildcard nbs/index.ipynb)
+NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb nbs/*/[0-9]*.ipynb)) $(wildcard nbs/index.ipynb)
 # Tests and notebooks that run at the same time, each with one thread; each may take 2 GB of memory.
 N_WORKERS ?= 2
 
@@ -82,6 +82,6 @@ example: $(STAMP)  ## make data/example again: the small real run that the noteb
 MODELS ?= runs/models
 models: $(STAMP)  ## train the small models of the icon world from scratch (MODELS=folder)
 	mkdir -p $(MODELS)
-	$(BIN)/papermill nbs/10_iconworld_models.ipynb $(MODELS)/10_iconworld_models.ipynb -k python3 \
+	$(BIN)/papermill nbs/iconworld/03_training.ipynb $(MODELS)/training.ipynb -k python3 \
 	  -p out $(abspath $(MODELS)) -p vision_steps 600 -p vlm_steps 800 -p tuning_steps 450 -p splitter_steps 950 -p n_scenes 1000
 	@echo "Compare, then copy $(MODELS)/iconworld-vlm and $(MODELS)/iconworld-splitter to data/."

@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -37,9 +37,9 @@ setup(
     ],
     # A wheel carries notebooks, recipes and weights inside the package, so that `rlaifv run` works from an
     # installed library. A checkout or an editable install keeps them one folder up.
-    packages=[lib, f"{lib}.nbs", f"{lib}.data"],
+    packages=[*find_packages(include=[lib, f"{lib}.*"]), f"{lib}.nbs", f"{lib}.data"],
     package_dir={lib: lib, f"{lib}.nbs": cfg["nbs_path"], f"{lib}.data": cfg["data_path"]},
-    package_data={f"{lib}.nbs": ["*.ipynb"], f"{lib}.data": ["**/*"]},
+    package_data={f"{lib}.nbs": ["**/*.ipynb"], f"{lib}.data": ["**/*"]},
     include_package_data=False,
     install_requires=rows("requirements"),
     extras_require={

@@ -848,7 +848,7 @@ def run_claims(
     for name, value, known in (("divide", divide, DIVIDES), ("questions", questions, QUESTIONS)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(known)}")
-    from rlaifv_nb.prefix import generate_texts
+    from rlaifv_nb.engine.prefix import generate_texts
 
     templates = templates or read_templates()
     parameters = dict(

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .attention import KERNELS, kernel_for
-from rlaifv_nb.caches import (
+from .engine.attention import KERNELS, kernel_for
+from rlaifv_nb.engine.caches import (
     ContentCache,
     entry_problem,
     in_order,
@@ -39,7 +39,7 @@ from rlaifv_nb.caches import (
     remember,
     to_device,
 )
-from rlaifv_nb.models import (
+from rlaifv_nb.engine.models import (
     OpenModel,
     answer_ids,
     checked,
@@ -50,7 +50,7 @@ from rlaifv_nb.models import (
     save_adapter,
     write_adapter_card,
 )
-from rlaifv_nb.packing import (
+from rlaifv_nb.engine.packing import (
     LAYOUTS,
     PER_TOKEN,
     collate_rows,
@@ -59,7 +59,7 @@ from rlaifv_nb.packing import (
     pack_row,
     row_logps,
 )
-from .pictures import load_image
+from .engine.pictures import load_image
 from rlaifv_nb.records import (
     Pair,
     Prompt,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
-from rlaifv_nb.iconworld import (
+from rlaifv_nb.iconworld.world import (
     DESCRIBE,
     TYPES,
     balanced_claims,
@@ -103,8 +103,8 @@ def discriminative(counts):
 # %% ../nbs/06_evaluation.ipynb #ed943b3a
 def describe_scenes(vlm, scenes: list, max_new_tokens: int = 128) -> list[str]:
     "Greedy descriptions of a batch of scenes."
-    from rlaifv_nb.models import prompt_inputs, unsampled_ids
-    from rlaifv_nb.prefix import read_prompts, sample_branches
+    from rlaifv_nb.engine.models import prompt_inputs, unsampled_ids
+    from rlaifv_nb.engine.prefix import read_prompts, sample_branches
 
     questions = [random.Random(f"question/{s.scene_id}").choice(DESCRIBE) for s in scenes]
     prefix = read_prompts(vlm, [prompt_inputs(vlm, draw_picture(s), q) for s, q in zip(scenes, questions)])
@@ -128,7 +128,7 @@ def said_yes(p_yes: float, p_no: float) -> bool | None:
 
 def answer_scenes(vlm, scenes: list, seed: int = 0) -> list[tuple]:
     "For each scene, (type, truth, answered yes as `said_yes` has it) of its balanced yes/no questions."
-    from rlaifv_nb.prefix import yes_no_asker
+    from rlaifv_nb.engine.prefix import yes_no_asker
 
     claims = [balanced_claims(s, random.Random(f"questions/{seed}/{s.scene_id}")) for s in scenes]
     questions = [[question_text(c) for c, _ in of_scene] for of_scene in claims]
@@ -258,7 +258,7 @@ def run_evaluation(
     *,
     quantisation: str = "none",  # none or nf4
     dtype: str = "auto",  # of the weights
-    attention: str = "auto",  # as `attention_for` of 00_models has them
+    attention: str = "auto",  # as `attention_for` of engine/03_models has them
     device: str = "auto",  # cuda, cpu or auto
     system_prompt: str = "",  # text before the conversation
     pad_pictures: bool = False,  # pad pictures to a square
@@ -273,7 +273,7 @@ def run_evaluation(
     """The stage: cases and scores of the base and of every adapter, and the manifest.
 
     Raises ValueError for senseless options and for a model that gives no numbers."""
-    from rlaifv_nb.models import folder_sha, model_folder, open_vlm
+    from rlaifv_nb.engine.models import folder_sha, model_folder, open_vlm
     from rlaifv_nb.records import resolve_path
 
     if n_scenes < 1 or batch_size < 1 or max_new_tokens < 1:

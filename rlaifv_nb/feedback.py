@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 
 from rlaifv_nb.records import (
+    YES_NO_SUFFIX,
     Claim,
     Prompt,
     Response,
     SetAside,
     StageFolder,
     Verdict,
-    YES_NO_SUFFIX,
     free_memory,
     is_out_of_memory,
     read_table,
@@ -116,7 +116,7 @@ def judge_claims(
     abstain_mass: float = 0.1,
 ) -> tuple[list[Verdict], list[SetAside]]:
     "Verdicts for all claims about a batch of prompts, and the claims set aside."
-    from rlaifv_nb.pictures import load_pictures
+    from rlaifv_nb.engine.pictures import load_pictures
 
     usable, pictures, unreadable = load_pictures([p for p in prompts if claims_of.get(p.prompt_id)], folder)
     set_aside = [SetAside(c.claim_id, s.reason, s.detail) for s in unreadable for c in claims_of[s.row_id]]
@@ -218,7 +218,7 @@ class PortionedAsker:
 
     def limit(self, max_tokens: int) -> None:
         "From now on, about so many tokens of questions go through the model at a time."
-        from rlaifv_nb.prefix import yes_no_asker
+        from rlaifv_nb.engine.prefix import yes_no_asker
 
         self.max_tokens = max_tokens
         self.ask = yes_no_asker(self.vlm, max_tokens)

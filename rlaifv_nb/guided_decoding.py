@@ -69,7 +69,7 @@ def policies_of(vlm) -> tuple:
 def score_answers(vlm, prefixes: dict, index: list[int], branches: list[list[int]]) -> list[tuple]:
     """Of each answer (token ids, to prompt `index[i]`): number of tokens, and its summed log-probabilities
     (nats) under the aligned policy and the base. `prefixes` are the prompts as `read_twice` has read them."""
-    from rlaifv_nb.prefix import branch_logps
+    from rlaifv_nb.engine.prefix import branch_logps
 
     sums = {}
     for name, context in policies_of(vlm):
@@ -89,7 +89,7 @@ def candidates_of(
 ) -> tuple[list[Candidate], list[SetAside]]:
     """Answers as candidates, and those that cannot be scored: empty ones, those with a special token in them,
     and those whose log-probability is not a number."""
-    from rlaifv_nb.models import answer_ids
+    from rlaifv_nb.engine.models import answer_ids
 
     kept, set_aside = [], []
     for k, answer in zip(index, answers):
@@ -120,8 +120,8 @@ def candidates_of(
 
 def read_twice(vlm, pictures: list, prompts: list[Prompt]) -> dict:
     "Prompts as the aligned policy and the base have read them, by name."
-    from rlaifv_nb.models import prompt_inputs
-    from rlaifv_nb.prefix import read_prompts
+    from rlaifv_nb.engine.models import prompt_inputs
+    from rlaifv_nb.engine.prefix import read_prompts
 
     inputs = [prompt_inputs(vlm, picture, p.question) for picture, p in zip(pictures, prompts)]
     prefixes = {}
@@ -152,8 +152,8 @@ def sample_candidates(
     top_k: int = 0,  # keep only so many most probable tokens; 0 is all
 ) -> tuple:
     "N answers to each prompt from one of the two policies, scored under both, and what is set aside."
-    from rlaifv_nb.models import unsampled_ids
-    from rlaifv_nb.prefix import sample_branches
+    from rlaifv_nb.engine.models import unsampled_ids
+    from rlaifv_nb.engine.prefix import sample_branches
 
     prefixes = read_twice(vlm, pictures, prompts)
     index = [k for k in range(len(prompts)) for _ in range(n)]
@@ -250,7 +250,7 @@ def given_ids(prompts: list[Prompt], responses: list[Response]) -> dict[str, lis
 
 def _candidates_of_batch(vlm, make, folder, ids: dict, so_far: NumberCheck, prompts: list[Prompt]) -> tuple:
     "Candidates of a batch of prompts; an unreadable picture sets aside each of its candidates."
-    from rlaifv_nb.pictures import load_pictures
+    from rlaifv_nb.engine.pictures import load_pictures
 
     usable, pictures, unreadable = load_pictures(prompts, folder)
     set_aside = [SetAside(i, s.reason, s.detail) for s in unreadable for i in ids[s.row_id]]
@@ -276,7 +276,7 @@ def run_guided_decoding(
     responses: str | Path = "",  # folder of responses of the aligned policy: scored, and nothing is sampled
     quantisation: str = "none",  # none or nf4
     dtype: str = "auto",  # of the weights
-    attention: str = "auto",  # as `attention_for` of 00_models has them
+    attention: str = "auto",  # as `attention_for` of engine/03_models has them
     share_prefix: bool = True,  # read an image once for all its candidates
     device: str = "auto",  # cuda, cpu or auto
     system_prompt: str = "",  # text before the conversation
@@ -295,7 +295,7 @@ def run_guided_decoding(
 
     Raises ValueError for senseless options, for a response whose prompt is not in `prompts` (by its id), and
     for a model that gives no numbers."""
-    from rlaifv_nb.models import folder_sha, open_vlm
+    from rlaifv_nb.engine.models import folder_sha, open_vlm
     from rlaifv_nb.records import resolve_path
 
     if n_candidates < 1 or temperature < 0 or top_k < 0 or max_new_tokens < 1 or batch_size < 1:

@@ -58,7 +58,7 @@ def sample_responses(
     round: int = 1,
 ) -> Iterator[tuple[int, list, list]]:
     "Yields (number of the prompt, its N responses, rows set aside) as prompts are done; their pictures are in `folder`."
-    from rlaifv_nb.pictures import load_pictures
+    from rlaifv_nb.engine.pictures import load_pictures
 
     temperatures = [temperature_of(i, temperature, second_temperature) for i in range(n_samples)]
     broken = []
@@ -97,8 +97,8 @@ def vlm_generator(
     """A `generate` function for `sample_responses` that samples from a vision-language model, at most `batch_size` prompts at a time (`SampleQueue`).
 
     At its end, `report` gets `batch_size` (what fitted into memory), `refill` (whether rows were refilled) and `row_use` (see `RowUse`)."""
-    from rlaifv_nb.models import prompt_inputs, unsampled_ids
-    from rlaifv_nb.prefix import QueuedPrompt, SampleQueue
+    from rlaifv_nb.engine.models import prompt_inputs, unsampled_ids
+    from rlaifv_nb.engine.prefix import QueuedPrompt, SampleQueue
 
     def texts_of(queued):
         return [

@@ -26,7 +26,7 @@ FORBIDDEN = re.compile(r"\bnbdev_export\(|^\s*[!%]+pip\b", re.MULTILINE)
 
 def notebooks(root=ROOT):
     """The committed notebooks by path; having none is an error, or every check would pass."""
-    found = sorted((root / "nbs").glob("*.ipynb"))
+    found = sorted((root / "nbs").rglob("*.ipynb"))
     if not found:
         raise FileNotFoundError(f"no notebooks in {root / 'nbs'}")
     return found
@@ -56,14 +56,19 @@ def dirty_notebooks(root=ROOT):
     """Names of the notebooks that nbdev-clean would change."""
     with inside_copy(root) as copy:
         nbdev_clean()
-        return [nb.name for nb in notebooks(root) if nb.read_bytes() != (copy / "nbs" / nb.name).read_bytes()]
+        return [
+            nb.relative_to(root / "nbs").as_posix()
+            for nb in notebooks(root)
+            if nb.read_bytes() != (copy / nb.relative_to(root)).read_bytes()
+        ]
 
 
 def stale_modules(root=ROOT):
     """Names of the modules that differ from what the notebooks export, missing and left-over ones too."""
 
     def contents(folder):
-        return {p.name: p.read_bytes() for p in (folder / LIB).glob("*.py") if p.name != "__init__.py"}
+        modules = (p for p in (folder / LIB).rglob("*.py") if p.name != "__init__.py")
+        return {p.relative_to(folder / LIB).as_posix(): p.read_bytes() for p in modules}
 
     committed = contents(root)
     with inside_copy(root) as copy:

@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rlaifv_nb.claims import run_claims
+from rlaifv_nb.engine.models import open_llm, open_vlm
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
-from rlaifv_nb.iconworld import write_prompts
-from rlaifv_nb.models import open_llm, open_vlm
+from rlaifv_nb.iconworld.world import write_prompts
 from rlaifv_nb.pairs import run_pairs
 from rlaifv_nb.sampling import run_sampling
 

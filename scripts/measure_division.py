@@ -25,8 +25,8 @@ from rlaifv_nb.claims import (
     read_templates,
     statement_question,
 )
-from rlaifv_nb.models import open_llm, open_vlm
-from rlaifv_nb.prefix import generate_texts, yes_no_asker
+from rlaifv_nb.engine.models import open_llm, open_vlm
+from rlaifv_nb.engine.prefix import generate_texts, yes_no_asker
 from rlaifv_nb.records import Response, sha256_of, write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "results" / "division.json"
@@ -49,7 +49,7 @@ FORMS = {  # forms of a question about a statement that were compared
 def measure_icons(n_scenes: int = 120) -> dict:
     """The share of right verdicts of the packaged labeler with each form of question, on balanced claims
     about unseen scenes."""
-    from rlaifv_nb.iconworld import balanced_claims, draw_picture, fact_text, make_scene
+    from rlaifv_nb.iconworld.world import balanced_claims, draw_picture, fact_text, make_scene
 
     scenes = [make_scene("test", 5_000_000 + i) for i in range(n_scenes)]
     claims = [balanced_claims(scene, random.Random(scene.scene_id), per_type=2) for scene in scenes]

@@ -16,15 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rlaifv_nb.chain import is_done, run_manifest, run_step, step_record
+from rlaifv_nb.benchmarks.intervals import compare_models
 from rlaifv_nb.claims import run_claims
+from rlaifv_nb.engine.models import open_llm, open_vlm
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
-from rlaifv_nb.iconworld import is_true, read_claims, scene_of
-from rlaifv_nb.intervals import compare_models
-from rlaifv_nb.models import open_llm, open_vlm
+from rlaifv_nb.iconworld.world import is_true, read_claims, scene_of
 from rlaifv_nb.pairs import balance_lengths, candidate_pairs, sample_pairs, score_responses
-from rlaifv_nb.recipes import check_recipe, load_recipe, plan_run
 from rlaifv_nb.records import (
     Claim,
     Pair,
@@ -39,7 +37,9 @@ from rlaifv_nb.records import (
     write_table,
     write_text,
 )
-from rlaifv_nb.report import write_report
+from rlaifv_nb.runner.chain import is_done, run_manifest, run_step, step_record
+from rlaifv_nb.runner.recipes import check_recipe, load_recipe, plan_run
+from rlaifv_nb.runner.report import write_report
 from rlaifv_nb.sampling import run_sampling
 
 FIGURES = ("response", "mention", "any_claim", "cover")

@@ -4,7 +4,7 @@ import gc
 import json
 import weakref
 
-from rlaifv_nb import models
+from rlaifv_nb.engine import models
 from rlaifv_nb.records import package_folder
 
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from rlaifv_nb.iconworld import write_prompts
+from rlaifv_nb.iconworld.world import write_prompts
 
 POLICY, SPLITTER = "packaged:iconworld-vlm", "packaged:iconworld-splitter"
 TABLES = {
@@ -27,7 +27,7 @@ def run_stage(stage, inputs, out):
     "Runs one stage with its inputs from the run folder `inputs`."
     at = {name: str(Path(inputs) / name) for name in ("prompts", *TABLES)}
     if stage == "01_sampling":
-        from rlaifv_nb.models import open_vlm
+        from rlaifv_nb.engine.models import open_vlm
         from rlaifv_nb.sampling import run_sampling
 
         run_sampling(
@@ -35,12 +35,12 @@ def run_stage(stage, inputs, out):
         )
     elif stage == "02_claims":
         from rlaifv_nb.claims import run_claims
-        from rlaifv_nb.models import open_llm
+        from rlaifv_nb.engine.models import open_llm
 
         run_claims(at["prompts"], at["01_sampling"], out, open_llm(SPLITTER), shard_size=20)
     elif stage == "03_feedback":
+        from rlaifv_nb.engine.models import open_vlm
         from rlaifv_nb.feedback import run_feedback
-        from rlaifv_nb.models import open_vlm
 
         run_feedback(
             at["prompts"],

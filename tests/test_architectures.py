@@ -9,9 +9,9 @@ import re
 
 import pytest
 import torch
+from conftest import check_table
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from conftest import check_table
 from tiny_models import (
     ARCHITECTURES,
     NOT_CACHED,
@@ -23,14 +23,10 @@ from tiny_models import (
 )
 from transformers import AutoModelForImageTextToText
 
-from rlaifv_nb.caches import picture_features
 from rlaifv_nb.claims import run_claims
 from rlaifv_nb.dpo import run_dpo
-from rlaifv_nb.evaluation import run_evaluation
-from rlaifv_nb.feedback import run_feedback
-from rlaifv_nb.guided_decoding import run_guided_decoding
-from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene, question_text, read_claims
-from rlaifv_nb.models import (
+from rlaifv_nb.engine.caches import picture_features
+from rlaifv_nb.engine.models import (
     OpenModel,
     answer_ids,
     lora_targets,
@@ -44,9 +40,13 @@ from rlaifv_nb.models import (
     sibling_ids,
     unsampled_ids,
 )
-from rlaifv_nb.packing import PER_TOKEN, collate_rows, pack_row, row_logps
+from rlaifv_nb.engine.packing import PER_TOKEN, collate_rows, pack_row, row_logps
+from rlaifv_nb.engine.prefix import branch_logps, common_prefix_length, read_prompts
+from rlaifv_nb.evaluation import run_evaluation
+from rlaifv_nb.feedback import run_feedback
+from rlaifv_nb.guided_decoding import run_guided_decoding
+from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene, question_text, read_claims
 from rlaifv_nb.pairs import run_pairs
-from rlaifv_nb.prefix import branch_logps, common_prefix_length, read_prompts
 from rlaifv_nb.records import YES_NO_SUFFIX, Prompt, Score, read_manifest, read_table, sha256_of, write_table
 from rlaifv_nb.sampling import run_sampling
 

@@ -15,13 +15,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_models import CHATML, LLAVA_TEMPLATE, SMOL_TEMPLATE, build_tiny, open_tiny, processor_of
 
-from rlaifv_nb.answers import Question, run_answers
-from rlaifv_nb.caches import picture_features
-from rlaifv_nb.command import make_parser
-from rlaifv_nb.evaluate import Request, check_request
-from rlaifv_nb.models import (
-    ask_with,
+from rlaifv_nb.benchmarks.answers import Question, run_answers
+from rlaifv_nb.benchmarks.evaluate import Request, check_request
+from rlaifv_nb.engine.caches import picture_features
+from rlaifv_nb.engine.models import (
     answer_ids,
+    ask_with,
     chat_messages,
     lora_targets,
     open_vlm,
@@ -31,8 +30,9 @@ from rlaifv_nb.models import (
     save_adapter,
     sibling_ids,
 )
-from rlaifv_nb.pictures import load_image, pad_to_square, within_pixels
+from rlaifv_nb.engine.pictures import load_image, pad_to_square, within_pixels
 from rlaifv_nb.records import Prompt, read_manifest, sha256_of, write_table
+from rlaifv_nb.runner.command import make_parser
 from rlaifv_nb.sampling import run_sampling
 
 LLAVA_V1 = (

@@ -96,7 +96,7 @@ def test_equal_pair_and_special_token_are_set_aside_before_training(run, tmp_pat
 
 
 def test_adapter_of_another_base_is_refused_by_name(run):
-    from rlaifv_nb.models import open_vlm
+    from rlaifv_nb.engine.models import open_vlm
 
     lineage = run / "05_dpo" / "adapter" / "lineage.json"
     lineage.write_text(lineage.read_text().replace('"base_sha": "', '"base_sha": "0'))

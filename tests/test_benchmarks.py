@@ -8,7 +8,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaifv_nb.benchmarks import (
+from rlaifv_nb.benchmarks.intervals import (
+    average_repeats,
+    compare_models,
+    figure_intervals,
+    judge_agreement,
+    kappa_of,
+    middle,
+    minimum_detectable_difference,
+    sum_counts,
+)
+from rlaifv_nb.benchmarks.judgements import (
+    count_preferences,
+    count_ratings,
+    preference_figures,
+    rating_figures,
+    read_preference,
+)
+from rlaifv_nb.benchmarks.objects import (
+    AmberWords,
+    coco_words,
+    count_amber_descriptions,
+    count_mentions,
+    description_figures,
+    mention_figures,
+    simple_lemmas,
+    text_mentions,
+)
+from rlaifv_nb.benchmarks.questions import (
     amber_figures,
     amber_table,
     compare_published,
@@ -21,34 +48,7 @@ from rlaifv_nb.benchmarks import (
     read_published,
     require_ids,
 )
-from rlaifv_nb.iconworld import OBJECTS, make_scene
-from rlaifv_nb.intervals import (
-    average_repeats,
-    compare_models,
-    figure_intervals,
-    judge_agreement,
-    kappa_of,
-    middle,
-    minimum_detectable_difference,
-    sum_counts,
-)
-from rlaifv_nb.judgements import (
-    count_preferences,
-    count_ratings,
-    preference_figures,
-    rating_figures,
-    read_preference,
-)
-from rlaifv_nb.objects import (
-    AmberWords,
-    coco_words,
-    count_amber_descriptions,
-    count_mentions,
-    description_figures,
-    mention_figures,
-    simple_lemmas,
-    text_mentions,
-)
+from rlaifv_nb.iconworld.world import OBJECTS, make_scene
 
 SCENES = [make_scene("dev", i) for i in range(3)]
 # Scene 0: chair, clock, door, cat. Scene 1: lamp, clock, bed. Scene 2: plane, sun, umbrella, star.

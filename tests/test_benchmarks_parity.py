@@ -11,20 +11,8 @@ from pathlib import Path
 import parity_cases as cases
 import pytest
 
-from rlaifv_nb.benchmarks import (
-    always_no,
-    amber_figures,
-    count_amber_answers,
-    count_mmstar_answers,
-    count_pope_answers,
-    mmstar_figures,
-    pope_figures,
-    read_amber_annotations,
-    read_amber_answers,
-    read_pope,
-)
-from rlaifv_nb.intervals import sum_counts
-from rlaifv_nb.judgements import (
+from rlaifv_nb.benchmarks.intervals import sum_counts
+from rlaifv_nb.benchmarks.judgements import (
     count_points,
     count_preferences,
     count_ratings,
@@ -34,7 +22,7 @@ from rlaifv_nb.judgements import (
     read_preference,
     read_reviews,
 )
-from rlaifv_nb.objects import (
+from rlaifv_nb.benchmarks.objects import (
     AmberWords,
     coco_words,
     count_amber_descriptions,
@@ -50,6 +38,18 @@ from rlaifv_nb.objects import (
     read_coco_words,
     read_halbench_answers,
     text_mentions,
+)
+from rlaifv_nb.benchmarks.questions import (
+    always_no,
+    amber_figures,
+    count_amber_answers,
+    count_mmstar_answers,
+    count_pope_answers,
+    mmstar_figures,
+    pope_figures,
+    read_amber_annotations,
+    read_amber_answers,
+    read_pope,
 )
 
 HERE = Path(__file__).resolve().parent

@@ -17,7 +17,7 @@ from rlaifv_nb.claims import (
     run_claims,
     stands_alone,
 )
-from rlaifv_nb.iconworld import fact_text, question_text, read_claims
+from rlaifv_nb.iconworld.world import fact_text, question_text, read_claims
 from rlaifv_nb.records import (
     Prompt,
     Response,
@@ -302,7 +302,7 @@ class FakeAsker:
 
     def __init__(self, monkeypatch, most=1000, stop_at=None):
         self.calls, self.most, self.stop_at = [], most, stop_at
-        monkeypatch.setattr("rlaifv_nb.prefix.generate_texts", self)
+        monkeypatch.setattr("rlaifv_nb.engine.prefix.generate_texts", self)
 
     def __call__(self, llm, prompts, max_new_tokens, limits):
         if self.stop_at is not None and len(self.calls) >= self.stop_at:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import rlaifv_nb.dpo as dpo
-from rlaifv_nb.caches import ContentCache, layout_problem
 from rlaifv_nb.dpo import RowMaker, reference_logps, run_dpo
-from rlaifv_nb.models import open_vlm
+from rlaifv_nb.engine.caches import ContentCache, layout_problem
+from rlaifv_nb.engine.models import open_vlm
 from rlaifv_nb.records import Pair, Prompt, RefLogp, read_manifest, read_table, resolve_path
 
 POLICY, PROMPTS, PAIRS = (
@@ -87,7 +87,7 @@ def test_a_wrong_layout_is_noticed(monkeypatch):
     )
     assert layout_problem(vlm.core, row, "shared") == ""
     monkeypatch.setattr(
-        "rlaifv_nb.packing.branch_mask",
+        "rlaifv_nb.engine.packing.branch_mask",
         lambda segments: torch.ones(
             len(segments), 1, segments.shape[1], segments.shape[1], dtype=torch.bool
         ).tril(),

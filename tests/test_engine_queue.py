@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, open_tiny
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rlaifv_nb import prefix as prefixes
-from rlaifv_nb.attention import BLOCK
 from rlaifv_nb.claims import fill, read_templates
-from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
-from rlaifv_nb.models import open_llm, open_vlm, prompt_inputs, unsampled_ids
-from rlaifv_nb.prefix import (
+from rlaifv_nb.engine import prefix as prefixes
+from rlaifv_nb.engine.attention import BLOCK
+from rlaifv_nb.engine.models import open_llm, open_vlm, prompt_inputs, unsampled_ids
+from rlaifv_nb.engine.prefix import (
     QueuedPrompt,
     SampleQueue,
     generate_texts,
@@ -25,6 +24,7 @@ from rlaifv_nb.prefix import (
     read_prompts,
     sample_branches,
 )
+from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 
 SIZES = ((150, 100), (90, 140), (120, 120), (56, 56))
 QUESTIONS = (*DESCRIBE, "What is in the top left?")

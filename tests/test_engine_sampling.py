@@ -5,9 +5,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from stages import prepare
 
-from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
-from rlaifv_nb.models import open_vlm, prompt_inputs
-from rlaifv_nb.prefix import branch_logps, read_prompts
+from rlaifv_nb.engine.models import open_vlm, prompt_inputs
+from rlaifv_nb.engine.prefix import branch_logps, read_prompts
+from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.records import (
     Prompt,
     Response,

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from tiny_models import ARCHITECTURES, open_tiny
 
-from rlaifv_nb.answers import (
+from rlaifv_nb.benchmarks.answers import (
     BENCHES,
     Question,
     answer_pictures,
@@ -21,13 +21,13 @@ from rlaifv_nb.answers import (
     run_answers,
     write_answer_file,
 )
-from rlaifv_nb.command import main
-from rlaifv_nb.evaluate import Request, check_request, compare_folders, run_evaluate
-from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
-from rlaifv_nb.leaderboard import find_entries, write_leaderboard
-from rlaifv_nb.measures import read_counts
-from rlaifv_nb.miniature import write_miniature
+from rlaifv_nb.benchmarks.evaluate import Request, check_request, compare_folders, run_evaluate
+from rlaifv_nb.benchmarks.measures import read_counts
+from rlaifv_nb.iconworld.miniature import write_miniature
+from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.records import Score, package_folder, read_manifest, read_table
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.leaderboard import find_entries, write_leaderboard
 
 QUESTIONS = (
     "Is there a car in the image?",

@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from rlaifv_nb import formats as P
-from rlaifv_nb.models import adapter_lineage, card_name, folder_sha, open_vlm, write_adapter_card
+from rlaifv_nb.engine.models import adapter_lineage, card_name, folder_sha, open_vlm, write_adapter_card
+from rlaifv_nb.exchange import public as P
 from rlaifv_nb.records import (
     Pair,
     Prompt,
@@ -365,7 +365,7 @@ def run(undisturbed, tmp_path):
 
 
 def test_every_export_of_a_run(run, tmp_path, capsys):
-    from rlaifv_nb.command import main
+    from rlaifv_nb.runner.command import main
 
     pairs = read_table(run / "round_1/04_pairs", "pairs", Pair)
     for to, more in (
@@ -402,7 +402,7 @@ def test_every_export_of_a_run(run, tmp_path, capsys):
     ],
 )
 def test_exports_that_cannot_be_are_refused_in_one_line(run, tmp_path, capsys, argv, says):
-    from rlaifv_nb.command import main
+    from rlaifv_nb.runner.command import main
 
     assert main(["export", str(run), "--out", str(tmp_path / "x"), *argv]) == 2
     err = capsys.readouterr().err

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from rlaifv_nb.chain import run_chain
 from rlaifv_nb.claims import run_claims
 from rlaifv_nb.dpo import run_dpo
+from rlaifv_nb.engine.models import open_llm, open_vlm
 from rlaifv_nb.evaluation import read_cases, run_evaluation
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, reward_of, run_guided_decoding
-from rlaifv_nb.iconworld import write_prompts
-from rlaifv_nb.models import open_llm, open_vlm
+from rlaifv_nb.iconworld.world import write_prompts
 from rlaifv_nb.pairs import run_pairs
-from rlaifv_nb.recipes import check_recipe, load_recipe
-from rlaifv_nb.records import package_folder, read_manifest, read_table, Pair, RefLogp, Score
+from rlaifv_nb.records import Pair, RefLogp, Score, package_folder, read_manifest, read_table
+from rlaifv_nb.runner.chain import run_chain
+from rlaifv_nb.runner.recipes import check_recipe, load_recipe
 from rlaifv_nb.sampling import run_sampling
 
 POLICY = "packaged:iconworld-vlm"

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 TRAIN = """
 import os, sys
-from rlaifv_nb.iconworld_models import branch_loss, build_splitter, build_tokenizer, splitter_batch, train
+from rlaifv_nb.iconworld.training import branch_loss, build_splitter, build_tokenizer, splitter_batch, train
 tokenizer, killed_at = build_tokenizer(), int(sys.argv[2])
 def batch(step):
     if step == killed_at:

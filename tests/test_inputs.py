@@ -12,12 +12,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from rlaifv_nb.chain import prepare_prompts
-from rlaifv_nb.command import main
-from rlaifv_nb.inputs import count_rows, import_prompts, input_kind, read_input
-from rlaifv_nb.pictures import decode_image, load_image
-from rlaifv_nb.recipes import RecipeError, load_recipe, plan_run, recipe_text
+from rlaifv_nb.engine.pictures import decode_image, load_image
+from rlaifv_nb.exchange.inputs import count_rows, import_prompts, input_kind, read_input
 from rlaifv_nb.records import Pair, Prompt, SetAside, read_manifest, read_table, sha256_of, write_rows
+from rlaifv_nb.runner.chain import prepare_prompts
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.recipes import RecipeError, load_recipe, plan_run, recipe_text
 
 HERE = Path(__file__).resolve().parent
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 36, 3), dtype=np.uint8))
@@ -88,7 +88,7 @@ def test_transparency_is_white(image):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "YCbCr", "HSV", "RGBa"])
 def test_other_modes_are_rgb(mode):
-    from rlaifv_nb.pictures import as_rgb
+    from rlaifv_nb.engine.pictures import as_rgb
 
     assert (
         as_rgb(NOISE.convert("RGBA").convert(mode) if mode == "RGBa" else NOISE.convert(mode)).mode == "RGB"
@@ -139,7 +139,7 @@ def test_no_flipped_byte_escapes_as_another_error():
 
 
 def test_import_is_light():
-    code = "import sys, rlaifv_nb.inputs; sys.exit(bool({'torch', 'datasets', 'transformers', 'PIL', 'numpy'} & set(sys.modules)))"
+    code = "import sys, rlaifv_nb.exchange.inputs; sys.exit(bool({'torch', 'datasets', 'transformers', 'PIL', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -498,8 +498,8 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
         )
     from rlaifv_nb.claims import run_claims
     from rlaifv_nb.dpo import run_dpo
+    from rlaifv_nb.engine.models import open_llm, open_vlm
     from rlaifv_nb.feedback import run_feedback
-    from rlaifv_nb.models import open_llm, open_vlm
     from rlaifv_nb.pairs import run_pairs
     from rlaifv_nb.sampling import run_sampling
 

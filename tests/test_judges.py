@@ -10,7 +10,7 @@ import time
 import pytest
 from judge_server import running_server
 
-from rlaifv_nb.judges import (
+from rlaifv_nb.benchmarks.judges import (
     BudgetSpent,
     JudgeError,
     JudgePrompt,
@@ -276,7 +276,7 @@ def test_no_key_is_sent_that_was_not_named(server, tmp_path, monkeypatch):
 
 CHILD = """
 import sys
-from rlaifv_nb.judges import JudgePrompt, open_judge
+from rlaifv_nb.benchmarks.judges import JudgePrompt, open_judge
 from rlaifv_nb.records import write_rows
 spec, folder, table = sys.argv[1:]
 found = open_judge(spec, folder, concurrency=2).ask([JudgePrompt(f"p{i}") for i in range(30)])

@@ -18,13 +18,13 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from rlaifv_nb import machine
-from rlaifv_nb.command import main
-from rlaifv_nb.machine import check_machine, device_problem, find_model, look_at_machine, wanted_models
-from rlaifv_nb.models import MODEL_FILES, processor_problem
-from rlaifv_nb.pictures import torchvision_for
-from rlaifv_nb.recipes import RecipeError, load_recipe, plan_run
+from rlaifv_nb.engine.models import MODEL_FILES, processor_problem
+from rlaifv_nb.engine.pictures import torchvision_for
 from rlaifv_nb.records import package_folder
+from rlaifv_nb.runner import machine
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.machine import check_machine, device_problem, find_model, look_at_machine, wanted_models
+from rlaifv_nb.runner.recipes import RecipeError, load_recipe, plan_run
 
 VLM, SPLITTER = package_folder("data") / "iconworld-vlm", package_folder("data") / "iconworld-splitter"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -332,7 +332,8 @@ def test_qwens_own_processor_says_so(tmp_path):
 
 def test_a_torchvision_that_does_not_fit_is_found_before_transformers_is_asked(monkeypatch):
     monkeypatch.setattr(
-        "rlaifv_nb.pictures.torchvision_problem", lambda: "torchvision 0.2 does not work with PyTorch 2.13"
+        "rlaifv_nb.engine.pictures.torchvision_problem",
+        lambda: "torchvision 0.2 does not work with PyTorch 2.13",
     )
     assert problems_of(recipe_of(policy="some-one/typo")) == (
         "torchvision 0.2 does not work with PyTorch 2.13",

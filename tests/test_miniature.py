@@ -5,12 +5,11 @@ import random
 
 import pytest
 
-from rlaifv_nb.answers import open_questions
-from rlaifv_nb.benchmarks import read_published
-from rlaifv_nb.command import main
-from rlaifv_nb.iconworld import IconClaim, biased_groups, caption_text, is_true
-from rlaifv_nb.measures import PARTS, measure_answers, measure_reviews, measure_scores
-from rlaifv_nb.miniature import (
+from rlaifv_nb.benchmarks.answers import open_questions
+from rlaifv_nb.benchmarks.measures import PARTS, measure_answers, measure_reviews, measure_scores
+from rlaifv_nb.benchmarks.questions import read_published
+from rlaifv_nb.benchmarks.reviews import read_refomb_items
+from rlaifv_nb.iconworld.miniature import (
     N_LIKELY,
     absent_objects,
     likely_objects,
@@ -20,8 +19,9 @@ from rlaifv_nb.miniature import (
     write_miniature,
     yes_no_claims,
 )
+from rlaifv_nb.iconworld.world import IconClaim, biased_groups, caption_text, is_true
 from rlaifv_nb.records import Score, read_table
-from rlaifv_nb.reviews import read_refomb_items
+from rlaifv_nb.runner.command import main
 
 N = 30
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlaifv_nb import models
+from rlaifv_nb.engine import models
+from rlaifv_nb.engine.models import open_vlm, surface_ids
 from rlaifv_nb.evaluation import read_cases, run_evaluation
 from rlaifv_nb.feedback import judge_claims, label_of, labeler_warnings, run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, run_guided_decoding
-from rlaifv_nb.iconworld import balanced_claims, make_scene, question_text, write_prompts
-from rlaifv_nb.models import open_vlm, surface_ids
+from rlaifv_nb.iconworld.world import balanced_claims, make_scene, question_text, write_prompts
 from rlaifv_nb.records import (
     Claim,
     Prompt,

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from rlaifv_nb.inputs import import_prompts, numbered_rows
-from rlaifv_nb.official import from_official, official_kind, read_tables, to_official
+from rlaifv_nb.exchange.inputs import import_prompts, numbered_rows
+from rlaifv_nb.exchange.official import from_official, official_kind, read_tables, to_official
 from rlaifv_nb.records import (
     Claim,
     Pair,
@@ -286,7 +286,7 @@ def test_other_files_are_refused(elsewhere, rows, says):
 
 
 def test_command_imports_an_official_file(official, tmp_path, capsys):
-    from rlaifv_nb.command import main
+    from rlaifv_nb.runner.command import main
 
     assert (
         main(

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_models import QWEN_TEMPLATE, QWEN_TOKENS, llama3, open_tiny, tokenizer_with
 
-from rlaifv_nb import models
-from rlaifv_nb.answers import beam_answer
-from rlaifv_nb.models import (
+from rlaifv_nb.benchmarks.answers import beam_answer
+from rlaifv_nb.engine import models
+from rlaifv_nb.engine.models import (
     DEVICES,
     adapter_lineage,
     attention_for,
@@ -30,8 +30,8 @@ from rlaifv_nb.models import (
     processor_problem,
     save_adapter,
 )
-from rlaifv_nb.pictures import VIDEO_PACKAGES, torchvision_for, torchvision_problem
-from rlaifv_nb.recipes import DEVICES as RECIPE_DEVICES
+from rlaifv_nb.engine.pictures import VIDEO_PACKAGES, torchvision_for, torchvision_problem
+from rlaifv_nb.runner.recipes import DEVICES as RECIPE_DEVICES
 
 POLICY = "packaged:iconworld-vlm"
 
@@ -208,12 +208,12 @@ def test_a_processor_that_is_not_there_is_named(tmp_path):
 def test_torchvision_belongs_to_one_version_of_torch(monkeypatch):
     assert torchvision_for("2.13.0+cpu") == "0.28.0" and torchvision_for("2.14.1") == "0.29.1"
     versions = {"torchvision": "0.28.0", "torch": "2.13.0+cpu"}
-    monkeypatch.setattr("rlaifv_nb.pictures.metadata.version", versions.get)
+    monkeypatch.setattr("rlaifv_nb.engine.pictures.metadata.version", versions.get)
 
     def fails(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("rlaifv_nb.pictures.importlib.import_module", fails)
+    monkeypatch.setattr("rlaifv_nb.engine.pictures.importlib.import_module", fails)
     assert (
         "torchvision 0.28.0 does not work with PyTorch 2.13.0+cpu (operator torchvision::nms does not exist): pip uninstall"
         in torchvision_problem()

@@ -11,24 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from rlaifv_nb import chain, report
-from rlaifv_nb.command import main
-from rlaifv_nb.formats import from_rlaifv_dataset, import_rows, to_rlaifv_dataset
-from rlaifv_nb.inputs import take_table
-from rlaifv_nb.official import from_official, to_official
+from rlaifv_nb.exchange.inputs import take_table
+from rlaifv_nb.exchange.official import from_official, to_official
+from rlaifv_nb.exchange.public import from_rlaifv_dataset, import_rows, to_rlaifv_dataset
 from rlaifv_nb.pairs import run_pairs
-from rlaifv_nb.recipes import (
-    Reach,
-    RecipeError,
-    check_amounts,
-    check_recipe,
-    load_recipe,
-    packaged_recipes,
-    plumbing_warning,
-    prompts_per_round,
-    reach_of,
-    reach_problem,
-)
 from rlaifv_nb.records import (
     Claim,
     Pair,
@@ -43,6 +29,20 @@ from rlaifv_nb.records import (
     write_rows,
     write_table,
     write_text,
+)
+from rlaifv_nb.runner import chain, report
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.recipes import (
+    Reach,
+    RecipeError,
+    check_amounts,
+    check_recipe,
+    load_recipe,
+    packaged_recipes,
+    plumbing_warning,
+    prompts_per_round,
+    reach_of,
+    reach_problem,
 )
 
 README = Path(__file__).resolve().parent.parent / "README.md"

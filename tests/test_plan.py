@@ -12,9 +12,7 @@ from full_size_configs import FULL_SIZE, write_configs
 from PIL import Image
 from tiny_models import open_tiny
 
-from rlaifv_nb import dryrun as dry
-from rlaifv_nb import prefix as prefixes
-from rlaifv_nb.command import main
+import rlaifv_nb
 from rlaifv_nb.dpo import (
     PairDataset,
     RowMaker,
@@ -24,12 +22,15 @@ from rlaifv_nb.dpo import (
     training_maker,
     usable_pairs,
 )
+from rlaifv_nb.engine import dryrun as dry
+from rlaifv_nb.engine import prefix as prefixes
+from rlaifv_nb.engine.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
+from rlaifv_nb.engine.packing import PER_TOKEN
 from rlaifv_nb.guided_decoding import sample_candidates
-from rlaifv_nb.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
-from rlaifv_nb.packing import PER_TOKEN
-from rlaifv_nb.plan import CARDS, Card, Lengths, advise, config_folder, plan_stage, stage_parameters
-from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 from rlaifv_nb.records import YES_NO_SUFFIX, Pair, Prompt, package_folder
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.plan import CARDS, Card, Lengths, advise, config_folder, plan_stage, stage_parameters
+from rlaifv_nb.runner.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 from rlaifv_nb.sampling import Question, vlm_generator
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
@@ -226,11 +227,11 @@ def test_attention_is_chosen_or_refused_in_one_line(monkeypatch):
     assert attention_for("auto", "cpu", torch.float32) == "sdpa"
     with pytest.raises(ValueError, match="needs a CUDA device"):
         attention_for("flex_attention", "cpu", torch.float32)
-    monkeypatch.setattr("rlaifv_nb.models.find_spec", lambda name: None)
+    monkeypatch.setattr("rlaifv_nb.engine.models.find_spec", lambda name: None)
     assert attention_for("auto", "cuda", torch.bfloat16) == "sdpa"
     with pytest.raises(ImportError, match="pip install flash-attn"):
         attention_for("flash_attention_2", "cuda", torch.bfloat16)
-    monkeypatch.setattr("rlaifv_nb.models.find_spec", lambda name: True)
+    monkeypatch.setattr("rlaifv_nb.engine.models.find_spec", lambda name: True)
     assert (
         attention_for("auto", "cuda", torch.bfloat16) == "flash_attention_2"
         and attention_for("auto", "cuda", torch.float32) == "sdpa"
@@ -240,9 +241,11 @@ def test_attention_is_chosen_or_refused_in_one_line(monkeypatch):
 
 
 def test_the_library_imports_without_cuda():
-    names = sorted(p.stem for p in (Path(dry.__file__).parent).glob("[a-z]*.py"))
+    library = Path(rlaifv_nb.__file__).parent
+    modules = (p.relative_to(library).with_suffix("") for p in library.rglob("[a-z]*.py"))
+    names = sorted(".".join(("rlaifv_nb", *module.parts)) for module in modules)
     code = (
-        f"import importlib, sys\nfor name in {names!r}: importlib.import_module('rlaifv_nb.' + name)\n"
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
         "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & set(sys.modules)"
     )
     done = subprocess.run(

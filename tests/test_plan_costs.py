@@ -8,10 +8,11 @@ import pytest
 from full_size_configs import FULL_SIZE, write_configs
 from PIL import Image
 
-from rlaifv_nb import plan
-from rlaifv_nb.command import main
-from rlaifv_nb.dryrun import open_dry, put_adapter
-from rlaifv_nb.plan import (
+from rlaifv_nb.engine.dryrun import open_dry, put_adapter
+from rlaifv_nb.records import Prompt, package_folder, write_table
+from rlaifv_nb.runner import plan
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.plan import (
     CARDS,
     FAST,
     LIKELY,
@@ -24,6 +25,7 @@ from rlaifv_nb.plan import (
     Seen,
     card_of,
     decoder_of,
+    decoding_steps,
     disk_problem,
     extremes,
     lengths_of,
@@ -41,11 +43,9 @@ from rlaifv_nb.plan import (
     step_floor,
     step_launches,
     step_seconds,
-    decoding_steps,
     upright_size,
 )
-from rlaifv_nb.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
-from rlaifv_nb.records import Prompt, package_folder, write_table
+from rlaifv_nb.runner.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
 
 NOTEBOOKS = package_folder("nbs")
 CARD_OF = {

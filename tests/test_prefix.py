@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, NOT_CACHED, NOT_SHARED, open_tiny
 
-from rlaifv_nb.attention import sharing_problem
-from rlaifv_nb.caches import (
+from rlaifv_nb.engine.attention import sharing_problem
+from rlaifv_nb.engine.caches import (
     ContentCache,
     entry_problem,
     features_problem,
@@ -21,10 +21,9 @@ from rlaifv_nb.caches import (
     question_inputs,
     remember,
 )
-from rlaifv_nb.iconworld import DESCRIBE, draw_picture, make_scene
-from rlaifv_nb.models import lora_targets, prompt_inputs, prompt_positions, unsampled_ids
-from rlaifv_nb.packing import LAYOUTS, PER_TOKEN, collate_rows, pack_by_budget, pack_row, row_logps
-from rlaifv_nb.prefix import (
+from rlaifv_nb.engine.models import lora_targets, prompt_inputs, prompt_positions, unsampled_ids
+from rlaifv_nb.engine.packing import LAYOUTS, PER_TOKEN, collate_rows, pack_by_budget, pack_row, row_logps
+from rlaifv_nb.engine.prefix import (
     branch_logps,
     next_token_sums,
     pick_tokens,
@@ -32,6 +31,7 @@ from rlaifv_nb.prefix import (
     sample_branches,
     uniform_numbers,
 )
+from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 
 SIZES = ((150, 100), (90, 140), (120, 120), (56, 56))
 QUESTIONS = (*DESCRIBE, "What is in the top left?")
@@ -228,7 +228,7 @@ def test_layouts_give_the_same_gradients(name, data):
 
 
 def test_four_bit_layers_pack():
-    from rlaifv_nb.models import open_vlm
+    from rlaifv_nb.engine.models import open_vlm
 
     vlm = open_vlm("packaged:iconworld-vlm", quantisation="nf4")
     picture = draw_picture(make_scene("dev", 3))

@@ -24,11 +24,26 @@ from PIL import Image
 from published_models import PUBLISHED, build_published
 from test_architectures import teach, write_prompts
 
-from rlaifv_nb import chain
-from rlaifv_nb.chain import heading_level, is_example, is_run_cell, kernel_settings, program_of, run_chain
-from rlaifv_nb.models import OpenModel, sharing_of
-from rlaifv_nb.recipes import EXPORT, STAGES, Step, chain_parameters, load_recipe, open_notebook, stored
+from rlaifv_nb.engine.models import OpenModel, sharing_of
 from rlaifv_nb.records import Claim, Prompt, Response, package_folder, read_manifest, read_table, write_table
+from rlaifv_nb.runner import chain
+from rlaifv_nb.runner.chain import (
+    heading_level,
+    is_example,
+    is_run_cell,
+    kernel_settings,
+    program_of,
+    run_chain,
+)
+from rlaifv_nb.runner.recipes import (
+    EXPORT,
+    STAGES,
+    Step,
+    chain_parameters,
+    load_recipe,
+    open_notebook,
+    stored,
+)
 
 TESTS, NOTEBOOKS = Path(__file__).resolve().parent, package_folder("nbs")
 COUNTED = """import sys
@@ -458,7 +473,7 @@ def test_a_labeler_that_gives_nothing_to_yes_and_no(tables, monkeypatch):
     prompts, write, out = tables
     responses, claims = write("01", [response("a" * 12)]), write("02", [claim("a" * 12)])
     monkeypatch.setattr(
-        "rlaifv_nb.prefix.next_token_sums",
+        "rlaifv_nb.engine.prefix.next_token_sums",
         lambda vlm, prefix, index, branches, words, *more, **options: [zeros(index) for _ in words],
     )
     found = run_cells("03_feedback", prompts=prompts, responses=responses, claims=claims, out=out)
@@ -477,8 +492,9 @@ def test_pairs_whose_scores_are_shares_can_be_drawn_and_shown(tables, monkeypatc
 
     nb = open_notebook(NOTEBOOKS / "04_pairs.ipynb")
     (chart,) = [cell for cell in free_cells(nb) if "score of chosen minus score of rejected" in cell.source]
-    import matplotlib.pyplot as plt
     from collections import Counter
+
+    import matplotlib.pyplot as plt
 
     for scores in ([], [(0.9, 0.4), (0.75, 0.7)], [(0.0, -2.0)]):
         pairs = [Pair(f"{k}", "p", "r", "s", "one", "two", good, bad) for k, (good, bad) in enumerate(scores)]

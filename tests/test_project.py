@@ -237,7 +237,7 @@ def test_distributions_hold_notebooks_recipes_and_weights(tracked, tmp_path):
         capture_output=True,
         text=True,
     )
-    payload = {n for n in tracked if re.match(r"nbs/[^/]*\.ipynb$|data/", n)}
+    payload = {n for n in tracked if re.match(r"nbs/.*\.ipynb$|data/", n)}
     assert {Path(n).suffix for n in payload} >= {".ipynb", ".yaml", ".safetensors"}
     with tarfile.open(*dist.glob("*.tar.gz")) as sdist:
         assert payload <= {n.partition("/")[2] for n in sdist.getnames()}
@@ -251,7 +251,7 @@ def test_distributions_hold_notebooks_recipes_and_weights(tracked, tmp_path):
         )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
 def test_imports_stand_in_cells_of_their_own(path):
     "To build the documentation, nbdev runs every cell that imports; anything else in it would run without the cells before."
     for cell in nbformat.read(path, as_version=4).cells:

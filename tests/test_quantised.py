@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rlaifv_nb.dpo import new_adapter
-from rlaifv_nb.iconworld import draw_picture, make_scene
-from rlaifv_nb.models import answer_ids, open_vlm, prompt_inputs
-from rlaifv_nb.packing import collate_rows, pack_row, row_logps
+from rlaifv_nb.engine.models import answer_ids, open_vlm, prompt_inputs
+from rlaifv_nb.engine.packing import collate_rows, pack_row, row_logps
+from rlaifv_nb.iconworld.world import draw_picture, make_scene
 
 POLICY = "packaged:iconworld-vlm"
 

@@ -145,7 +145,7 @@ def test_a_model_too_small_to_split_is_warned_of():
     reason="RLAIFV_SPLITTER names no folder of an instruct model: weights are not part of the tests",
 )
 def test_a_real_model_divides(tmp_path):
-    from rlaifv_nb.models import open_llm
+    from rlaifv_nb.engine.models import open_llm
 
     rows = of("Qwen2.5-Coder-1.5B-Instruct", "few-shot")[:3]
     write_table(

@@ -8,13 +8,10 @@ import pytest
 from judge_server import running_server
 from test_benchmarks_parity import official_data
 
-from rlaifv_nb.claims import parse_facts, read_templates
-from rlaifv_nb.fact_review import is_supported, review_facts
-from rlaifv_nb.iconworld import caption_text, is_true, make_scene, read_claims
-from rlaifv_nb.judges import BudgetSpent, open_judge
-from rlaifv_nb.objects import coco_words
-from rlaifv_nb.records import read_manifest
-from rlaifv_nb.reviews import (
+from rlaifv_nb.benchmarks.fact_review import is_supported, review_facts
+from rlaifv_nb.benchmarks.judges import BudgetSpent, open_judge
+from rlaifv_nb.benchmarks.objects import coco_words
+from rlaifv_nb.benchmarks.reviews import (
     read_llava_bench_items,
     read_mmhal_answers,
     read_mmhal_items,
@@ -30,6 +27,9 @@ from rlaifv_nb.reviews import (
     review_refomb,
     review_table,
 )
+from rlaifv_nb.claims import parse_facts, read_templates
+from rlaifv_nb.iconworld.world import caption_text, is_true, make_scene, read_claims
+from rlaifv_nb.records import read_manifest
 
 FACTS = read_templates().facts
 # What the reference and the model say of a picture of a cat and a red ball.

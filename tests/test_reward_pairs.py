@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from rlaifv_nb import reward_pairs as R
 from rlaifv_nb.guided_decoding import given_ids, read_candidates, run_guided_decoding
 from rlaifv_nb.pairs import length_gap
-from rlaifv_nb.recipes import RecipeError, chain_parameters, check_recipe, first_remade, load_recipe, plan_run
 from rlaifv_nb.records import (
     Candidate,
     Pair,
@@ -24,6 +23,14 @@ from rlaifv_nb.records import (
     write_json,
     write_table,
     write_text,
+)
+from rlaifv_nb.runner.recipes import (
+    RecipeError,
+    chain_parameters,
+    check_recipe,
+    first_remade,
+    load_recipe,
+    plan_run,
 )
 
 quick = settings(max_examples=80, deadline=None, database=None)
@@ -379,7 +386,7 @@ def test_parameters_of_reward_pairs_are_checked_against_the_notebook():
 
 def test_a_step_knows_its_candidates_by_their_tables(tmp_path):
     """What else lies in 07's folder (its notebook, opened and saved) does not change what 04_reward_pairs was made from."""
-    from rlaifv_nb.chain import content_sha
+    from rlaifv_nb.runner.chain import content_sha
 
     write_table(tmp_path, "candidates-aligned", by_rank(3))
     before = content_sha("candidates", tmp_path, 2)
@@ -390,8 +397,8 @@ def test_a_step_knows_its_candidates_by_their_tables(tmp_path):
 
 
 def test_report_shows_pairs_that_the_reward_made_and_claims_no_missing_feedback(tmp_path):
-    from rlaifv_nb.iconworld import write_prompts
-    from rlaifv_nb.report import write_report
+    from rlaifv_nb.iconworld.world import write_prompts
+    from rlaifv_nb.runner.report import write_report
 
     write_prompts(tmp_path / "prompts", {"train": 1})
     prompt_id = read_table(tmp_path / "prompts", "prompts", Prompt)[0].prompt_id

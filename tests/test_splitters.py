@@ -12,8 +12,8 @@ from conftest import check_table
 from tiny_models import END_OF_TURN, SPLITTERS
 
 from rlaifv_nb.claims import Remark, fill, read_templates, run_claims, statement_question
-from rlaifv_nb.models import OpenModel, open_llm, prompt_text
-from rlaifv_nb.prefix import common_prefix_length, generate_texts, grow_texts
+from rlaifv_nb.engine.models import OpenModel, open_llm, prompt_text
+from rlaifv_nb.engine.prefix import common_prefix_length, generate_texts, grow_texts
 from rlaifv_nb.records import Claim, Prompt, Response, SetAside, read_manifest, read_table, write_table
 
 TITLES = {name: build.__doc__.partition(":")[0] for name, build in SPLITTERS.items()}

@@ -14,10 +14,8 @@ import torch
 from device_tags import CARD, CPU, DeviceTags, pinned
 from safetensors.torch import load_file
 
-import rlaifv_nb.attention as attention
 import rlaifv_nb.dpo as dpo
-from rlaifv_nb.attention import kernel_for
-from rlaifv_nb.caches import ContentCache
+import rlaifv_nb.engine.attention as attention
 from rlaifv_nb.dpo import (
     RowMaker,
     drift_of,
@@ -29,7 +27,9 @@ from rlaifv_nb.dpo import (
     steps_of,
     tenth_of,
 )
-from rlaifv_nb.models import open_vlm
+from rlaifv_nb.engine.attention import kernel_for
+from rlaifv_nb.engine.caches import ContentCache
+from rlaifv_nb.engine.models import open_vlm
 from rlaifv_nb.records import (
     Pair,
     Prompt,

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from rlaifv_nb.command import main
-from rlaifv_nb.iconworld import draw_picture, make_scene
-from rlaifv_nb.models import folder_sha
+from rlaifv_nb.engine.models import folder_sha
+from rlaifv_nb.iconworld.world import draw_picture, make_scene
 from rlaifv_nb.records import Pair, Prompt, SetAside, package_folder, read_manifest, read_table, write_rows
+from rlaifv_nb.runner.command import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = ROOT.parent / "shared/official/rlaifv/images"

@@ -10,8 +10,8 @@ import transformers as tf
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from rlaifv_nb.iconworld_models import CHAT_TEMPLATE, build_tokenizer
-from rlaifv_nb.models import OpenModel, sharing_of
+from rlaifv_nb.engine.models import OpenModel, sharing_of
+from rlaifv_nb.iconworld.training import CHAT_TEMPLATE, build_tokenizer
 
 TEXT = dict(
     hidden_size=48,

@@ -43,11 +43,11 @@ from workload import (
     write_json,
 )
 
-from rlaifv_nb.caches import ContentCache
-from rlaifv_nb.models import prompt_inputs, prompt_positions, surface_ids, unsampled_ids
-from rlaifv_nb.pictures import load_image
-from rlaifv_nb.packing import collate_rows, pack_row, row_logps
-from rlaifv_nb.prefix import branch_logps, read_prompts, sample_branches, stack_inputs, yes_no_asker
+from rlaifv_nb.engine.caches import ContentCache
+from rlaifv_nb.engine.models import prompt_inputs, prompt_positions, surface_ids, unsampled_ids
+from rlaifv_nb.engine.packing import collate_rows, pack_row, row_logps
+from rlaifv_nb.engine.pictures import load_image
+from rlaifv_nb.engine.prefix import branch_logps, read_prompts, sample_branches, stack_inputs, yes_no_asker
 from rlaifv_nb.records import YES_NO_SUFFIX
 
 

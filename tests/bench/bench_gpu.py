@@ -42,11 +42,11 @@ from workload import (
     write_json,
 )
 
-from rlaifv_nb.attention import KERNELS
-from rlaifv_nb.caches import ContentCache
 from rlaifv_nb.dpo import tf32_products
-from rlaifv_nb.models import keep_4bit_weights_unpacked
-from rlaifv_nb.packing import n_tokens_of
+from rlaifv_nb.engine.attention import KERNELS
+from rlaifv_nb.engine.caches import ContentCache
+from rlaifv_nb.engine.models import keep_4bit_weights_unpacked
+from rlaifv_nb.engine.packing import n_tokens_of
 
 SEVEN_B = Size(
     vocabulary=32064,

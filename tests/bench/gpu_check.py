@@ -18,13 +18,13 @@ import torch.nn.functional as F
 import transformers as tf
 import yaml
 
-from rlaifv_nb.attention import PackedLayout, sharing_problem
-from rlaifv_nb.command import main as rlaifv
 from rlaifv_nb.dpo import new_adapter, run_dpo
+from rlaifv_nb.engine.attention import PackedLayout, sharing_problem
+from rlaifv_nb.engine.models import OpenModel, open_vlm
+from rlaifv_nb.engine.prefix import grow, pick_tokens, read, uniform_numbers
 from rlaifv_nb.feedback import run_feedback
-from rlaifv_nb.models import OpenModel, open_vlm
-from rlaifv_nb.prefix import grow, pick_tokens, read, uniform_numbers
 from rlaifv_nb.records import Verdict, free_memory, read_manifest, read_table, resolve_path, shard_paths
+from rlaifv_nb.runner.command import main as rlaifv
 
 PARTS = []
 EXAMPLE = {

@@ -32,7 +32,7 @@ def given(function, **options):
 
 def make_inputs(folder):
     "Prompts, an adapter whose lineage any version accepts, and the tables that stages 02 to 05 read."
-    from rlaifv_nb.iconworld import write_prompts
+    from rlaifv_nb.iconworld.world import write_prompts
 
     write_prompts(folder / "prompts", {"train": 44, "dev": 4})
     write_prompts(folder / "few", {"test": 4})
@@ -45,10 +45,10 @@ def time_stages(inputs, out, share):
     "`{stage: seconds}` of the stages that use a model, opening it included; the tables of earlier stages come from `inputs`."
     from rlaifv_nb.claims import run_claims
     from rlaifv_nb.dpo import run_dpo
+    from rlaifv_nb.engine.models import open_llm, open_vlm
     from rlaifv_nb.evaluation import run_evaluation
     from rlaifv_nb.feedback import run_feedback
     from rlaifv_nb.guided_decoding import run_guided_decoding
-    from rlaifv_nb.models import open_llm, open_vlm
     from rlaifv_nb.pairs import run_pairs
     from rlaifv_nb.sampling import run_sampling
 

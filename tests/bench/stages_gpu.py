@@ -21,11 +21,19 @@ from workload import print_cells, start_training, step_on_rows
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from full_size_configs import write_configs  # noqa: E402
 
-from rlaifv_nb import dryrun as dry  # noqa: E402
 from rlaifv_nb.dpo import new_adapter  # noqa: E402
-from rlaifv_nb.models import DTYPES, OpenModel, keep_4bit_weights_unpacked, sharing_of, unquantised_modules  # noqa: E402
-from rlaifv_nb.packing import n_tokens_of  # noqa: E402
-from rlaifv_nb.plan import (
+from rlaifv_nb.engine import dryrun as dry  # noqa: E402
+from rlaifv_nb.engine.models import (
+    DTYPES,
+    OpenModel,
+    keep_4bit_weights_unpacked,
+    sharing_of,
+    unquantised_modules,
+)  # noqa: E402
+from rlaifv_nb.engine.packing import n_tokens_of  # noqa: E402
+from rlaifv_nb.engine.prefix import next_token_sums, read_prompts, sample_branches  # noqa: E402
+from rlaifv_nb.records import package_folder  # noqa: E402
+from rlaifv_nb.runner.plan import (
     CARDS,
     MODEL_KEYS,
     Lengths,
@@ -36,9 +44,7 @@ from rlaifv_nb.plan import (
     read_model,
     stage_parameters,
 )  # noqa: E402
-from rlaifv_nb.prefix import next_token_sums, read_prompts, sample_branches  # noqa: E402
-from rlaifv_nb.recipes import check_recipe, load_recipe  # noqa: E402
-from rlaifv_nb.records import package_folder  # noqa: E402
+from rlaifv_nb.runner.recipes import check_recipe, load_recipe  # noqa: E402
 
 RUNS = {
     "llava15-7b-24gb": 24,

@@ -30,11 +30,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlaifv_nb.attention import sharing_problem
-from rlaifv_nb.caches import picture_entry, picture_key, question_inputs, remember, to_device
-from rlaifv_nb.models import OpenModel, answer_ids, lora_targets, prompt_inputs
-from rlaifv_nb.pictures import load_image
-from rlaifv_nb.packing import collate_rows, pack_row, row_logps
+from rlaifv_nb.engine.attention import sharing_problem
+from rlaifv_nb.engine.caches import picture_entry, picture_key, question_inputs, remember, to_device
+from rlaifv_nb.engine.models import OpenModel, answer_ids, lora_targets, prompt_inputs
+from rlaifv_nb.engine.packing import collate_rows, pack_row, row_logps
+from rlaifv_nb.engine.pictures import load_image
 from rlaifv_nb.records import YES_NO_SUFFIX, sha256_of
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -232,7 +232,7 @@ def make_config(size, tokenizer):
 
 def make_processor(size, tokenizer):
     "LLaVA's processor for pictures of this size."
-    from rlaifv_nb.iconworld_models import CHAT_TEMPLATE
+    from rlaifv_nb.iconworld.training import CHAT_TEMPLATE
 
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": size.image}, crop_size={"height": size.image, "width": size.image}
