@@ -746,6 +746,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'rlaifv_nb/engine/models.py'),
                                          'rlaifv_nb.engine.models.OpenModel.settings': ( 'engine/models.html#openmodel.settings',
                                                                                          'rlaifv_nb/engine/models.py'),
+                                         'rlaifv_nb.engine.models.OpenModel.shares_prefix': ( 'engine/models.html#openmodel.shares_prefix',
+                                                                                              'rlaifv_nb/engine/models.py'),
                                          'rlaifv_nb.engine.models.OpenModel.special_ids': ( 'engine/models.html#openmodel.special_ids',
                                                                                             'rlaifv_nb/engine/models.py'),
                                          'rlaifv_nb.engine.models.OpenModel.tokenizer': ( 'engine/models.html#openmodel.tokenizer',

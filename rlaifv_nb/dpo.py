@@ -740,7 +740,7 @@ def training_maker(maker, pair, cache, cache_gb: float) -> tuple[RowMaker, dict]
     vlm = maker.vlm
     problem = ""
     if maker.layout != "plain":
-        problem = vlm.sharing if maker.layout == "packed" else ""
+        problem = vlm.sharing_problem if maker.layout == "packed" else ""
         problem = problem or layout_problem(vlm.core, maker.row(pair), maker.layout, maker.kernel, vlm.device)
     engine = {"layout": "plain", "layout_problem": problem} if problem else {"layout": maker.layout}
     if engine["layout"] == "packed":

@@ -243,11 +243,11 @@ class PortionedAsker:
 
 def plain_path_note(vlm, unit: str) -> str:
     "A sentence about a model that reads a prompt again for each branch (a `unit`); empty when it does not."
-    if not vlm.sharing:
+    if vlm.shares_prefix:
         return ""
     return (
         f"{vlm.name} reads the picture and its prompt again for each {unit}, "
-        f"which can take 20 times as long: {vlm.sharing}."
+        f"which can take 20 times as long: {vlm.sharing_problem}."
     )
 
 # %% ../nbs/03_feedback.ipynb #5a7e0009

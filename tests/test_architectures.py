@@ -239,7 +239,9 @@ def test_an_adapter_survives_saving_and_merging(name, saved, tmp_path, show):
     vlm.model.save_pretrained(tmp_path / "merged")
     reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(
-        adapted, logps_of(OpenModel(reloaded, vlm.processor, name, name, sharing="not asked")), atol=1e-4
+        adapted,
+        logps_of(OpenModel(reloaded, vlm.processor, name, name, sharing_problem="not asked")),
+        atol=1e-4,
     )
     show(TITLES[name], "adapter saved, reloaded, merged")
 
@@ -260,7 +262,7 @@ def test_four_bit_is_for_the_language_model_alone(name, saved, show):
         if n.rpartition(".")[0] not in four_bit
     )
     assert lora_targets(shared.core) == lora_targets(core)
-    assert NOT_SHARED[name] in shared.sharing if name in NOT_SHARED else shared.sharing == ""
+    assert NOT_SHARED[name] in shared.sharing_problem if name in NOT_SHARED else shared.sharing_problem == ""
     assert torch.allclose(logps_of(shared), logps_of(plain), atol=1e-4)
     assert 0.01 < (logps_of(shared) - logps_of(tiny(name))).abs().max() < 20, "4 bits are not 32"
     show(TITLES[name], "4-bit")
@@ -289,7 +291,10 @@ def lesson(vlm, k):
 
 def teach(vlm, steps=64):
     "Teaches a model four captions, whatever the picture, and that two of them are wrong, so that the stages have claims and pairs to work on."
-    lessons, layout = [lesson(vlm, k) for k in range(len(SIZES))], "plain" if vlm.sharing else "packed"
+    lessons, layout = (
+        [lesson(vlm, k) for k in range(len(SIZES))],
+        "plain" if vlm.sharing_problem else "packed",
+    )
     learnt = {id(p): p for part in (vlm.core.get_decoder(), vlm.core.lm_head) for p in part.parameters()}
     optimizer = torch.optim.AdamW(learnt.values(), lr=6e-3, weight_decay=0.0)
     vlm.model.train()

@@ -104,7 +104,7 @@ def test_refilled_rows_give_the_same_answers(name, look, rows):
             vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, row_share=rows
         )
         assert on == alone and queue.batch_size == batch_size and 0 < queue.use.share() <= 1
-        if not vlm.sharing and look == 1 and batch_size == 3:
+        if vlm.shares_prefix and look == 1 and batch_size == 3:
             off, waits = sampled(
                 vlm, prompts_of(name, 7, 3), batch_size=batch_size, max_new_tokens=18, look=look, refill=False
             )
@@ -171,7 +171,7 @@ def test_out_of_memory_keeps_what_is_finished(name, refill, capsys):
     whole, _ = sampled(vlm, prompts_of(name, 6, 3), batch_size=4, max_new_tokens=16)
     size = max(inputs_of(name, k)["input_ids"].shape[1] for k in range(6))
     each = (
-        size if not vlm.sharing else 4 * size
+        size if vlm.shares_prefix else 4 * size
     )  # a model that does not share reads a prompt for each of its answers
     with memory_for(vlm, 2 * each + 1) as often:
         found, queue = sampled(
@@ -228,8 +228,8 @@ def test_own_tokens_grow_by_blocks():
 @on_every_architecture
 def test_texts_behind_one_instruction(name):
     vlm = tiny(name)
-    if vlm.sharing:
-        pytest.skip(vlm.sharing)
+    if vlm.sharing_problem:
+        pytest.skip(vlm.sharing_problem)
     generator = torch.Generator().manual_seed(3)
     instruction = torch.randint(10, 700, (40,), generator=generator).tolist()
     rests = [torch.randint(10, 700, (n,), generator=generator).tolist() for n in (1, 9, 70, 3, 30)]

@@ -95,7 +95,7 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     pictures, device = [Image.new("RGB", (224, 224), c) for c in ("white", "red")], "cpu"
     inputs = [prompt_inputs(vlm, picture, QUESTION) for picture in pictures]
     fresh = lambda: dry.open_dry(
-        vlm.core.config, vlm.processor, "float32", vlm.quantisation, share_prefix=not vlm.sharing
+        vlm.core.config, vlm.processor, "float32", vlm.quantisation, share_prefix=vlm.shares_prefix
     )
     d = fresh()
     weights = dry.weight_bytes(d.model)
@@ -131,7 +131,10 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     pairs = [Pair(f"pair {k}", k, "a", "b", *TEXTS, 0, -1) for k in prompts]
     for checkpointing in (False, True):
         trained = new_adapter(
-            OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing), 8, 16, 0
+            OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing_problem),
+            8,
+            16,
+            0,
         )
         maker, engine = training_maker(
             RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0

@@ -99,8 +99,8 @@ def test_branch_logps_equal_the_models_own(name, data):
     index = data.draw(st.lists(st.integers(0, len(asked) - 1), min_size=1, max_size=9))
     branches = [data.draw(st.lists(tokens, min_size=1, max_size=12)) for _ in index]
     inputs, shared, plain = [inputs_of(name, *a) for a in asked], tiny(name), tiny(name, False)
-    assert plain.sharing and (
-        NOT_SHARED[name] in shared.sharing if name in NOT_SHARED else shared.sharing == ""
+    assert plain.sharing_problem and (
+        NOT_SHARED[name] in shared.sharing_problem if name in NOT_SHARED else shared.sharing_problem == ""
     )
     on, off = (branch_logps(vlm, read_prompts(vlm, inputs), index, branches) for vlm in (shared, plain))
     for k, branch, a, b in zip(index, branches, on, off):
@@ -219,7 +219,7 @@ def test_layouts_give_the_same_gradients(name, data):
         )
     plain, expected = lora_gradients(vlm, rows, "plain", False)
     together = (("shared", False, None), ("packed", False, None), ("packed", True, 150))
-    for layout, checkpointing, budget in (("plain", True, 100),) if vlm.sharing else together:
+    for layout, checkpointing, budget in (("plain", True, 100),) if vlm.sharing_problem else together:
         logps, gradients = lora_gradients(vlm, rows, layout, checkpointing, budget)
         assert torch.allclose(plain, logps, atol=1e-4)
         assert gradients.keys() == expected.keys() and len(gradients) == 3 * 7 * 2
@@ -242,7 +242,7 @@ def test_four_bit_layers_pack():
 @on_every_architecture
 def test_the_entry_of_a_picture_makes_the_row_of_any_question(name, tmp_path):
     vlm, cache = tiny(name), ContentCache(tmp_path, 1)
-    layout = "plain" if vlm.sharing else "packed"
+    layout = "plain" if vlm.sharing_problem else "packed"
     if name in NOT_CACHED:
         problem = features_problem(vlm, inputs_of(name, 0, 0))
         assert NOT_CACHED[name] in problem and type(vlm.core).__name__ in problem

@@ -184,7 +184,9 @@ def test_responses_become_claims(name, saved, prompt_files, tmp_path, show):
 @on_every_family
 def test_the_instruction_is_read_once_and_nothing_changes(name, saved, show):
     shared, plain = open_llm(saved(name)), open_llm(saved(name), share_prefix=False)
-    assert ("sliding_attention" in shared.sharing) == (name == "gemma3_text") and plain.sharing
+    assert ("sliding_attention" in shared.sharing_problem) == (
+        name == "gemma3_text"
+    ) and plain.sharing_problem
     long = read_templates(
         "packaged:prompts/facts_fewshot.txt", "packaged:prompts/question_fewshot.txt"
     ).question
@@ -197,7 +199,7 @@ def test_the_instruction_is_read_once_and_nothing_changes(name, saved, show):
     hook = shared.core.model.embed_tokens.register_forward_pre_hook(
         lambda module, args: tokens.append(tuple(args[0].shape))
     )
-    if not shared.sharing:
+    if shared.shares_prefix:
         branches = grow_texts(shared, rows[0][:n], [row[n:] for row in rows], 12)
         assert n > 300 and tokens == [(1, n), (1, sum(len(row) - n for row in rows))]
         assert branches.own.lengths.tolist() == [len(row) - n for row in rows]
@@ -217,7 +219,7 @@ def test_the_instruction_is_read_once_and_nothing_changes(name, saved, show):
         torch.tensor([rows[0]]), do_sample=False, max_new_tokens=12, eos_token_id=plain.end_id
     )[0, len(rows[0]) :]
     assert plain.tokenizer.decode(own, skip_special_tokens=True).strip() == on[0][0]
-    show(TITLES[name], "instruction read once, on = off", but=shared.sharing)
+    show(TITLES[name], "instruction read once, on = off", but=shared.sharing_problem)
 
 
 @on_every_family

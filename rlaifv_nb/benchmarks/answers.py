@@ -394,7 +394,7 @@ def answer_pictures(vlm, pictures, texts, max_new_tokens, num_beams=1, share=Tru
     flat = [(picture, text) for picture, row in zip(pictures, texts) for text in row]
     if num_beams > 1:
         answers = [beam_answer(vlm, picture, text, num_beams, max_new_tokens) for picture, text in flat]
-    elif share and not vlm.sharing:
+    elif share and vlm.shares_prefix:
         answers = continue_greedily(vlm, *shared_prompts(vlm, pictures, texts), max_new_tokens)
     else:
         heads = [prompt_inputs(vlm, picture, text) for picture, text in flat]
@@ -471,7 +471,7 @@ def run_answers(
         max_new_tokens=max_new_tokens,
         decoding=decoding,
         batch_size=batch_size,
-        sharing=vlm.sharing if share else "off",
+        sharing=vlm.sharing_problem if share else "off",
         protocol=ANSWERS,
         added=added,
         **vlm.asked,

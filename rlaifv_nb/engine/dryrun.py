@@ -312,7 +312,7 @@ def decoding_work(vlm, branches, answers, max_new_tokens, temperature, top_p, to
 def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0, top_k=0, refill=False):
     """`n` answers to each prompt of a prefix. With `refill`, as a `SampleQueue` has it that goes on: rows for a part of the answers, and while all rows
     are at their longest, a further prompt is read and takes the place of the first."""
-    refill = refill and not vlm.sharing
+    refill = refill and vlm.shares_prefix
     index = [k for k in range(len(prefix.inputs)) for _ in range(n)]
     index = index[: rows_for(len(index), ROWS)] if refill else index
     branches = grow(vlm, prefix, whole_rows(index), max_new_tokens)
@@ -326,7 +326,7 @@ def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0, to
 def scored(vlm, prefix, n_branches, n_tokens, max_tokens=16384):
     "States that `score_branches` returns for as many branches of one length to each prompt: of one full group as the engine finds them, of the others empty."
     index = [k for k in range(len(prefix.inputs)) for _ in range(n_branches)]
-    whole = n_tokens + (prefix.inputs[0]["input_ids"].shape[1] if vlm.sharing else 0)
+    whole = n_tokens + (prefix.inputs[0]["input_ids"].shape[1] if vlm.sharing_problem else 0)
     group = index[: max(1, max_tokens // whole)]
     others = [
         torch.empty(
@@ -359,7 +359,7 @@ def guided_work(vlm, prompts, n, max_new_tokens, temperature=0.7):
 def claims_work(llm, n_rows, prompt_tokens, max_new_tokens, instruction_tokens=0):
     """What `generate_texts` does for as many prompts of one length, or as many as it takes at a time. `instruction_tokens` of each prompt are an
     instruction that all share, `prompt_tokens` its own."""
-    if llm.sharing:
+    if llm.sharing_problem:
         prompt_tokens += instruction_tokens
         instruction_tokens = 0
     most = inspect.signature(generate_texts).parameters["max_tokens"].default // (
@@ -394,7 +394,7 @@ def has_deep_features(vlm):
 
 def training_work(vlm, prompt, answer_tokens, p, device):
     "An optimiser step of the longest pairs, after the first one: the optimiser's two states are there. `p`: parameters of 05_dpo."
-    layout = "plain" if vlm.sharing and p["layout"] == "packed" else p["layout"]
+    layout = "plain" if vlm.sharing_problem and p["layout"] == "packed" else p["layout"]
     kernel = "varlen" if device == "cuda" and vlm.core.dtype != torch.float32 else "sdpa"
     trained = [w for w in vlm.model.parameters() if w.requires_grad]
     states = [torch.empty_like(w) for w in trained for _ in range(2)]  # noqa: F841, alive
@@ -421,7 +421,7 @@ def training_work(vlm, prompt, answer_tokens, p, device):
 @torch.no_grad()
 def reference_work(vlm, prompt, answer_tokens, p, device):
     "Log-probabilities of the reference for `8 * batch_size` pairs, and the preflight's four pairs from pixels."
-    layout = "plain" if vlm.sharing and p["layout"] == "packed" else p["layout"]
+    layout = "plain" if vlm.sharing_problem and p["layout"] == "packed" else p["layout"]
     kernel = "varlen" if device == "cuda" and vlm.core.dtype != torch.float32 else "sdpa"
     rows = [
         pair_row(vlm, prompt, answer_tokens, has_deep_features(vlm))

@@ -197,7 +197,7 @@ class OpenModel:
     name: str
     sha: str
     quantisation: str = "none"
-    sharing: str = ""  # why branches do not share their prompt; empty: they do
+    sharing_problem: str = ""  # why branches do not share their prompt; empty: they do
     notes: dict = field(
         default_factory=dict
     )  # what a manifest should say about how the model was put together
@@ -236,6 +236,11 @@ class OpenModel:
         return sha256_of(json.dumps(self.asked, sort_keys=True))[:12] if self.asked else ""
 
     @property
+    def shares_prefix(self):
+        "Whether branches of a prompt share one reading of it."
+        return not self.sharing_problem
+
+    @property
     def settings(self):
         """How the model was opened, for a manifest: `dtype`, `quantisation`, `attention`, `sharing`, and what `asked` names. `attention` is what really
         runs; while branches share their prompt, this is `rlaifv_branches` in the language model ([engine/02_attention](02_attention.ipynb))."""
@@ -253,7 +258,7 @@ class OpenModel:
             "dtype": str(self.core.dtype).removeprefix("torch."),
             "quantisation": self.quantisation,
             "attention": ", vision: ".join(kinds),
-            "sharing": self.sharing,
+            "sharing": self.sharing_problem,
             **self.asked,
         }
 
@@ -603,7 +608,7 @@ def open_vlm(
             f"{name}: {type(model).__name__} is not supported: it has no {', no '.join(missing)}"
         )
     ask_with(opened, system_prompt, pad_pictures, max_pixels)
-    opened.sharing = sharing_of(model, share_prefix)
+    opened.sharing_problem = sharing_of(model, share_prefix)
     return with_adapter(opened, adapter, trainable, any_quantisation) if adapter else opened
 
 

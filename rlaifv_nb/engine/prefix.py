@@ -78,7 +78,7 @@ def read(vlm, inputs):
 @torch.no_grad()
 def read_prompts(vlm, inputs):
     "Reads prompts (a list of `prompt_inputs`, or of token ids alone) once. For a model that does not share prefixes, puts it off to each branch."
-    return Prefix(inputs) if vlm.sharing else read(vlm, inputs)
+    return Prefix(inputs) if vlm.sharing_problem else read(vlm, inputs)
 
 # %% ../../nbs/engine/05_prefix.ipynb #6f2d43ae
 def read_row(vlm, row, next_position, index, branches):
@@ -250,7 +250,7 @@ class PlainRows:
 @torch.no_grad()
 def grow(vlm, prefix, index, room):
     "Branches ready to grow by up to `room` tokens, shared if the model can."
-    return (PlainRows if vlm.sharing else SharedRows)(vlm, prefix, index, room)
+    return (PlainRows if vlm.sharing_problem else SharedRows)(vlm, prefix, index, room)
 
 # %% ../../nbs/engine/05_prefix.ipynb #94c4c88d
 def score_shared(vlm, prefix, index, branches):
@@ -290,10 +290,14 @@ def score_branches(vlm, prefix, index, branches, max_tokens=16384):
 
     About `max_tokens` go through the model at a time: of the branches, or, for a model that does not share, of prompts and branches."""
     states, branches = [None] * len(branches), [list(b) for b in branches]
-    order = sorted(range(len(branches)), key=lambda r: (0 if vlm.sharing else index[r], len(branches[r])))
-    size = lambda r: len(branches[r]) + (prefix.inputs[index[r]]["input_ids"].shape[1] if vlm.sharing else 0)
+    order = sorted(
+        range(len(branches)), key=lambda r: (0 if vlm.sharing_problem else index[r], len(branches[r]))
+    )
+    size = lambda r: (
+        len(branches[r]) + (prefix.inputs[index[r]]["input_ids"].shape[1] if vlm.sharing_problem else 0)
+    )
     for group in pack_by_budget(order, max_tokens, size):
-        found = (score_plain if vlm.sharing else score_shared)(
+        found = (score_plain if vlm.sharing_problem else score_shared)(
             vlm, prefix, [index[r] for r in group], [branches[r] for r in group]
         )
         for r, hidden in zip(group, found):
@@ -628,7 +632,7 @@ class SampleQueue:
         self.batch_size = batch_size
         self.answers_at_once = 0  # of a prompt that is alone; 0: all
         self.row_share = row_share or ROWS
-        self.refill = refill and not vlm.sharing and (row_share > 0 or vlm.device.type != "cpu")
+        self.refill = refill and vlm.shares_prefix and (row_share > 0 or vlm.device.type != "cpu")
         self.max_new_tokens = max_new_tokens
         self.use = RowUse()
         self.sampling = dict(
@@ -732,7 +736,7 @@ class SampleQueue:
             def feed(n_free):
                 return self.feed(n_free, slots, branches, waiting)
 
-            if self.vlm.sharing:  # rows cannot be refilled: the next ones are grown
+            if self.vlm.sharing_problem:  # rows cannot be refilled: the next ones are grown
                 stream = sample_rows(branches, sampler, deque())
             else:
                 prefix = None  # its tensors are the branches' now
@@ -830,7 +834,7 @@ def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
     limits = {} if limits is None else limits
     texts = [prompt_text(llm, prompt, image=None) for prompt in prompts]
     rows = [llm.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    shared = 0 if llm.sharing or len(rows) < 2 else common_prefix_length(rows)
+    shared = 0 if llm.sharing_problem or len(rows) < 2 else common_prefix_length(rows)
     answers = [Answer(rest=row[shared:]) for row in rows]
 
     def size(answer):

@@ -536,7 +536,7 @@ class Planned:
     @property
     def shares(self) -> bool:
         "Whether branches share their prompt."
-        return not self.vlm.sharing
+        return self.vlm.shares_prefix
 
     @property
     def asked(self) -> dict:
@@ -568,7 +568,7 @@ def step_launches(vlm) -> int:
     def step():
         prefix = read_prompts(vlm, [{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
         branches = grow(vlm, prefix, [0] * 4, 4)
-        if not vlm.sharing:
+        if vlm.shares_prefix:
             branches.own.even = False  # as soon as rows are refilled
         with launches:
             branches.step(torch.ones(4, dtype=torch.long))

@@ -227,7 +227,7 @@ def sampling_step(vlm, n_prompts, n_answers, n_prompt_tokens, room, device):
 def sampling(device):
     "How long a step takes, which is launch-bound for few rows."
     vlm = random_llava(device)
-    print("prefix shared" if not vlm.sharing else f"prefix not shared: {vlm.sharing}")
+    print("prefix shared" if vlm.shares_prefix else f"prefix not shared: {vlm.sharing_problem}")
     n_tokens, room = (636, 60) if device == "cuda" else (24, 12)
     for note in ("base", "with an adapter, not merged"):
         for n_prompts in (2, 8) if device == "cuda" else (1,):

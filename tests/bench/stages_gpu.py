@@ -129,7 +129,7 @@ def work_of(notebook, p, vlm, prompt, lengths, device):
         optimizer, reference = start_training(vlm.model), torch.zeros(len(rows), 2, device=device)
         return (
             lambda: step_on_rows(
-                vlm, optimizer, rows, reference, "shared" if vlm.sharing else p["layout"], "auto"
+                vlm, optimizer, rows, reference, "shared" if vlm.sharing_problem else p["layout"], "auto"
             )
         ), sum(map(n_tokens_of, rows))
     raise SystemExit(f"no work for {notebook}")
