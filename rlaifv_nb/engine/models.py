@@ -591,7 +591,7 @@ def open_vlm(
 ) -> OpenModel:
     """A vision-language model, with a LoRA adapter if one is named, on `device`, asked as `ask_with` says.
 
-    With `share_prefix`, branches of a prompt share one reading of it ([engine/05_prefix](05_prefix.ipynb)) if the model can; `sharing` says why
+    With `share_prefix`, branches of a prompt share one reading of it ([engine/05_prefix](05_prefix.ipynb)) if the model can; `sharing_problem` says why
     not. Raises ValueError for an unknown option, a processor that cannot be opened here, a model with parts missing, options that the
     model's chat template or processor cannot obey, or an adapter that `with_adapter` refuses."""
     from transformers import AutoModelForImageTextToText
