@@ -10,12 +10,13 @@ __all__ = ['WHOLE_QUESTION', 'STATEMENT_QUESTION', 'PHRASE_QUESTION', 'WORD_QUES
            'beginnings', 'is_leaked', 'is_form', 'without_do', 'same_order', 'differences', 'content',
            'question_problem', 'bare', 'is_noun_phrase', 'is_one_clause', 'is_perfect', 'move_verb', 'put_do',
            'lower_first', 'question_by_rule', 'statement_question', 'Remark', 'split_responses', 'read_question',
-           'ask_questions', 'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'run_claims',
-           'division_counts', 'finish_claims']
+           'ask_questions', 'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'ClaimsOptions',
+           'divide_chunk', 'run_claims', 'division_counts', 'finish_claims']
 
 # %% ../nbs/02_claims.ipynb #324a965c
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,11 @@ from rlaifv_nb.records import (
     Response,
     SetAside,
     StageFolder,
+    StageOptions,
     claim_id_of,
+    option,
     read_rows,
     read_table,
-    require_one_of,
     resolve_path,
     sha256_of,
     shard_paths,
@@ -828,67 +830,79 @@ def division_warnings(rows, set_aside, counts: dict, questions: str, max_new_tok
     return found
 
 # %% ../nbs/02_claims.ipynb #e09e875a
+@dataclass(frozen=True)
+class ClaimsOptions(StageOptions):
+    """How answers are divided. Raises ValueError for an unknown word or a number out of its range.
+
+    The manifest names the two prompt files by the hash of their texts."""
+
+    facts_prompt: str = option("packaged:prompts/facts.txt", working=True)
+    question_prompt: str = option("packaged:prompts/question.txt", working=True)
+    questions: str = option("rule", words=QUESTIONS)
+    check_questions: bool = option(True)
+    divide: str = option("facts", words=DIVIDES)
+    max_new_tokens: int = option(512, least=1)
+    batch_size: int = option(256, least=1, working=True)
+
+# %% ../nbs/02_claims.ipynb #e09e875c
+def divide_chunk(
+    responses: list[Response],
+    question_of: dict[str, str],
+    ask: Callable,
+    templates: Templates,
+    options: ClaimsOptions,
+) -> tuple[list[Claim], list[SetAside], list[Remark]]:
+    "The claims of some responses, the responses set aside, and remarks. `question_of` maps prompt ids to questions."
+    if options.divide == "whole":
+        return whole_claims(responses)
+    return extract_claims(responses, question_of, ask, templates, options.check_questions, options.questions)
+
+
 def run_claims(
-    prompts: str,
-    responses: str,
-    out: str,
-    llm,
+    prompts: str | Path,  # folder of the prompts table
+    responses: str | Path,  # folder of the responses table
+    out: str | Path,  # folder of this stage
+    llm,  # the splitter, an `OpenModel`
     *,
-    divide: str = "facts",
-    questions: str = "rule",
-    max_new_tokens: int = 512,
-    batch_size: int = 256,
-    shard_size: int = 1024,
-    templates: Templates = None,
-    check_questions: bool = True,
-) -> list:
+    options: ClaimsOptions | None = None,  # None: the defaults
+    shard_size: int = 1024,  # responses in each shard
+) -> StageFolder:
     """The stage: splits every response into claims with their questions, and writes shards and the manifest.
 
-    A shard holds `shard_size` responses. The splitter reads `batch_size` texts at a time, fewer where memory
-    runs out. Raises ValueError for an unknown option, and when no response has a claim."""
-    require_one_of(divide, DIVIDES, "divide")
-    require_one_of(questions, QUESTIONS, "questions")
+    The splitter reads `batch_size` texts at a time, fewer where memory runs out. Raises ValueError when no response has a
+    claim."""
     from rlaifv_nb.engine.prefix import generate_texts
 
-    templates = templates or read_templates()
-    parameters = dict(
-        divide=divide,
-        questions=questions,
-        max_new_tokens=max_new_tokens,
-        prompt_sha=templates.sha,
-        check_questions=check_questions,
-        **llm.settings,
-    )
+    options = options or ClaimsOptions()
+    templates = read_templates(options.facts_prompt, options.question_prompt)
+    parameters = options.parameters | {"prompt_sha": templates.sha} | llm.settings
     inputs = {
         "prompts": table_sha(prompts, "prompts"),
         "responses": table_sha(responses, "responses"),
         "splitter": llm.sha,
     }
     stage = StageFolder(out, "claims", parameters, inputs)
+    if stage.is_done:
+        return stage
     rows = read_table(responses, "responses", Response)
-    if not stage.is_done:
-        question_of = {p.prompt_id: p.question for p in read_table(prompts, "prompts", Prompt)}
-        shard_of = {r.response_id: k // shard_size for k, r in enumerate(rows)}
-        said = {}  # number of a shard -> its remarks
-        limits = {"rows": batch_size}  # of the splitter, which notes here how many fitted into memory
-        ask = partial(generate_texts, llm, max_new_tokens=max_new_tokens, limits=limits)
+    question_of = {p.prompt_id: p.question for p in read_table(prompts, "prompts", Prompt)}
+    shard_of = {r.response_id: k // shard_size for k, r in enumerate(rows)}
+    said = {}  # number of a shard -> its remarks
+    limits = {"rows": options.batch_size}  # of the splitter, which notes here how many fitted into memory
+    ask = partial(generate_texts, llm, max_new_tokens=options.max_new_tokens, limits=limits)
 
-        def work(chunk):
-            if divide == "whole":
-                claims, set_aside, remarks = whole_claims(chunk)
-            else:
-                claims, set_aside, remarks = extract_claims(
-                    chunk, question_of, ask, templates, check_questions, questions
-                )
-            if remarks:
-                number = shard_of[chunk[0].response_id]
-                said[number] = said.get(number, []) + remarks
-                write_rows(stage.path / f"remarks-{number:05d}.jsonl", said[number])
-            return claims, set_aside
+    def work(chunk):
+        claims, set_aside, remarks = divide_chunk(chunk, question_of, ask, templates, options)
+        if remarks:
+            number = shard_of[chunk[0].response_id]
+            said[number] = said.get(number, []) + remarks
+            write_rows(stage.path / f"remarks-{number:05d}.jsonl", said[number])
+        return claims, set_aside
 
-        stage.map("claims", rows, work, shard_size)
-        finish_claims(stage, rows, llm.name, batch_size={"asked": batch_size, "used": limits["rows"]})
-    return read_table(out, "claims", Claim)
+    stage.map("claims", rows, work, shard_size)
+    fitted = {"asked": options.batch_size, "used": limits["rows"]}
+    finish_claims(stage, rows, llm.name, options, batch_size=fitted)
+    return stage
 
 # %% ../nbs/02_claims.ipynb #e09e875b
 def division_counts(claims, remarks) -> dict:
@@ -906,41 +920,28 @@ def division_counts(claims, remarks) -> dict:
         "cut_lists": n[CUT],
     }
 
-
-def finish_claims(stage, rows, name: str, **extra):
-    """Writes the manifest with the counts of a division and its warnings. Raises ValueError when no
-    response has a claim."""
-    claims = read_table(stage.path, "claims", Claim)
+# %% ../nbs/02_claims.ipynb #e09e875d
+def finish_claims(stage: StageFolder, rows: list[Response], splitter: str, options: ClaimsOptions, **extra):
+    "Writes the manifest with counts and warnings of a division. Raises ValueError when no response has a claim."
+    claims = stage.read("claims", Claim)
     set_aside = stage.set_aside("claims")
     remarks = [r for path in shard_paths(stage.path, "remarks") for r in read_rows(path, Remark)]
     if not claims:
-        first = (
-            f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}" if set_aside else ""
-        )
+        first = ""
+        if set_aside:
+            first = f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}"
         raise ValueError(
-            f"no claims in any of {len(rows)} responses{first}: is {name} a model that follows the "
-            f"splitting prompt?"
+            f"no claims in any of {len(rows)} responses{first}: is {splitter} a model that follows the splitting prompt?"
         )
     kept = len(rows) - len(set_aside)
-    counts = (
-        division_counts(claims, remarks)
-        if stage.parameters["divide"] == "facts"
-        else {"n_claims": len(claims)}
-    )
+    counts = {"n_claims": len(claims)}
+    if options.divide == "facts":
+        counts = division_counts(claims, remarks)
     counts["without_claims"] = kept - len({c.response_id for c in claims})
     warnings = []
-    if stage.parameters["divide"] == "facts":
-        warnings = division_warnings(
-            rows, set_aside, counts, stage.parameters["questions"], stage.parameters["max_new_tokens"]
-        )
+    if options.divide == "facts":
+        warnings = division_warnings(rows, set_aside, counts, options.questions, options.max_new_tokens)
     for sentence in warnings:
         print(f"Warning: {sentence}.")
-    stage.finish(
-        len(rows),
-        kept,
-        ["claims"] + ["remarks"] * bool(remarks),
-        set_aside,
-        **counts,
-        warnings=warnings,
-        **extra,
-    )
+    tables = ["claims", "remarks"] if remarks else ["claims"]
+    stage.finish(len(rows), kept, tables, set_aside, **counts, warnings=warnings, **extra)

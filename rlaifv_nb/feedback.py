@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_MASS', 'NOT_A_NUMBER', 'LEAST_TOKENS', 'is_number', 'label_of', 'not_a_number', 'NumberCheck', 'ask_alone',
-           'judge_claims', 'blind_share', 'labeler_warnings', 'PortionedAsker', 'plain_path_note', 'run_feedback',
-           'judge_table']
+           'judge_claims', 'blind_share', 'labeler_warnings', 'PortionedAsker', 'plain_path_note', 'FeedbackOptions',
+           'claims_by_prompt', 'run_feedback']
 
 # %% ../nbs/03_feedback.ipynb #319dd589
 import math
@@ -22,9 +22,11 @@ from rlaifv_nb.records import (
     Response,
     SetAside,
     StageFolder,
+    StageOptions,
     Verdict,
     free_memory,
     is_out_of_memory,
+    option,
     read_table,
     table_sha,
 )
@@ -251,64 +253,73 @@ def plain_path_note(vlm, unit: str) -> str:
     )
 
 # %% ../nbs/03_feedback.ipynb #5a7e0009
+@dataclass(frozen=True)
+class FeedbackOptions(StageOptions):
+    "How claims are judged. Raises ValueError for a value out of its range."
+
+    abstain_mass: float = option(0.1, least=0, most=1)
+    batch_size: int = option(32, least=1, working=True)
+    max_tokens: int = option(16384, least=1, working=True)
+
+
+def claims_by_prompt(
+    prompt_of: dict[str, str],  # of each response id
+    claims: list[Claim],
+) -> dict[str, list[Claim]]:
+    "The claims about each prompt. Raises ValueError for a claim of a response that is not there."
+    claims_of = {}
+    for c in claims:
+        if c.response_id not in prompt_of:
+            raise ValueError(
+                f"claim {c.claim_id}: its response {c.response_id} is not in the responses table. "
+                "Are these tables of one run?"
+            )
+        claims_of.setdefault(prompt_of[c.response_id], []).append(c)
+    return claims_of
+
+# %% ../nbs/03_feedback.ipynb #5a7e000a
 def run_feedback(
-    prompts: str | Path,  # folder of the prompts table
+    prompts: str | Path,  # folder of the prompts table, with its pictures
     responses: str | Path,  # folder of the responses table
     claims: str | Path,  # folder of the claims table
     out: str | Path,  # folder of this stage
     vlm,  # the labeler, an `OpenModel`
     *,
-    labeler_adapter_sha: str = "",  # content hash of the labeler's adapter
-    abstain_mass: float = 0.1,  # below this P(yes) + P(no) the labeler abstains
-    batch_size: int = 32,  # prompts at a time, to begin with
-    max_tokens: int = 16384,  # tokens of questions at a time, to begin with
-    shard_size: int = 64,  # prompts per shard
-) -> list[Verdict]:
-    """The stage: judges all claims and writes the manifest. Returns the verdicts.
+    options: FeedbackOptions | None = None,  # None: the defaults
+    shard_size: int = 64,  # prompts in each shard
+) -> StageFolder:
+    """The stage: judges all claims, prints what looks wrong, and writes the manifest.
 
-    Raises ValueError for senseless options and for a labeler that gives no numbers, MemoryError naming a
-    prompt that does not fit into memory alone."""
-    if not 0 <= abstain_mass <= 1 or batch_size < 1 or max_tokens < 1:
-        raise ValueError("need 0 <= abstain_mass <= 1, batch_size >= 1 and max_tokens >= 1")
-    parameters = dict(abstain_mass=abstain_mass, **vlm.settings, suffix=YES_NO_SUFFIX)
-    tables = (("prompts", prompts), ("responses", responses), ("claims", claims))
-    inputs = {table: table_sha(folder, table) for table, folder in tables}
-    inputs |= {"labeler": vlm.sha, "labeler_adapter": labeler_adapter_sha}
+    Raises ValueError for a labeler that gives no numbers, MemoryError naming a prompt that does not fit into memory alone."""
+    options = options or FeedbackOptions()
+    parameters = options.parameters | vlm.settings | {"suffix": YES_NO_SUFFIX}
+    inputs = {
+        "prompts": table_sha(prompts, "prompts"),
+        "responses": table_sha(responses, "responses"),
+        "claims": table_sha(claims, "claims"),
+        "labeler": vlm.sha,
+        "labeler_adapter": vlm.adapter_sha,
+    }
     stage = StageFolder(out, "feedback", parameters, inputs)
-    if not stage.is_done:
-        sizes = {"batch_size": batch_size, "max_tokens": max_tokens}
-        judge_table(stage, prompts, responses, claims, vlm, abstain_mass, sizes, shard_size)
-    return read_table(out, "verdicts", Verdict)
-
-
-def judge_table(
-    stage: StageFolder, prompts, responses, claims, vlm, abstain_mass: float, sizes: dict, shard_size: int
-) -> None:
-    "Judges the claims tables in these folders, prints what looks wrong, and writes the manifest."
+    if stage.is_done:
+        return stage
     prompt_of = {r.response_id: r.prompt_id for r in read_table(responses, "responses", Response)}
     rows = read_table(claims, "claims", Claim)
-    claims_of = {}
-    for c in rows:
-        if c.response_id not in prompt_of:
-            raise ValueError(
-                f"claim {c.claim_id}: its response {c.response_id} is not in the responses "
-                f"table. Are these tables of one run?"
-            )
-        claims_of.setdefault(prompt_of[c.response_id], []).append(c)
+    claims_of = claims_by_prompt(prompt_of, rows)
     asked = [p for p in read_table(prompts, "prompts", Prompt) if p.prompt_id in claims_of]
     slow = plain_path_note(vlm, "question")
     if slow:
         print(slow)
-    asker = PortionedAsker(vlm, sizes["max_tokens"])
+    asker = PortionedAsker(vlm, options.max_tokens)
     so_far = NumberCheck(vlm.name)
 
     def work(batch):
-        verdicts, set_aside = judge_claims(batch, claims_of, prompts, asker, abstain_mass)
+        verdicts, set_aside = judge_claims(batch, claims_of, prompts, asker, options.abstain_mass)
         so_far.count(len(verdicts), set_aside, patience=1000)
         return verdicts, set_aside
 
-    fitted = stage.map("verdicts", asked, work, shard_size, sizes["batch_size"])
-    verdicts = read_table(stage.path, "verdicts", Verdict)
+    fitted = stage.map("verdicts", asked, work, shard_size, options.batch_size)
+    verdicts = stage.read("verdicts", Verdict)
     set_aside = stage.set_aside("verdicts")
     numbers = NumberCheck(vlm.name)
     numbers.count(len(verdicts), set_aside, patience=1)
@@ -316,14 +327,15 @@ def judge_table(
     for warning in warnings:
         print(f"WARNING: {warning}")
     labels = Counter(v.label for v in verdicts)
-    used = {"batch_size": fitted, "max_tokens": asker.max_tokens}
     stage.finish(
         len(rows),
         len(verdicts),
         ["verdicts"],
         set_aside,
         labels={label: labels[label] for label in ("yes", "no", "abstain")},
-        **{name: {"asked": asked_for, "used": used[name]} for name, asked_for in sizes.items()},
+        batch_size={"asked": options.batch_size, "used": fitted},
+        max_tokens={"asked": options.max_tokens, "used": asker.max_tokens},
         warnings=([slow] if slow else []) + warnings,
         **vlm.notes,
     )
+    return stage

@@ -7,14 +7,16 @@ __all__ = ['ROUNDING', 'DRAWS', 'MANY', 'LIKELY', 'response_fault', 'score_respo
            'candidate_pairs', 'compare_scores', 'most_different', 'sample_pairs', 'n_words', 'word_difference',
            'length_gap', 'official_length_filter', 'exchange_to_balance', 'drop_to_balance', 'balance_lengths',
            'counted', 'set_aside_text', 'prompts_warning', 'lengths_warning', 'pair_warnings', 'no_pair_reason',
-           'why_no_pair', 'check_ids', 'run_pairs']
+           'why_no_pair', 'check_ids', 'PairOptions', 'by_reason', 'unbalanced', 'run_pairs']
 
 # %% ../nbs/04_pairs.ipynb #fe19103f
 import random
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, permutations
 from math import isfinite
+from pathlib import Path
 
 from rlaifv_nb.records import (
     Claim,
@@ -23,7 +25,9 @@ from rlaifv_nb.records import (
     Response,
     SetAside,
     StageFolder,
+    StageOptions,
     Verdict,
+    option,
     read_table,
     require_one_of,
     seed_of,
@@ -393,85 +397,99 @@ def check_ids(rows, key, parent=None, parents=()):
         ids.add(row_id)
     return ids
 
+# %% ../nbs/04_pairs.ipynb #b690096b
+@dataclass(frozen=True)
+class PairOptions(StageOptions):
+    "Which pairs are taken. Raises ValueError for an unknown word or a number out of its range."
 
+    max_pairs_per_prompt: int = option(2, least=1)
+    draw: str = option("random", words=DRAWS)
+    min_difference: float = option(1.0, above=0)
+    length_balance: bool = option(True)
+    length_tolerance: float = option(0.02, least=0)
+    seed: int = option(0)
+    round: int = option(1, least=1)
+
+
+def by_reason(rows: list[SetAside]) -> dict[str, int]:
+    "How many rows were set aside for each reason."
+    return dict(sorted(Counter(r.reason for r in rows).items()))
+
+
+def unbalanced(dropped: list[Pair]) -> list[SetAside]:
+    "`SetAside` rows of the pairs that the length balance has dropped."
+    return [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
+
+# %% ../nbs/04_pairs.ipynb #b690096c
 def run_pairs(
-    prompts,
-    responses,
-    claims,
-    verdicts,
-    out,
-    max_pairs_per_prompt=2,
-    draw="random",
-    length_balance=True,
-    length_tolerance=0.02,
-    seed=0,
-    round=1,
-    min_difference=1.0,
-) -> list[Pair]:
-    """Folders of four tables to a table of pairs in `out`; returns its rows.
+    prompts: str | Path,  # folder of the prompts table
+    responses: str | Path,  # folder of the responses table
+    claims: str | Path,  # folder of the claims table
+    verdicts: str | Path,  # folder of the verdicts table
+    out: str | Path,  # folder of this stage
+    *,
+    options: PairOptions | None = None,  # None: the defaults
+) -> StageFolder:
+    """The stage: scores, candidates, drawing, length balance; writes the table of pairs and the manifest.
 
     Raises ValueError for tables of different runs, and when no pair is left, saying why and which key to change."""
-    parameters = {
-        "max_pairs_per_prompt": max_pairs_per_prompt,
-        "draw": draw,
-        "min_difference": min_difference,
-        "length_balance": length_balance,
-        "length_tolerance": length_tolerance,
-        "seed": seed,
-        "round": round,
+    options = options or PairOptions()
+    questions = read_table(prompts, "prompts", Prompt)
+    answers = read_table(responses, "responses", Response)
+    statements = read_table(claims, "claims", Claim)
+    judgements = read_table(verdicts, "verdicts", Verdict)
+    prompt_ids = check_ids(questions, "prompt_id")
+    response_ids = check_ids(answers, "response_id", "prompt_id", prompt_ids)
+    claim_ids = check_ids(statements, "claim_id", "response_id", response_ids)
+    check_ids(judgements, "claim_id", "claim_id", claim_ids)
+    inputs = {
+        "prompts": table_sha(prompts, "prompts"),
+        "responses": table_sha(responses, "responses"),
+        "claims": table_sha(claims, "claims"),
+        "verdicts": table_sha(verdicts, "verdicts"),
     }
-    places = {
-        "prompts": (prompts, Prompt),
-        "responses": (responses, Response),
-        "claims": (claims, Claim),
-        "verdicts": (verdicts, Verdict),
-    }
-    questions, answers, statements, judgements = (
-        read_table(place, name, record) for name, (place, record) in places.items()
-    )
-    response_ids = check_ids(answers, "response_id", "prompt_id", check_ids(questions, "prompt_id"))
-    check_ids(
-        judgements, "claim_id", "claim_id", check_ids(statements, "claim_id", "response_id", response_ids)
-    )
-    folder = StageFolder(
-        out, "pairs", parameters, {name: table_sha(place, name) for name, (place, _) in places.items()}
-    )
-    if folder.is_done:
-        return read_table(folder.path, "pairs", Pair)
+    stage = StageFolder(out, "pairs", options.parameters, inputs)
+    if stage.is_done:
+        return stage
 
     scores, unscored = score_responses(answers, statements, judgements)
-    compared = compare_scores(answers, scores, min_difference)
-    candidates, useless = candidate_pairs(answers, scores, min_difference)
-    sampled, spare = sample_pairs(candidates, max_pairs_per_prompt, seed, round, draw)
-    kept, dropped, n_exchanged = (
-        balance_lengths(sampled, spare, length_tolerance) if length_balance else (sampled, [], 0)
+    compared = compare_scores(answers, scores, options.min_difference)
+    candidates, useless = candidate_pairs(answers, scores, options.min_difference)
+    sampled, spare = sample_pairs(
+        candidates, options.max_pairs_per_prompt, options.seed, options.round, options.draw
     )
-    set_aside = (
-        unscored
-        + useless
-        + [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
-    )
-    write_table(folder.path, "set_aside-pairs", set_aside)
+    kept = sampled
+    dropped = []
+    n_exchanged = 0
+    if options.length_balance:
+        kept, dropped, n_exchanged = balance_lengths(sampled, spare, options.length_tolerance)
+    lost = unbalanced(dropped)
+    write_table(stage.path, "set_aside-pairs", unscored + useless + lost)
     if not kept:
         why = why_no_pair(
-            len(answers), unscored, compared, len(useless), dropped, min_difference, length_tolerance
+            len(answers),
+            unscored,
+            compared,
+            len(useless),
+            dropped,
+            options.min_difference,
+            options.length_tolerance,
         )
-        raise ValueError(f"{why} Every row is named in set_aside-pairs in {folder.path}")
+        raise ValueError(f"{why} Every row is named in set_aside-pairs in {stage.path}")
     kept.sort(key=lambda p: p.pair_id)
-    write_table(folder.path, "pairs", kept)
-    reasons = lambda rows: dict(sorted(Counter(r.reason for r in rows).items()))
-    folder.finish(
+    write_table(stage.path, "pairs", kept)
+    stage.finish(
         len(answers),
         len(kept),
         ["pairs"],
-        set_aside,
-        responses={"in": len(answers), "scored": len(scores), **reasons(unscored)},
+        unscored + useless + lost,
+        responses={"in": len(answers), "scored": len(scores), **by_reason(unscored)},
         scores=compared,
         pairs={
             "candidates": len(candidates) + len(useless),
             "written": len(kept),
             "not drawn": len(spare),
-            **reasons(set_aside[len(unscored) :]),
+            **by_reason(useless + lost),
         },
         prompts={
             "with responses": len({r.prompt_id for r in answers}),
@@ -480,6 +498,6 @@ def run_pairs(
         verdicts=dict(sorted(Counter(v.label for v in judgements).items())),
         n_exchanged=n_exchanged,
         length_gap={"before": length_gap(sampled), "after": length_gap(kept)},
-        warnings=pair_warnings(len(answers), unscored, compared, sampled, kept, length_tolerance),
+        warnings=pair_warnings(len(answers), unscored, compared, sampled, kept, options.length_tolerance),
     )
-    return kept
+    return stage

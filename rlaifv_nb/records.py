@@ -6,8 +6,9 @@
 __all__ = ['YES_NO_SUFFIX', 'Prompt', 'Response', 'Claim', 'Verdict', 'Candidate', 'Pair', 'RefLogp', 'Score', 'Choice',
            'sha256_of', 'prompt_id_of', 'response_id_of', 'claim_id_of', 'seed_of', 'write_text', 'write_json',
            'write_rows', 'read_rows', 'shard_paths', 'read_table', 'write_table', 'table_sha', 'package_folder',
-           'resolve_path', 'require_one_of', 'is_out_of_memory', 'free_memory', 'HalvingWork', 'SetAside',
-           'StageFolder', 'read_manifest', 'changed_keys', 'peak_memory_gib', 'library_versions']
+           'resolve_path', 'require_one_of', 'require_in_range', 'option', 'StageOptions', 'is_out_of_memory',
+           'free_memory', 'HalvingWork', 'SetAside', 'StageFolder', 'read_manifest', 'changed_keys', 'peak_memory_gib',
+           'library_versions']
 
 # %% ../nbs/00_records.ipynb #e25a3d76
 import errno
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 
 from tqdm import tqdm
@@ -261,6 +263,58 @@ def require_one_of(value, allowed, name: str):
         raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(map(str, allowed))}")
     return value
 
+
+def require_in_range(value, name: str, least=None, above=None, most=None, below=None):
+    "The number, if it is finite and within these limits. Raises ValueError naming the option and the limits."
+    limits = []
+    fits = isinstance(value, (int, float)) and isfinite(value)
+    if least is not None:
+        limits.append(f"at least {least:g}")
+        fits = fits and value >= least
+    if above is not None:
+        limits.append(f"more than {above:g}")
+        fits = fits and value > above
+    if most is not None:
+        limits.append(f"at most {most:g}")
+        fits = fits and value <= most
+    if below is not None:
+        limits.append(f"less than {below:g}")
+        fits = fits and value < below
+    if not fits:
+        raise ValueError(f"{name}={value!r} is not supported: choose {' and '.join(limits) or 'a number'}")
+    return value
+
+# %% ../nbs/00_records.ipynb #5f0d1a05
+def option(default, *, words: tuple = (), working: bool = False, **limits):
+    """A field of `StageOptions` with its default and the `words`, or the `limits` of the number, that it may be.
+
+    `limits` are those of `require_in_range`. `working`: it decides no row, so a manifest leaves it out."""
+    return field(default=default, metadata={"words": words, "limits": limits, "working": working})
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    "What a stage is asked for; a subclass per stage. Raises ValueError for a value that its field does not allow."
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata.get("words"):
+                require_one_of(value, f.metadata["words"], f.name)
+            if f.metadata.get("limits"):
+                require_in_range(value, f.name, **f.metadata["limits"])
+
+    @classmethod
+    def of(cls, values: dict):
+        "The options among a notebook's `globals()`. Each has its own name there, except `round`: it is `round_number`."
+        names = {f.name: "round_number" if f.name == "round" else f.name for f in fields(cls)}
+        return cls(**{name: values[own] for name, own in names.items()})
+
+    @property
+    def parameters(self) -> dict:
+        "What a manifest says of them: all that are not `working`."
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("working")}
+
 # %% ../nbs/00_records.ipynb #921c6a8d
 def is_out_of_memory(error):
     "Whether an exception says that memory ran out, on a graphics card or in the machine."
@@ -377,6 +431,15 @@ class StageFolder:
                 write_rows(self.path / f"set_aside-{table}-{i // shard_size:05d}.jsonl", set_aside)
                 write_rows(shard, rows)
         return in_batches.batch_size
+
+    def read(self, table: str, record: type) -> list:
+        "The rows of one of the stage's tables, as `record`."
+        return read_table(self.path, table, record)
+
+    @property
+    def manifest(self) -> dict:
+        "What the stage says of itself. Raises FileNotFoundError when it is not done."
+        return read_manifest(self.path)
 
     def set_aside(self, table):
         "The rows set aside while `table` was made."

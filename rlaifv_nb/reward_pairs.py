@@ -4,19 +4,31 @@
 
 # %% auto #0
 __all__ = ['sample_index_of', 'usable_candidates', 'ngrams_of', 'jaccard', 'distinct_candidates', 'sum_reward', 'mean_reward',
-           'top_and_bottom', 'reward_pairs_of', 'draw_reward_pairs', 'run_reward_pairs']
+           'top_and_bottom', 'reward_pair', 'no_reward_pair', 'reward_pairs_of', 'RewardPairOptions',
+           'draw_reward_pairs', 'run_reward_pairs']
 
 # %% ../nbs/04_reward_pairs.ipynb #d4e00004
-from collections import Counter, defaultdict
+from collections import defaultdict
+from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
-from .pairs import balance_lengths, check_ids, length_gap, pair_id_of, word_difference
+from rlaifv_nb.pairs import (
+    balance_lengths,
+    by_reason,
+    check_ids,
+    length_gap,
+    pair_id_of,
+    unbalanced,
+)
 from rlaifv_nb.records import (
     Candidate,
     Pair,
     Prompt,
     SetAside,
     StageFolder,
+    StageOptions,
+    option,
     read_table,
     table_sha,
     write_table,
@@ -87,135 +99,156 @@ def mean_reward(c):
     "The implicit reward a token, without beta (nats a token): the paper's length-normalised one."
     return sum_reward(c) / c.n_tokens
 
-
-def top_and_bottom(candidates, k):
-    "Of one prompt's candidates those among the best k by summed and by mean reward, best first, and those among the worst k by both, worst first."
+# %% ../nbs/04_reward_pairs.ipynb #d4f0000e
+def top_and_bottom(candidates: list[Candidate], k: int) -> tuple[list[Candidate], list[Candidate]]:
+    """Of one prompt's candidates those among the best k by summed and by mean reward, best first, and those among the worst
+    k by both, worst first."""
     k = min(k, len(candidates) // 2)
-    by_sum, by_mean = (
-        sorted(candidates, key=lambda c: (-reward(c), c.response_id)) for reward in (sum_reward, mean_reward)
-    )
     worst = len(candidates) - k
-    return [c for c in by_mean[:k] if c in by_sum[:k]], [
-        c for c in by_mean[worst:][::-1] if c in by_sum[worst:]
-    ]
+
+    def ranked(reward):
+        return sorted(candidates, key=lambda c: (-reward(c), c.response_id))
+
+    by_sum = ranked(sum_reward)
+    by_mean = ranked(mean_reward)
+    top = [c for c in by_mean[:k] if c in by_sum[:k]]
+    bottom = [c for c in reversed(by_mean[worst:]) if c in by_sum[worst:]]
+    return top, bottom
+
+# %% ../nbs/04_reward_pairs.ipynb #d4f0000f
+def reward_pair(chosen: Candidate, rejected: Candidate) -> Pair:
+    "The pair of two candidates; its scores are mean rewards."
+    return Pair(
+        pair_id_of(
+            chosen.prompt_id, sample_index_of(chosen.response_id), sample_index_of(rejected.response_id)
+        ),
+        chosen.prompt_id,
+        chosen.response_id,
+        rejected.response_id,
+        chosen.text,
+        rejected.text,
+        round(mean_reward(chosen), 6),
+        round(mean_reward(rejected), 6),
+    )
 
 
-def reward_pairs_of(candidates, k, max_pairs):
-    """At most `max_pairs` pairs of one prompt's distinct candidates, best with worst, the spare combinations, and why there is none ("" if there is).
+def no_reward_pair(candidates: list[Candidate], top: list[Candidate], bottom: list[Candidate]) -> str:
+    "Why one prompt's distinct candidates make no pair."
+    if len(candidates) < 2:
+        return "fewer than two distinct candidates"
+    if not top or not bottom:
+        return "sum and mean disagree"
+    return "equal rewards"
+
+
+def reward_pairs_of(
+    candidates: list[Candidate], k: int, max_pairs: int
+) -> tuple[list[Pair], list[Pair], str]:
+    """At most `max_pairs` pairs of one prompt's distinct candidates, best with worst, the spare combinations, and why there
+    is none ("" if there is).
 
     Raises ValueError for k or `max_pairs` below 1."""
     if k < 1 or max_pairs < 1:
         raise ValueError(f"need top_k >= 1 and max_pairs_per_prompt >= 1, not {k} and {max_pairs}")
     top, bottom = top_and_bottom(candidates, k)
-    index = lambda c: sample_index_of(c.response_id)
-    pairs = {
-        (a, b): Pair(
-            pair_id_of(a.prompt_id, index(a), index(b)),
-            a.prompt_id,
-            a.response_id,
-            b.response_id,
-            a.text,
-            b.text,
-            round(mean_reward(a), 6),
-            round(mean_reward(b), 6),
-        )
-        for a in top
-        for b in bottom
-        if sum_reward(a) > sum_reward(b) and mean_reward(a) > mean_reward(b)
-    }
+    pairs = {}
+    for a in top:
+        for b in bottom:
+            if sum_reward(a) > sum_reward(b) and mean_reward(a) > mean_reward(b):
+                pairs[a, b] = reward_pair(a, b)
     drawn = [pairs[ab] for ab in zip(top, bottom) if ab in pairs][:max_pairs]
-    reason = (
-        "fewer than two distinct candidates"
-        if len(candidates) < 2
-        else "sum and mean disagree"
-        if not (top and bottom)
-        else "equal rewards"
-    )
-    return drawn, [p for p in pairs.values() if p not in drawn], "" if drawn else reason
+    spare = [p for p in pairs.values() if p not in drawn]
+    return drawn, spare, "" if drawn else no_reward_pair(candidates, top, bottom)
 
 # %% ../nbs/04_reward_pairs.ipynb #d4e00011
-def draw_reward_pairs(candidates, top_k=3, max_similarity=0.9, ngram_words=10, max_pairs=3):
-    "The pairs of many prompts' usable candidates, the spare ones, `SetAside` rows of near-duplicates, and of prompts without a pair."
-    groups, drawn, spare, twins, without = defaultdict(list), [], [], [], []
+@dataclass(frozen=True)
+class RewardPairOptions(StageOptions):
+    "Which pairs are taken. Raises ValueError for a number out of its range."
+
+    top_k: int = option(3, least=1)
+    max_similarity: float = option(0.9, least=0, most=1)
+    ngram_words: int = option(10, least=1)
+    max_pairs_per_prompt: int = option(3, least=1)
+    length_balance: bool = option(True)
+    length_tolerance: float = option(0.02, least=0)
+
+
+def draw_reward_pairs(
+    candidates: list[Candidate], options: RewardPairOptions
+) -> tuple[list[Pair], list[Pair], list[SetAside], list[SetAside]]:
+    "The pairs of many prompts' usable candidates, the spare ones, near-duplicates set aside, and prompts without a pair."
+    groups = defaultdict(list)
     for c in candidates:
         groups[c.prompt_id].append(c)
+    drawn, spare, twins, without = [], [], [], []
     for prompt_id, group in groups.items():
-        distinct, same = distinct_candidates(group, max_similarity, ngram_words)
-        pairs, rest, reason = reward_pairs_of(distinct, top_k, max_pairs)
-        drawn, spare, twins = drawn + pairs, spare + rest, twins + same
-        without += [SetAside(prompt_id, reason)] if reason else []
+        distinct, same = distinct_candidates(group, options.max_similarity, options.ngram_words)
+        pairs, rest, reason = reward_pairs_of(distinct, options.top_k, options.max_pairs_per_prompt)
+        drawn += pairs
+        spare += rest
+        twins += same
+        if reason:
+            without.append(SetAside(prompt_id, reason))
     return drawn, spare, twins, without
 
-
+# %% ../nbs/04_reward_pairs.ipynb #d4f00014
 def run_reward_pairs(
-    prompts,
-    candidates,
-    out,
-    top_k=3,
-    max_similarity=0.9,
-    ngram_words=10,
-    max_pairs_per_prompt=3,
-    length_balance=True,
-    length_tolerance=0.02,
-):
-    "Candidates of the aligned policy to a table of pairs in `out`; returns its rows. Raises ValueError for tables of different runs, or no pair."
-    parameters = {
-        "top_k": top_k,
-        "max_similarity": max_similarity,
-        "ngram_words": ngram_words,
-        "max_pairs_per_prompt": max_pairs_per_prompt,
-        "length_balance": length_balance,
-        "length_tolerance": length_tolerance,
-    }
+    prompts: str | Path,  # folder of the prompts table
+    candidates: str | Path,  # folder with the table `candidates-aligned`
+    out: str | Path,  # folder of this stage
+    *,
+    options: RewardPairOptions | None = None,  # None: the defaults
+) -> StageFolder:
+    """The stage: candidates of the aligned policy become a table of pairs, with a manifest.
+
+    Raises ValueError for tables of different runs, or no pair."""
+    options = options or RewardPairOptions()
     rows = read_table(candidates, "candidates-aligned", Candidate)
-    check_ids(
-        rows, "response_id", "prompt_id", check_ids(read_table(prompts, "prompts", Prompt), "prompt_id")
-    )
+    prompt_ids = check_ids(read_table(prompts, "prompts", Prompt), "prompt_id")
+    check_ids(rows, "response_id", "prompt_id", prompt_ids)
     inputs = {
         "prompts": table_sha(prompts, "prompts"),
         "candidates": table_sha(candidates, "candidates-aligned"),
     }
-    folder = StageFolder(out, "reward_pairs", parameters, inputs)
-    if folder.is_done:
-        return read_table(folder.path, "pairs", Pair)
+    stage = StageFolder(out, "reward_pairs", options.parameters, inputs)
+    if stage.is_done:
+        return stage
 
     usable, unusable = usable_candidates(rows)
-    drawn, spare, twins, without = draw_reward_pairs(
-        usable, top_k, max_similarity, ngram_words, max_pairs_per_prompt
-    )
-    kept, dropped, n_exchanged = (
-        balance_lengths(drawn, spare, length_tolerance) if length_balance else (drawn, [], 0)
-    )
+    drawn, spare, twins, without = draw_reward_pairs(usable, options)
+    kept = drawn
+    dropped = []
+    n_exchanged = 0
+    if options.length_balance:
+        kept, dropped, n_exchanged = balance_lengths(drawn, spare, options.length_tolerance)
+    lost = unbalanced(dropped)
     unpaired = {r.prompt_id for r in rows} - {p.prompt_id for p in drawn} - {s.row_id for s in without}
     without += [SetAside(prompt_id, "no usable candidate") for prompt_id in sorted(unpaired)]
-    lost = [SetAside(p.pair_id, "length balance", f"{word_difference(p):+d} words") for p in dropped]
-    write_table(folder.path, "set_aside-pairs", unusable + twins + without + lost)
+    write_table(stage.path, "set_aside-pairs", unusable + twins + without + lost)
     n_possible = len(drawn) + len(spare)
     if not kept:
         raise ValueError(
-            f"no pair is left of {len(rows)} candidates and {n_possible} possible pairs; see set_aside-pairs in {folder.path}"
+            f"no pair is left of {len(rows)} candidates and {n_possible} possible pairs; "
+            f"see set_aside-pairs in {stage.path}"
         )
     kept.sort(key=lambda p: p.pair_id)
-    write_table(folder.path, "pairs", kept)
-    reasons = lambda rows: dict(sorted(Counter(r.reason for r in rows).items()))
-    with_pairs, all_lost = (
-        {p.prompt_id for p in kept},
-        len({p.prompt_id for p in drawn} - {p.prompt_id for p in kept}),
-    )
-    folder.finish(
+    write_table(stage.path, "pairs", kept)
+    with_pairs = {p.prompt_id for p in kept}
+    all_lost = {p.prompt_id for p in drawn} - with_pairs
+    stage.finish(
         len(rows),
         len(kept),
         ["pairs"],
         unusable + twins + without + lost,
-        candidates={"in": len(rows), "distinct": len(usable) - len(twins), **reasons(unusable + twins)},
+        candidates={"in": len(rows), "distinct": len(usable) - len(twins), **by_reason(unusable + twins)},
         prompts={
             "with candidates": len({c.prompt_id for c in rows}),
             "with pairs": len(with_pairs),
-            **reasons(without),
-            "length balance": all_lost,
+            **by_reason(without),
+            "length balance": len(all_lost),
         },
-        pairs={"possible": n_possible, "written": len(kept), "not drawn": len(spare), **reasons(lost)},
+        pairs={"possible": n_possible, "written": len(kept), "not drawn": len(spare), **by_reason(lost)},
         n_exchanged=n_exchanged,
         length_gap={"before": length_gap(drawn), "after": length_gap(kept)},
     )
-    return kept
+    return stage

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['plan_responses', 'temperature_of', 'Question', 'sample_responses', 'vlm_generator', 'can_merge', 'merged_adapter',
-           'write_shards', 'run_sampling']
+           'write_shards', 'SamplingOptions', 'run_sampling']
 
 # %% ../nbs/01_sampling.ipynb #e821a91f
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ from rlaifv_nb.records import (
     Prompt,
     Response,
     StageFolder,
+    StageOptions,
+    option,
     read_table,
     response_id_of,
     seed_of,
@@ -193,90 +196,87 @@ def write_shards(stage: StageFolder, table: str, items: list, work: Callable, sh
         write_if_complete(numbers[k] - numbers[k] % shard_size)
 
 # %% ../nbs/01_sampling.ipynb #e8d5b092
-def run_sampling(
-    prompts,
-    out,
-    vlm,
-    first_prompt=0,
-    n_prompts=0,
-    n_samples=10,
-    temperature=0.7,
-    top_p=1.0,
-    second_temperature=0.0,
-    max_new_tokens=512,
-    batch_size=16,
-    seed=0,
-    round=1,
-    adapter_sha="",
-    *,
-    top_k=0,
-    refill=True,
-    row_share=0.0,
-    merge_adapter=True,
-    shard_size=64,
-):
-    """The stage: samples N responses to each prompt of a table, in shards of `shard_size` prompts, and writes the manifest.
+@dataclass(frozen=True)
+class SamplingOptions(StageOptions):
+    "What is sampled and how. Raises ValueError for a value out of its range."
 
-    `batch_size` (prompts at a time), `refill` and `row_share` (see `SampleQueue`) decide how fast it is and nothing else, so they are not among the
-    parameters; the manifest notes what was asked for and what was done."""
-    if (
-        temperature < 0
-        or second_temperature < 0
-        or not 0 < top_p <= 1
-        or top_k < 0
-        or n_samples < 1
-        or max_new_tokens < 1
-        or batch_size < 1
-    ):
-        raise ValueError(
-            "need temperatures and top_k of at least 0, 0 < top_p <= 1, and n_samples, max_new_tokens and batch_size of at least 1"
-        )
-    merge_adapter = merge_adapter and can_merge(vlm)
-    parameters = dict(
-        first_prompt=first_prompt,
-        n_prompts=n_prompts,
-        n_samples=n_samples,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        second_temperature=second_temperature,
-        max_new_tokens=max_new_tokens,
-        merge_adapter=merge_adapter,
-        **vlm.settings,
-        seed=seed,
-        round=round,
+    first_prompt: int = option(0, least=0)
+    n_prompts: int = option(0, least=0)
+    n_samples: int = option(10, least=1)
+    temperature: float = option(0.7, least=0)
+    top_p: float = option(1.0, above=0, most=1)
+    top_k: int = option(0, least=0)
+    second_temperature: float = option(0.0, least=0)
+    max_new_tokens: int = option(128, least=1)
+    batch_size: int = option(16, least=1, working=True)
+    refill: bool = option(True, working=True)
+    merge_adapter: bool = option(True)
+    seed: int = option(0)
+    round: int = option(1, least=1)
+
+    def chosen(self, prompts: list[Prompt]) -> list[Prompt]:
+        "The prompts that are answered: `n_prompts` from `first_prompt` on, or all from there."
+        from_there = prompts[self.first_prompt :]
+        return from_there[: self.n_prompts] if self.n_prompts else from_there
+
+# %% ../nbs/01_sampling.ipynb #e8d5b093
+def run_sampling(
+    prompts: str | Path,  # folder of the prompts table, with its pictures
+    out: str | Path,  # folder of this stage
+    vlm,  # the policy, an `OpenModel`
+    *,
+    options: SamplingOptions | None = None,  # None: the defaults
+    row_share: float = 0.0,  # see `SampleQueue`; speed only
+    shard_size: int = 64,  # prompts in each shard
+) -> StageFolder:
+    """The stage: samples N responses to each prompt, in shards, and writes the manifest.
+
+    The manifest notes which batch size was asked for and which fitted. Of `merge_adapter` it says whether it was done."""
+    options = options or SamplingOptions()
+    merge = options.merge_adapter and can_merge(vlm)
+    parameters = options.parameters | {"merge_adapter": merge} | vlm.settings
+    inputs = {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": vlm.adapter_sha}
+    stage = StageFolder(out, "sampling", parameters, inputs)
+    if stage.is_done:
+        return stage
+    rows = options.chosen(read_table(prompts, "prompts", Prompt))
+    report = {}
+    generate = vlm_generator(
+        vlm,
+        options.top_p,
+        options.max_new_tokens,
+        options.batch_size,
+        options.top_k,
+        options.refill,
+        row_share,
+        report,
     )
-    stage = StageFolder(
-        out,
-        "sampling",
-        parameters,
-        {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha, "adapter": adapter_sha},
-    )
-    rows = read_table(prompts, "prompts", Prompt)[first_prompt:]
-    rows = rows[:n_prompts] if n_prompts else rows
-    if not stage.is_done:
-        report = {}
-        generate = vlm_generator(vlm, top_p, max_new_tokens, batch_size, top_k, refill, row_share, report)
-        with merged_adapter(vlm) if merge_adapter else nullcontext():
-            write_shards(
-                stage,
-                "responses",
-                rows,
-                lambda some: sample_responses(
-                    some, prompts, generate, n_samples, temperature, second_temperature, seed, round
-                ),
-                shard_size,
-            )
-        set_aside, responses = stage.set_aside("responses"), read_table(out, "responses", Response)
-        stage.finish(
-            len(rows) * n_samples,
-            len(responses),
-            ["responses"],
-            [s for s in set_aside for _ in range(n_samples)],
-            truncated=sum(r.finish_reason == "length" for r in responses),
-            batch_size={"asked": batch_size, "used": report["batch_size"]},
-            refill=report["refill"],
-            row_use=report["row_use"],
-            **vlm.notes,
+
+    def work(some):
+        return sample_responses(
+            some,
+            prompts,
+            generate,
+            options.n_samples,
+            options.temperature,
+            options.second_temperature,
+            options.seed,
+            options.round,
         )
-    return read_table(out, "responses", Response)
+
+    with merged_adapter(vlm) if merge else nullcontext():
+        write_shards(stage, "responses", rows, work, shard_size)
+    responses = stage.read("responses", Response)
+    of_each_sample = [s for s in stage.set_aside("responses") for _ in range(options.n_samples)]
+    stage.finish(
+        len(rows) * options.n_samples,
+        len(responses),
+        ["responses"],
+        of_each_sample,
+        truncated=sum(r.finish_reason == "length" for r in responses),
+        batch_size={"asked": options.batch_size, "used": report["batch_size"]},
+        refill=report["refill"],
+        row_use=report["row_use"],
+        **vlm.notes,
+    )
+    return stage

@@ -15,7 +15,7 @@ from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.iconworld.world import write_prompts
 from rlaifv_nb.pairs import run_pairs
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "data" / "example"
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
@@ -24,7 +24,12 @@ POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
 def make_candidates(prompts, out):
     """Ten answers of the aligned policy to each prompt, scored by it and by the base model."""
     with TemporaryDirectory() as responses:
-        run_sampling(prompts, responses, open_vlm(POLICY, ADAPTER), max_new_tokens=128, round=2)
+        run_sampling(
+            prompts,
+            responses,
+            open_vlm(POLICY, ADAPTER),
+            options=SamplingOptions(max_new_tokens=128, round=2),
+        )
         run_guided_decoding(prompts, out, POLICY, ADAPTER, responses=responses)
 
 
@@ -37,7 +42,7 @@ def main():
     }
     write_prompts(at["prompts"], {"train": 20, "dev": 4})
     vlm = open_vlm(POLICY)
-    run_sampling(at["prompts"], at["01_sampling"], vlm, max_new_tokens=128)
+    run_sampling(at["prompts"], at["01_sampling"], vlm, options=SamplingOptions(max_new_tokens=128))
     run_claims(at["prompts"], at["01_sampling"], at["02_claims"], open_llm("packaged:iconworld-splitter"))
     run_feedback(at["prompts"], at["01_sampling"], at["02_claims"], at["03_feedback"], vlm)
     run_pairs(at["prompts"], at["01_sampling"], at["02_claims"], at["03_feedback"], at["04_pairs"])

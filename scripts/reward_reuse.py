@@ -40,7 +40,7 @@ from rlaifv_nb.records import (
 from rlaifv_nb.runner.chain import is_done, run_manifest, run_step, step_record
 from rlaifv_nb.runner.recipes import check_recipe, load_recipe, plan_run
 from rlaifv_nb.runner.report import write_report
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 FIGURES = ("response", "mention", "any_claim", "cover")
 
@@ -83,7 +83,16 @@ def cpu_seconds(runs, n_prompts, n_samples):
         at = {name: f"{tmp}/{name}" for name in ("sampling", "claims", "feedback", "reward")}
         work = {
             "sampling": lambda: run_sampling(
-                prompts, at["sampling"], vlm, 160, n_prompts, n_samples, 0.7, max_new_tokens=128
+                prompts,
+                at["sampling"],
+                vlm,
+                options=SamplingOptions(
+                    first_prompt=160,
+                    n_prompts=n_prompts,
+                    n_samples=n_samples,
+                    temperature=0.7,
+                    max_new_tokens=128,
+                ),
             ),
             "claims": lambda: run_claims(prompts, at["sampling"], at["claims"], splitter),
             "feedback": lambda: run_feedback(prompts, at["sampling"], at["claims"], at["feedback"], labeler),

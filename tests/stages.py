@@ -1,6 +1,7 @@
 """The seven stages on a handful of icon scenes, each as one call; run as a script so that a test can kill it."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from rlaifv_nb.iconworld.world import write_prompts
@@ -28,10 +29,14 @@ def run_stage(stage, inputs, out):
     at = {name: str(Path(inputs) / name) for name in ("prompts", *TABLES)}
     if stage == "01_sampling":
         from rlaifv_nb.engine.models import open_vlm
-        from rlaifv_nb.sampling import run_sampling
+        from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
         run_sampling(
-            at["prompts"], out, open_vlm(POLICY), n_samples=6, max_new_tokens=100, batch_size=3, shard_size=3
+            at["prompts"],
+            out,
+            open_vlm(POLICY),
+            options=SamplingOptions(n_samples=6, max_new_tokens=100, batch_size=3),
+            shard_size=3,
         )
     elif stage == "02_claims":
         from rlaifv_nb.claims import run_claims
@@ -40,7 +45,7 @@ def run_stage(stage, inputs, out):
         run_claims(at["prompts"], at["01_sampling"], out, open_llm(SPLITTER), shard_size=20)
     elif stage == "03_feedback":
         from rlaifv_nb.engine.models import open_vlm
-        from rlaifv_nb.feedback import run_feedback
+        from rlaifv_nb.feedback import FeedbackOptions, run_feedback
 
         run_feedback(
             at["prompts"],
@@ -48,7 +53,7 @@ def run_stage(stage, inputs, out):
             at["02_claims"],
             out,
             open_vlm(POLICY),
-            batch_size=3,
+            options=FeedbackOptions(batch_size=3),
             shard_size=3,
         )
     elif stage == "04_pairs":
@@ -56,17 +61,15 @@ def run_stage(stage, inputs, out):
 
         run_pairs(at["prompts"], at["01_sampling"], at["02_claims"], at["03_feedback"], out)
     elif stage == "05_dpo":
-        from rlaifv_nb.dpo import run_dpo
+        from rlaifv_nb.dpo import DpoOptions, run_dpo
+        from rlaifv_nb.engine.models import open_vlm
 
         run_dpo(
             at["prompts"],
             at["04_pairs"],
             out,
-            POLICY,
-            learning_rate=5e-4,
-            epochs=3.0,
-            batch_size=4,
-            evaluations=6,
+            partial(open_vlm, POLICY, quantisation="nf4"),
+            options=DpoOptions(learning_rate=5e-4, epochs=3.0, batch_size=4, evaluations=6),
         )
     elif stage == "06_evaluation":
         from rlaifv_nb.evaluation import run_evaluation

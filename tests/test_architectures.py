@@ -23,8 +23,8 @@ from tiny_models import (
 )
 from transformers import AutoModelForImageTextToText
 
-from rlaifv_nb.claims import run_claims
-from rlaifv_nb.dpo import run_dpo
+from rlaifv_nb.claims import ClaimsOptions, run_claims
+from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.caches import picture_features
 from rlaifv_nb.engine.models import (
     OpenModel,
@@ -43,12 +43,24 @@ from rlaifv_nb.engine.models import (
 from rlaifv_nb.engine.packing import PER_TOKEN, collate_rows, pack_row, row_logps
 from rlaifv_nb.engine.prefix import branch_logps, common_prefix_length, read_prompts
 from rlaifv_nb.evaluation import run_evaluation
-from rlaifv_nb.feedback import run_feedback
+from rlaifv_nb.feedback import FeedbackOptions, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene, question_text, read_claims
-from rlaifv_nb.pairs import run_pairs
-from rlaifv_nb.records import YES_NO_SUFFIX, Prompt, Score, read_manifest, read_table, sha256_of, write_table
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.pairs import PairOptions, run_pairs
+from rlaifv_nb.records import (
+    YES_NO_SUFFIX,
+    Claim,
+    Pair,
+    Prompt,
+    Response,
+    Score,
+    Verdict,
+    read_manifest,
+    read_table,
+    sha256_of,
+    write_table,
+)
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 SIZES = ((150, 100), (90, 140), (56, 56), (240, 60))
 BRANCH = [[30, 31, 32, 40], [50, 60]]
@@ -337,13 +349,19 @@ def test_the_stages_run(name, splitter, tmp_path, show):
     for part in (opened.model, opened.processor):
         part.save_pretrained(at("model"))
     vlm = open_vlm(at("model"), quantisation="nf4")
-    responses = run_sampling(at("prompts"), at("01"), vlm, n_samples=6, max_new_tokens=24, batch_size=3)
+    responses = run_sampling(
+        at("prompts"), at("01"), vlm, options=SamplingOptions(n_samples=6, max_new_tokens=24, batch_size=3)
+    ).read("responses", Response)
     assert len(responses) == 6 * len(prompts) and len({r.text for r in responses}) > 2
     show(TITLES[name], "01 sampling")
-    claims = run_claims(at("prompts"), at("01"), at("02"), splitter, max_new_tokens=64)
+    claims = run_claims(
+        at("prompts"), at("01"), at("02"), splitter, options=ClaimsOptions(max_new_tokens=64)
+    ).read("claims", Claim)
     assert len({c.response_id for c in claims}) > len(responses) / 2
     show(TITLES[name], "02 claims")
-    verdicts = run_feedback(at("prompts"), at("01"), at("02"), at("03"), vlm, batch_size=2)
+    verdicts = run_feedback(
+        at("prompts"), at("01"), at("02"), at("03"), vlm, options=FeedbackOptions(batch_size=2)
+    ).read("verdicts", Verdict)
     assert len(verdicts) == len(claims) and len({v.label for v in verdicts}) > 1
     answers = {(c.response_id[:2], c.question): (v.p_yes, v.p_no) for c, v in zip(claims, verdicts)}
     different = len(set(answers.values()))
@@ -351,7 +369,9 @@ def test_the_stages_run(name, splitter, tmp_path, show):
         "picture and question both matter"
     )
     show(TITLES[name], "03 feedback")
-    pairs = run_pairs(at("prompts"), at("01"), at("02"), at("03"), at("04"), length_balance=False)
+    pairs = run_pairs(
+        at("prompts"), at("01"), at("02"), at("03"), at("04"), options=PairOptions(length_balance=False)
+    ).read("pairs", Pair)
     assert pairs and {p.prompt_id for p in pairs} <= {p.prompt_id for p in prompts}
     show(TITLES[name], "04 pairs")
     save_adapter(with_lora(vlm), at("parent"))
@@ -359,14 +379,8 @@ def test_the_stages_run(name, splitter, tmp_path, show):
         at("prompts"),
         at("04"),
         at("05"),
-        at("model"),
-        at("parent"),
-        quantisation="nf4",
-        learning_rate=1e-3,
-        epochs=1.0,
-        batch_size=1,
-        evaluations=1,
-        min_steps=1,
+        functools.partial(open_vlm, at("model"), at("parent"), quantisation="nf4"),
+        options=DpoOptions(learning_rate=1e-3, epochs=1.0, batch_size=1, evaluations=1, min_steps=1),
     )
     engine = read_manifest(at("05"))["engine"]
     assert engine["layout"] == ("plain" if name in NOT_SHARED else "packed") and NOT_SHARED.get(

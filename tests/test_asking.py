@@ -31,9 +31,9 @@ from rlaifv_nb.engine.models import (
     sibling_ids,
 )
 from rlaifv_nb.engine.pictures import load_image, pad_to_square, within_pixels
-from rlaifv_nb.records import Prompt, read_manifest, sha256_of, write_table
+from rlaifv_nb.records import Prompt, Response, read_manifest, sha256_of, write_table
 from rlaifv_nb.runner.command import make_parser
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 LLAVA_V1 = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -450,10 +450,8 @@ def test_a_stage_begun_with_one_way_of_asking_does_not_go_on_with_another(tmp_pa
             str(tmp_path / "prompts"),
             str(tmp_path / "01"),
             llava(**options),
-            n_samples=2,
-            max_new_tokens=4,
-            batch_size=1,
-        )
+            options=SamplingOptions(n_samples=2, max_new_tokens=4, batch_size=1),
+        ).read("responses", Response)
 
     responses = sample(**asked)
     assert len(responses) == 2 and read_manifest(tmp_path / "01")["parameters"].items() >= asked.items()

@@ -7,6 +7,7 @@ import pytest
 
 from rlaifv_nb import claims as c
 from rlaifv_nb.claims import (
+    ClaimsOptions,
     Remark,
     extract_claims,
     is_fragment,
@@ -19,6 +20,7 @@ from rlaifv_nb.claims import (
 )
 from rlaifv_nb.iconworld.world import fact_text, question_text, read_claims
 from rlaifv_nb.records import (
+    Claim,
     Prompt,
     Response,
     SetAside,
@@ -339,7 +341,7 @@ def write_inputs(folder, n=23):
 def test_shards_batches_memory_and_interruption_change_nothing(tmp_path, monkeypatch):
     inputs = write_inputs(tmp_path)
     FakeAsker(monkeypatch)
-    whole = run_claims(*inputs, str(tmp_path / "whole"), Llm, shard_size=5)
+    whole = run_claims(*inputs, str(tmp_path / "whole"), Llm, shard_size=5).read("claims", Claim)
     manifest = read_manifest(tmp_path / "whole")
     assert {
         k: manifest[k]
@@ -382,7 +384,12 @@ def test_shards_batches_memory_and_interruption_change_nothing(tmp_path, monkeyp
     assert len(read_table(tmp_path / "whole", "remarks", Remark)) == 23 * 4
 
     FakeAsker(monkeypatch, most=2)
-    assert run_claims(*inputs, str(tmp_path / "halved"), Llm, shard_size=5, batch_size=8) == whole
+    assert (
+        run_claims(
+            *inputs, str(tmp_path / "halved"), Llm, options=ClaimsOptions(batch_size=8), shard_size=5
+        ).read("claims", Claim)
+        == whole
+    )
     halved = read_manifest(tmp_path / "halved")
     assert halved["batch_size"] == {"asked": 8, "used": 2} and halved["tables"] == manifest["tables"]
 
@@ -392,7 +399,12 @@ def test_shards_batches_memory_and_interruption_change_nothing(tmp_path, monkeyp
     done = len(list((tmp_path / "stopped").glob("claims-*")))
     assert 0 < done < 5
     asker = FakeAsker(monkeypatch)
-    assert run_claims(*inputs, str(tmp_path / "stopped"), Llm, shard_size=5, batch_size=7) == whole
+    assert (
+        run_claims(
+            *inputs, str(tmp_path / "stopped"), Llm, options=ClaimsOptions(batch_size=7), shard_size=5
+        ).read("claims", Claim)
+        == whole
+    )
     assert len(asker.calls) > 0 and read_manifest(tmp_path / "stopped")["tables"] == manifest["tables"]
     assert read_manifest(tmp_path / "stopped")["warnings"] == manifest["warnings"], (
         "figured from the tables, not from this session"
@@ -400,14 +412,16 @@ def test_shards_batches_memory_and_interruption_change_nothing(tmp_path, monkeyp
 
     FakeAsker(monkeypatch)
     assert (
-        run_claims(*inputs, str(tmp_path / "one"), Llm) == whole
+        run_claims(*inputs, str(tmp_path / "one"), Llm).read("claims", Claim) == whole
         and len(list((tmp_path / "one").glob("claims-*"))) == 1
     )
 
 
 def test_whole_answers_are_divided_as_ever(tmp_path, monkeypatch):
     asker = FakeAsker(monkeypatch)
-    claims = run_claims(*write_inputs(tmp_path, 3), str(tmp_path / "out"), Llm, divide="whole")
+    claims = run_claims(
+        *write_inputs(tmp_path, 3), str(tmp_path / "out"), Llm, options=ClaimsOptions(divide="whole")
+    ).read("claims", Claim)
     assert [x.question for x in claims] == [
         f"Is everything in this description of the image correct? {x.text}" for x in claims
     ]
@@ -422,7 +436,9 @@ def test_whole_answers_are_divided_as_ever(tmp_path, monkeypatch):
 def test_an_unknown_option_names_the_known_ones(tmp_path, option):
     known = {"divide": "facts, whole", "questions": "rule, splitter, statement"}[option]
     with pytest.raises(ValueError, match=f"{option}='half' is not supported: choose one of {known}"):
-        run_claims(*write_inputs(tmp_path), str(tmp_path / "out"), Llm, **{option: "half"})
+        run_claims(
+            *write_inputs(tmp_path), str(tmp_path / "out"), Llm, options=ClaimsOptions(**{option: "half"})
+        )
 
 
 def test_what_is_lost_too_often_is_said():

@@ -17,7 +17,7 @@ from rlaifv_nb.records import (
     shard_paths,
     write_table,
 )
-from rlaifv_nb.sampling import can_merge, merged_adapter, run_sampling
+from rlaifv_nb.sampling import SamplingOptions, can_merge, merged_adapter, run_sampling
 
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
 
@@ -43,9 +43,7 @@ def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
         prompts,
         tmp_path / "on",
         vlm,
-        n_samples=4,
-        max_new_tokens=60,
-        batch_size=4,
+        options=SamplingOptions(n_samples=4, max_new_tokens=60, batch_size=4),
         shard_size=5,
         row_share=2 / 3,
     )
@@ -53,11 +51,8 @@ def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
         prompts,
         tmp_path / "off",
         vlm,
-        n_samples=4,
-        max_new_tokens=60,
-        batch_size=7,
+        options=SamplingOptions(n_samples=4, max_new_tokens=60, batch_size=7, refill=False),
         shard_size=5,
-        refill=False,
     )
     on, off = tables(tmp_path / "on"), tables(tmp_path / "off")
     assert on == off and len(on) == 8, "18 prompts in shards of 5, with what was set aside"
@@ -65,7 +60,13 @@ def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
     assert told["parameters"] == waits["parameters"] and "batch_size" not in told["parameters"]
     assert (told["batch_size"], told["refill"], waits["refill"]) == ({"asked": 4, "used": 4}, True, False)
     assert 0.5 < waits["row_use"] < told["row_use"] <= 1
-    run_sampling(prompts, tmp_path / "cpu", vlm, n_samples=4, max_new_tokens=60, batch_size=4, shard_size=5)
+    run_sampling(
+        prompts,
+        tmp_path / "cpu",
+        vlm,
+        options=SamplingOptions(n_samples=4, max_new_tokens=60, batch_size=4),
+        shard_size=5,
+    )
     assert tables(tmp_path / "cpu") == on and read_manifest(tmp_path / "cpu")["refill"] is False, (
         "a CPU drops rows instead"
     )
@@ -73,8 +74,11 @@ def test_refill_batches_and_shards_change_no_byte(prompts, tmp_path):
 
 def test_the_packaged_example_is_what_comes_out(tmp_path):
     made = run_sampling(
-        resolve_path("packaged:example/prompts"), tmp_path, open_vlm(POLICY), max_new_tokens=128
-    )
+        resolve_path("packaged:example/prompts"),
+        tmp_path,
+        open_vlm(POLICY),
+        options=SamplingOptions(max_new_tokens=128),
+    ).read("responses", Response)
     assert made == read_table(resolve_path("packaged:example/01_sampling"), "responses", Response)
 
 
@@ -85,9 +89,7 @@ def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_p
         prompts,
         tmp_path / "whole",
         open_vlm(POLICY),
-        n_samples=2,
-        max_new_tokens=40,
-        batch_size=3,
+        options=SamplingOptions(n_samples=2, max_new_tokens=40, batch_size=3),
         shard_size=4,
         row_share=0.7,
     )
@@ -107,9 +109,7 @@ def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_p
             prompts,
             tmp_path / "part",
             open_vlm(POLICY),
-            n_samples=2,
-            max_new_tokens=40,
-            batch_size=3,
+            options=SamplingOptions(n_samples=2, max_new_tokens=40, batch_size=3),
             shard_size=4,
             row_share=0.7,
         )
@@ -120,9 +120,7 @@ def test_a_shard_is_written_when_its_last_prompt_is_done_and_kept(prompts, tmp_p
         prompts,
         tmp_path / "part",
         open_vlm(POLICY),
-        n_samples=2,
-        max_new_tokens=40,
-        batch_size=3,
+        options=SamplingOptions(n_samples=2, max_new_tokens=40, batch_size=3),
         shard_size=4,
         row_share=0.7,
     )
@@ -140,15 +138,16 @@ def test_unreadable_pictures_and_an_empty_table(prompts, tmp_path):
         tmp_path / "p",
         tmp_path / "out",
         open_vlm(POLICY),
-        n_samples=2,
-        max_new_tokens=20,
-        batch_size=2,
+        options=SamplingOptions(n_samples=2, max_new_tokens=20, batch_size=2),
         shard_size=2,
-    )
+    ).read("responses", Response)
     assert [r.prompt_id for r in made] == [r.prompt_id for r in rows for _ in range(2)]
     assert read_manifest(tmp_path / "out")["set_aside"] == {"unreadable picture": 6}
     write_table(tmp_path / "none", "prompts", [])
-    assert run_sampling(tmp_path / "none", tmp_path / "nothing", open_vlm(POLICY)) == []
+    assert (
+        run_sampling(tmp_path / "none", tmp_path / "nothing", open_vlm(POLICY)).read("responses", Response)
+        == []
+    )
     assert read_manifest(tmp_path / "nothing")["rows_in"] == 0
 
 
@@ -166,15 +165,19 @@ def test_unreadable_pictures_and_an_empty_table(prompts, tmp_path):
 )
 def test_what_cannot_be_is_refused(bad, prompts, tmp_path):
     with pytest.raises(ValueError, match="need temperatures and top_k of at least 0"):
-        run_sampling(prompts, tmp_path, open_vlm(POLICY), **bad)
+        run_sampling(prompts, tmp_path, open_vlm(POLICY), options=SamplingOptions(**bad))
     assert not list(tmp_path.iterdir())
 
 
 def test_top_k_and_a_second_temperature(prompts, tmp_path):
     vlm = open_vlm(POLICY)
     options = dict(n_prompts=3, n_samples=4, temperature=0.0, second_temperature=1.5, max_new_tokens=40)
-    free = run_sampling(prompts, tmp_path / "free", vlm, **options)
-    best = run_sampling(prompts, tmp_path / "best", vlm, top_k=1, **options)
+    free = run_sampling(prompts, tmp_path / "free", vlm, options=SamplingOptions(**options)).read(
+        "responses", Response
+    )
+    best = run_sampling(prompts, tmp_path / "best", vlm, options=SamplingOptions(top_k=1, **options)).read(
+        "responses", Response
+    )
     assert read_manifest(tmp_path / "best")["parameters"]["top_k"] == 1
     for first in range(0, 12, 4):
         texts = [r.text for r in free[first : first + 4]]
@@ -217,10 +220,7 @@ def test_the_stage_merges_in_16_bits_and_says_so(prompts, tmp_path):
             prompts,
             tmp_path / str(merge),
             vlm,
-            n_prompts=2,
-            n_samples=2,
-            max_new_tokens=20,
-            merge_adapter=merge,
+            options=SamplingOptions(n_prompts=2, n_samples=2, max_new_tokens=20, merge_adapter=merge),
         )
         assert (
             set(seen) == {merge}

@@ -1,23 +1,24 @@
 """The whole tiny chain as it runs on a card, in bfloat16 on NF4 weights: by functions, and by notebooks."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from rlaifv_nb.claims import run_claims
-from rlaifv_nb.dpo import run_dpo
+from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
 from rlaifv_nb.evaluation import read_cases, run_evaluation
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, reward_of, run_guided_decoding
 from rlaifv_nb.iconworld.world import write_prompts
 from rlaifv_nb.pairs import run_pairs
-from rlaifv_nb.records import Pair, RefLogp, Score, package_folder, read_manifest, read_table
+from rlaifv_nb.records import Pair, RefLogp, Score, Verdict, package_folder, read_manifest, read_table
 from rlaifv_nb.runner.chain import run_chain
 from rlaifv_nb.runner.recipes import check_recipe, load_recipe
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 POLICY = "packaged:iconworld-vlm"
 SPLITTER = "packaged:iconworld-splitter"
@@ -31,7 +32,7 @@ def run(tmp_path_factory):
     at = tmp_path_factory.mktemp("half")
     write_prompts(at / "prompts", {"train": 10, "dev": 4})
     vlm = open_vlm(POLICY, **HALF)
-    run_sampling(at / "prompts", at / "01", vlm, n_samples=6, max_new_tokens=80)
+    run_sampling(at / "prompts", at / "01", vlm, options=SamplingOptions(n_samples=6, max_new_tokens=80))
     run_claims(at / "prompts", at / "01", at / "02", open_llm(SPLITTER, **HALF))
     run_feedback(at / "prompts", at / "01", at / "02", at / "03", vlm)
     run_pairs(at / "prompts", at / "01", at / "02", at / "03", at / "04")
@@ -39,13 +40,8 @@ def run(tmp_path_factory):
         at / "prompts",
         at / "04",
         at / "05",
-        POLICY,
-        learning_rate=5e-4,
-        epochs=2.0,
-        batch_size=4,
-        evaluations=2,
-        min_steps=1,
-        **HALF,
+        partial(open_vlm, POLICY, **HALF),
+        options=DpoOptions(learning_rate=5e-4, epochs=2.0, batch_size=4, evaluations=2, min_steps=1),
     )
     return at
 
@@ -61,8 +57,12 @@ def test_every_stage_runs_as_it_was_asked(run):
 
 def test_verdicts_in_16_bits_are_those_of_32(run, tmp_path):
     """The same claims judged in float32 without quantisation: hardly a verdict differs."""
-    half = run_feedback(run / "prompts", run / "01", run / "02", tmp_path / "again", open_vlm(POLICY, **HALF))
-    whole = run_feedback(run / "prompts", run / "01", run / "02", tmp_path / "whole", open_vlm(POLICY))
+    half = run_feedback(
+        run / "prompts", run / "01", run / "02", tmp_path / "again", open_vlm(POLICY, **HALF)
+    ).read("verdicts", Verdict)
+    whole = run_feedback(run / "prompts", run / "01", run / "02", tmp_path / "whole", open_vlm(POLICY)).read(
+        "verdicts", Verdict
+    )
     flips = np.array([a.label != b.label for a, b in zip(half, whole)])
     difference = np.array([abs(a.p_yes - b.p_yes) for a, b in zip(half, whole)])
     assert len(half) > 300 and [v.claim_id for v in half] == [v.claim_id for v in whole]

@@ -14,7 +14,18 @@ from PIL import Image
 
 from rlaifv_nb.engine.pictures import decode_image, load_image
 from rlaifv_nb.exchange.inputs import count_rows, import_prompts, input_kind, read_input
-from rlaifv_nb.records import Pair, Prompt, SetAside, read_manifest, read_table, sha256_of, write_rows
+from rlaifv_nb.records import (
+    Claim,
+    Pair,
+    Prompt,
+    Response,
+    SetAside,
+    Verdict,
+    read_manifest,
+    read_table,
+    sha256_of,
+    write_rows,
+)
 from rlaifv_nb.runner.chain import prepare_prompts
 from rlaifv_nb.runner.command import main
 from rlaifv_nb.runner.recipes import RecipeError, load_recipe, plan_run, recipe_text
@@ -496,12 +507,14 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
         pytest.skip(
             "needs shared/official/rlaifv/detail_test_30_input.jsonl and its images beside the checkout"
         )
-    from rlaifv_nb.claims import run_claims
-    from rlaifv_nb.dpo import run_dpo
+    from functools import partial
+
+    from rlaifv_nb.claims import ClaimsOptions, run_claims
+    from rlaifv_nb.dpo import DpoOptions, run_dpo
     from rlaifv_nb.engine.models import open_llm, open_vlm
     from rlaifv_nb.feedback import run_feedback
-    from rlaifv_nb.pairs import run_pairs
-    from rlaifv_nb.sampling import run_sampling
+    from rlaifv_nb.pairs import PairOptions, run_pairs
+    from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
     at = {name: tmp_path / name for name in ("prompts", "responses", "claims", "verdicts", "pairs", "dpo")}
     import_prompts(found / "detail_test_30_input.jsonl", at["prompts"], images=str(found / "images"))
@@ -510,19 +523,29 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
     assert all(sha256_of((at["prompts"] / p.image_path).read_bytes()) == p.image_sha for p in prompts)
     policy, vlm = "packaged:iconworld-vlm", open_vlm("packaged:iconworld-vlm")
     responses = run_sampling(
-        at["prompts"], at["responses"], vlm, n_samples=4, max_new_tokens=60, batch_size=10
-    )
+        at["prompts"],
+        at["responses"],
+        vlm,
+        options=SamplingOptions(n_samples=4, max_new_tokens=60, batch_size=10),
+    ).read("responses", Response)
     claims = run_claims(
         at["prompts"],
         at["responses"],
         at["claims"],
         open_llm("packaged:iconworld-splitter"),
-        max_new_tokens=96,
+        options=ClaimsOptions(max_new_tokens=96),
+    ).read("claims", Claim)
+    verdicts = run_feedback(at["prompts"], at["responses"], at["claims"], at["verdicts"], vlm).read(
+        "verdicts", Verdict
     )
-    verdicts = run_feedback(at["prompts"], at["responses"], at["claims"], at["verdicts"], vlm)
     pairs = run_pairs(
-        at["prompts"], at["responses"], at["claims"], at["verdicts"], at["pairs"], length_tolerance=0.1
-    )
+        at["prompts"],
+        at["responses"],
+        at["claims"],
+        at["verdicts"],
+        at["pairs"],
+        options=PairOptions(length_tolerance=0.1),
+    ).read("pairs", Pair)
     assert len(responses) == 120 and {v.claim_id for v in verdicts} == {c.claim_id for c in claims}
     aside = read_manifest(at["pairs"])["responses"]
     assert aside["in"] == 120 == sum(n for reason, n in aside.items() if reason != "in") and len(pairs) >= 4
@@ -530,12 +553,8 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
         at["prompts"],
         at["pairs"],
         at["dpo"],
-        policy,
-        learning_rate=5e-4,
-        epochs=1.0,
-        batch_size=8,
-        evaluations=2,
-        min_steps=1,
+        partial(open_vlm, policy, quantisation="nf4"),
+        options=DpoOptions(learning_rate=5e-4, epochs=1.0, batch_size=8, evaluations=2, min_steps=1),
     )
     assert (
         open_vlm(policy, str(at["dpo"] / "adapter")).notes and read_table(at["pairs"], "pairs", Pair) == pairs

@@ -17,7 +17,7 @@ import torch
 from rlaifv_nb.engine import models
 from rlaifv_nb.engine.models import open_vlm, surface_ids
 from rlaifv_nb.evaluation import read_cases, run_evaluation
-from rlaifv_nb.feedback import judge_claims, label_of, labeler_warnings, run_feedback
+from rlaifv_nb.feedback import FeedbackOptions, judge_claims, label_of, labeler_warnings, run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, run_guided_decoding
 from rlaifv_nb.iconworld.world import balanced_claims, make_scene, question_text, write_prompts
 from rlaifv_nb.records import (
@@ -63,7 +63,9 @@ def write_prompts_at(folder, prompts):
 
 
 def judge(some, out, vlm, **options):
-    return run_feedback(some, some, some, out, vlm, **options)
+    return run_feedback(some, some, some, out, vlm, options=FeedbackOptions(**options)).read(
+        "verdicts", Verdict
+    )
 
 
 def tokens_of(vlm, word):
@@ -344,7 +346,6 @@ def test_one_model_is_open_at_a_time(stage, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "notebook, function",
     [
-        ("03_feedback", "run_feedback"),
         ("06_evaluation", "run_evaluation"),
         ("07_guided_decoding", "run_guided_decoding"),
     ],
@@ -369,10 +370,10 @@ def test_defaults_are_those_of_the_parameters_cell(notebook, function):
         lambda out: run_evaluation(out, POLICY, batch_size=0),
         lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, top_k=-1),
         lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, temperature=-1.0),
-        lambda out: run_feedback(out, out, out, out, None, abstain_mass=1.5),
-        lambda out: run_feedback(out, out, out, out, None, batch_size=0),
+        lambda out: run_feedback(out, out, out, out, None, options=FeedbackOptions(abstain_mass=1.5)),
+        lambda out: run_feedback(out, out, out, out, None, options=FeedbackOptions(batch_size=0)),
     ],
 )
 def test_senseless_options_are_refused_before_work(call, tmp_path):
-    with pytest.raises(ValueError, match="need "):
+    with pytest.raises(ValueError, match="need |is not supported: choose"):
         call(tmp_path)

@@ -6,17 +6,18 @@ through it at once."""
 import inspect
 import json
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from stages import POLICY, SPLITTER
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from rlaifv_nb.claims import run_claims
-from rlaifv_nb.dpo import run_dpo
+from rlaifv_nb.claims import ClaimsOptions, run_claims
+from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
 from rlaifv_nb.evaluation import Case, run_evaluation
-from rlaifv_nb.feedback import PortionedAsker, run_feedback
+from rlaifv_nb.feedback import FeedbackOptions, PortionedAsker, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.records import (
     Candidate,
@@ -28,22 +29,29 @@ from rlaifv_nb.records import (
     read_table,
     shard_paths,
 )
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 ADAPTER = "packaged:iconworld-aligned"
 
 
 def sample(inputs, out, **sizes):
-    run_sampling(inputs / "prompts", out, open_vlm(POLICY), n_samples=2, max_new_tokens=60, **sizes)
+    run_sampling(
+        inputs / "prompts",
+        out,
+        open_vlm(POLICY),
+        options=SamplingOptions(n_samples=2, max_new_tokens=60, **sizes),
+    )
 
 
 def divide(inputs, out, **sizes):
-    run_claims(inputs / "prompts", inputs / "01_sampling", out, open_llm(SPLITTER), **sizes)
+    run_claims(
+        inputs / "prompts", inputs / "01_sampling", out, open_llm(SPLITTER), options=ClaimsOptions(**sizes)
+    )
 
 
 def judge(inputs, out, **sizes):
     folders = (inputs / name for name in ("prompts", "01_sampling", "02_claims"))
-    run_feedback(*folders, out, open_vlm(POLICY), **sizes)
+    run_feedback(*folders, out, open_vlm(POLICY), options=FeedbackOptions(**sizes))
 
 
 def evaluate(inputs, out, **sizes):
@@ -203,7 +211,8 @@ def test_another_error_is_not_taken_for_memory(undisturbed, tmp_path):
 
 def train(inputs, out, **sizes):
     training = dict(learning_rate=5e-4, epochs=1.0, batch_size=2, evaluations=1, min_steps=1)
-    run_dpo(inputs / "prompts", inputs / "04_pairs", out, POLICY, **training, **sizes)
+    policy = partial(open_vlm, POLICY, quantisation="nf4")
+    run_dpo(inputs / "prompts", inputs / "04_pairs", out, policy, options=DpoOptions(**training, **sizes))
 
 
 def has_reference(out, rows):

@@ -14,7 +14,7 @@ from PIL import Image
 from rlaifv_nb.exchange.inputs import take_table
 from rlaifv_nb.exchange.official import from_official, to_official
 from rlaifv_nb.exchange.public import from_rlaifv_dataset, import_rows, to_rlaifv_dataset
-from rlaifv_nb.pairs import run_pairs
+from rlaifv_nb.pairs import PairOptions, run_pairs
 from rlaifv_nb.records import (
     Claim,
     Pair,
@@ -302,8 +302,8 @@ def tables(tmp_path):
     pairs = run_pairs(
         *(tmp_path / name for name in ("prompts", "responses", "claims", "verdicts")),
         tmp_path / "pairs",
-        length_balance=False,
-    )
+        options=PairOptions(length_balance=False),
+    ).read("pairs", Pair)
     assert {p.prompt_id for p in pairs} == set(ids)
     return tmp_path, dict(prompts=prompts, responses=responses, claims=claims, verdicts=verdicts, pairs=pairs)
 

@@ -408,8 +408,10 @@ def stage(tmp_path):
 
 def run(folder, out="out", **settings):
     return P.run_pairs(
-        *(folder / t for t in ("prompts", "responses", "claims", "verdicts")), folder / out, **settings
-    )
+        *(folder / t for t in ("prompts", "responses", "claims", "verdicts")),
+        folder / out,
+        options=P.PairOptions(**settings),
+    ).read("pairs", Pair)
 
 
 def test_run_accounts_for_every_row(stage):

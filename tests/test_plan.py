@@ -14,6 +14,7 @@ from tiny_models import open_tiny
 
 import rlaifv_nb
 from rlaifv_nb.dpo import (
+    DpoOptions,
     PairDataset,
     RowMaker,
     new_adapter,
@@ -24,6 +25,7 @@ from rlaifv_nb.dpo import (
 )
 from rlaifv_nb.engine import dryrun as dry
 from rlaifv_nb.engine import prefix as prefixes
+from rlaifv_nb.engine.caches import ContentCache
 from rlaifv_nb.engine.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
 from rlaifv_nb.engine.packing import PER_TOKEN
 from rlaifv_nb.guided_decoding import sample_candidates
@@ -136,25 +138,20 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
             16,
             0,
         )
-        maker, engine = training_maker(
-            RowMaker(trained, prompts, tmp_path), pairs[0], tmp_path / "cache", 1.0
+        options = DpoOptions(
+            learning_rate=1e-4,
+            epochs=0.5,
+            batch_size=4,
+            gradient_checkpointing=checkpointing,
+            evaluations=1,
+            nll_weight=0.0,
         )
+        features = ContentCache(tmp_path / "cache", 1.0)
+        maker, engine = training_maker(RowMaker(trained, prompts, tmp_path), pairs[0], features)
         assert usable_pairs(maker, pairs) == (pairs, [])
         data = PairDataset(maker, pairs, {r.pair_id: r for r in reference_logps(maker, pairs)})
-        loss = dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.0, nll_weight=0.0)
         measured = allocated(
-            lambda: train_adapter(
-                trained,
-                data,
-                data,
-                tmp_path / f"{checkpointing}",
-                loss,
-                learning_rate=1e-4,
-                epochs=0.5,
-                batch_size=4,
-                gradient_checkpointing=checkpointing,
-                evaluations=1,
-            )
+            lambda: train_adapter(trained, data, data, tmp_path / f"{checkpointing}", options)
         )
         d = dry.put_adapter(fresh(), 8)
         p = dict(

@@ -14,6 +14,7 @@ import pytest
 
 from rlaifv_nb import claims as c
 from rlaifv_nb.claims import (
+    ClaimsOptions,
     extract_claims,
     fill,
     parse_facts,
@@ -24,7 +25,7 @@ from rlaifv_nb.claims import (
     run_claims,
     says_no_facts,
 )
-from rlaifv_nb.records import Prompt, Response, read_manifest, write_table
+from rlaifv_nb.records import Claim, Prompt, Response, read_manifest, write_table
 
 ROWS = [
     json.loads(line)
@@ -160,8 +161,10 @@ def test_a_real_model_divides(tmp_path):
     )
     inputs = str(tmp_path / "prompts"), str(tmp_path / "responses"), str(tmp_path / "claims")
     claims = run_claims(
-        *inputs, open_llm(FOLDER, dtype="bfloat16"), templates=read_templates(*PROMPTS["few-shot"])
-    )
+        *inputs,
+        open_llm(FOLDER, dtype="bfloat16"),
+        options=ClaimsOptions(*PROMPTS["few-shot"]),
+    ).read("claims", Claim)
     manifest = read_manifest(tmp_path / "claims")
     assert manifest["rows_out"] == 3 and manifest["n_claims"] == len(claims) >= 9, (
         "every answer is divided, and finely"

@@ -76,10 +76,20 @@ limits = st.tuples(st.integers(1, 4), st.integers(1, 3))
 # properties
 
 
+def limited(limit, tolerance=0.02):
+    "Options with a `(top_k, max_pairs_per_prompt)`, and n-grams of three words."
+    top_k, max_pairs = limit
+    return R.RewardPairOptions(
+        top_k=top_k, ngram_words=3, max_pairs_per_prompt=max_pairs, length_tolerance=tolerance
+    )
+
+
 @quick
 @given(candidate_lists, limits, st.randoms())
 def test_order_of_rows_changes_nothing(candidates, limit, rng):
-    draw = lambda rows: R.draw_reward_pairs(R.usable_candidates(rows)[0], limit[0], 0.9, 3, limit[1])
+    def draw(rows):
+        return R.draw_reward_pairs(R.usable_candidates(rows)[0], limited(limit))
+
     assert draw(candidates) == draw(candidates) == draw(rng.sample(candidates, len(candidates)))
 
 
@@ -87,9 +97,8 @@ def test_order_of_rows_changes_nothing(candidates, limit, rng):
 @given(candidate_lists, limits)
 def test_chosen_beats_rejected_and_top_never_meets_bottom(candidates, limit):
     top_k, max_pairs = limit
-    drawn, spare, twins, without = R.draw_reward_pairs(
-        R.usable_candidates(candidates)[0], top_k, 0.9, 3, max_pairs
-    )
+    usable, _ = R.usable_candidates(candidates)
+    drawn, spare, twins, without = R.draw_reward_pairs(usable, limited(limit))
     of, lost = {c.response_id: c for c in candidates}, {s.row_id for s in twins}
     for p in drawn + spare:
         a, b = of[p.chosen_id], of[p.rejected_id]
@@ -130,8 +139,11 @@ def test_stage_accounts_for_everything_and_balances(tmp_path_factory, candidates
     write_table(tmp, "candidates-aligned", candidates)
     try:
         pairs = R.run_reward_pairs(
-            tmp, tmp, tmp / "out", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
-        )
+            tmp,
+            tmp,
+            tmp / "out",
+            options=limited(limit, tolerance),
+        ).read("pairs", Pair)
     except ValueError as e:
         assert "no pair is left" in str(e)
         return
@@ -143,8 +155,11 @@ def test_stage_accounts_for_everything_and_balances(tmp_path_factory, candidates
     assert abs(length_gap(pairs)) <= max(tolerance, 1e-12) and pairs == read_table(tmp / "out", "pairs", Pair)
     assert all(n <= limit[1] for n in Counter(p.prompt_id for p in pairs).values())
     again = R.run_reward_pairs(
-        tmp, tmp, tmp / "again", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
-    )
+        tmp,
+        tmp,
+        tmp / "again",
+        options=limited(limit, tolerance),
+    ).read("pairs", Pair)
     assert again == pairs and read_manifest(tmp / "again")["tables"] == manifest["tables"]
 
 
@@ -206,7 +221,8 @@ def test_ten_gram_similarity_by_hand():
 def test_fault_slices_of_ten_mix_prompts():
     """A lost candidate (here: empty) shifts all later slices of the draft; ours are grouped by prompt."""
     p, q = by_rank(10), [replace(c, prompt_id="q", response_id="q" + c.response_id[1:]) for c in by_rank(10)]
-    drawn = R.draw_reward_pairs(R.usable_candidates([replace(p[0], text=" "), *p[1:], *q])[0])[0]
+    usable, _ = R.usable_candidates([replace(p[0], text=" "), *p[1:], *q])
+    drawn = R.draw_reward_pairs(usable, R.RewardPairOptions())[0]
     assert all(d.chosen_id[0] == d.rejected_id[0] == d.prompt_id for d in drawn) and numbers(drawn[:3]) == [
         (1, 9),
         (2, 8),
@@ -231,8 +247,10 @@ def test_fault_balance_is_one_sided(tmp_path):
         for i in range(20)
     ]
     write_table(tmp_path, "candidates-aligned", [c for row in rows for c in row])
-    loose = R.run_reward_pairs(tmp_path, tmp_path, tmp_path / "loose", length_balance=False)
-    kept = R.run_reward_pairs(tmp_path, tmp_path, tmp_path / "tight")
+    loose = R.run_reward_pairs(
+        tmp_path, tmp_path, tmp_path / "loose", options=R.RewardPairOptions(length_balance=False)
+    ).read("pairs", Pair)
+    kept = R.run_reward_pairs(tmp_path, tmp_path, tmp_path / "tight").read("pairs", Pair)
     assert length_gap(loose) < -0.05 and abs(length_gap(kept)) <= 0.02 and 0 < len(kept) < len(loose)
     assert read_manifest(tmp_path / "tight")["prompts"]["length balance"] == len(loose) - len(kept)
 

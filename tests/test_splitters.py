@@ -5,13 +5,14 @@ what it writes is then its own greedy output, good and bad, and not a stand-in's
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import check_table
 from tiny_models import END_OF_TURN, SPLITTERS
 
-from rlaifv_nb.claims import Remark, fill, read_templates, run_claims, statement_question
+from rlaifv_nb.claims import ClaimsOptions, Remark, fill, read_templates, run_claims, statement_question
 from rlaifv_nb.engine.models import OpenModel, open_llm, prompt_text
 from rlaifv_nb.engine.prefix import common_prefix_length, generate_texts, grow_texts
 from rlaifv_nb.records import Claim, Prompt, Response, SetAside, read_manifest, read_table, write_table
@@ -131,9 +132,8 @@ def test_the_template_loses_and_doubles_nothing(name, saved, show):
 @on_every_family
 def test_responses_become_claims(name, saved, prompt_files, tmp_path, show):
     prompts, responses, out = write_inputs(tmp_path, FACTS)
-    templates = read_templates(**prompt_files)
-    options = dict(questions="splitter", max_new_tokens=40, batch_size=3, templates=templates)
-    claims = run_claims(prompts, responses, out, open_llm(saved(name)), **options)
+    options = ClaimsOptions(**prompt_files, questions="splitter", max_new_tokens=40, batch_size=3)
+    claims = run_claims(prompts, responses, out, open_llm(saved(name)), options=options).read("claims", Claim)
     asked = {c.text: c.question for c in claims}
     assert [c.text for c in claims if c.response_id == "p-00"] == [
         "There is a dog.",
@@ -158,16 +158,24 @@ def test_responses_become_claims(name, saved, prompt_files, tmp_path, show):
         wrong[1]: "Are there birds? (left out: 2)",
     }
     again = run_claims(
-        prompts, responses, str(tmp_path / "again"), open_llm(saved(name), share_prefix=False), **options
-    )
+        prompts,
+        responses,
+        str(tmp_path / "again"),
+        open_llm(saved(name), share_prefix=False),
+        options=options,
+    ).read("claims", Claim)
     assert again == claims, "sharing on = off"
     assert (
         read_table(tmp_path / "again", "claims", Claim) == claims
         and read_manifest(tmp_path / "again")["tables"] == manifest["tables"]
     )
     by_rule = run_claims(
-        prompts, responses, str(tmp_path / "rule"), open_llm(saved(name)), **options | {"questions": "rule"}
-    )
+        prompts,
+        responses,
+        str(tmp_path / "rule"),
+        open_llm(saved(name)),
+        options=replace(options, questions="rule"),
+    ).read("claims", Claim)
     assert {c.question for c in by_rule} >= {
         "Was the cat not big?",
         "Are there two birds in the image?",
@@ -231,7 +239,7 @@ def test_a_model_that_follows_no_instruction_is_named(name, tmp_path):
         ValueError,
         match=r"no claims in any of 5 responses; .* set aside as '(facts cut|no list of facts)'.*model that follows",
     ):
-        run_claims(*inputs, open_llm(str(tmp_path / "model")), max_new_tokens=12)
+        run_claims(*inputs, open_llm(str(tmp_path / "model")), options=ClaimsOptions(max_new_tokens=12))
     reasons = {s.reason for s in read_table(inputs[2], "set_aside-claims", SetAside)}
     assert reasons <= {"facts cut", "no list of facts"} and reasons
 

@@ -4,9 +4,11 @@ import gc
 import json
 import re
 import shutil
+import sys
 import weakref
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,12 @@ from safetensors.torch import load_file
 import rlaifv_nb.dpo as dpo
 import rlaifv_nb.engine.attention as attention
 from rlaifv_nb.dpo import (
+    DpoOptions,
     RowMaker,
     drift_of,
     preflight,
     reference_logps,
+    require_enough,
     require_steps,
     run_dpo,
     split_pairs,
@@ -46,7 +50,7 @@ POLICY, PROMPTS, PAIRS = (
     resolve_path("packaged:example/prompts"),
     resolve_path("packaged:example/04_pairs"),
 )
-SETTING = dict(learning_rate=5e-4, epochs=1.0, batch_size=4, evaluations=2, min_steps=1, quantisation="none")
+SETTING = dict(learning_rate=5e-4, epochs=1.0, batch_size=4, evaluations=2, min_steps=1)
 RESULTS = ("training-00000.jsonl", "reference-00000.jsonl", "adapter/adapter_model.safetensors")
 
 
@@ -68,9 +72,13 @@ def few(tmp_path_factory):
     return home
 
 
-def train(few, out, **options):
-    "`run_dpo` on the few pairs; returns its manifest."
-    run_dpo(few / "prompts", few / "pairs", out, POLICY, **SETTING | options)
+def train(few, out, adapter="", open_policy=None, **given):
+    "`run_dpo` on the few pairs; returns its manifest. What is not an option of training is one of opening the policy."
+    names = {f.name for f in fields(DpoOptions)}
+    options = SETTING | {k: v for k, v in given.items() if k in names}
+    opening = {k: v for k, v in given.items() if k not in names}
+    open_policy = open_policy or partial(open_vlm, POLICY, adapter, **opening)
+    run_dpo(few / "prompts", few / "pairs", out, open_policy, options=DpoOptions(**options))
     return read_manifest(out)
 
 
@@ -105,7 +113,7 @@ def plain(few, tmp_path_factory):
 @pytest.fixture
 def card(monkeypatch):
     "A card that is not there: policies are opened on it, the trainer takes it for its device, and batches are pinned."
-    tags, open_plain, collate = DeviceTags(), dpo.open_vlm, dpo.PairDataset.collate
+    tags, open_plain, collate = DeviceTags(), open_vlm, dpo.PairDataset.collate
 
     def opened(*args, **kwargs):
         vlm = open_plain(*args, **kwargs)
@@ -114,7 +122,7 @@ def card(monkeypatch):
 
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:0")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(dpo, "open_vlm", opened)
+    monkeypatch.setattr(sys.modules[__name__], "open_vlm", opened)
     monkeypatch.setattr(dpo.PairDataset, "collate", lambda self, rows: pinned(tags, collate(self, rows)))
     with tags:
         yield tags
@@ -340,16 +348,15 @@ def test_a_pair_too_large_for_the_card_is_named(few, tmp_path, monkeypatch):
         reference_logps(maker, pairs[:4])
 
 
-def test_one_large_model_and_none_afterwards(few, tmp_path, monkeypatch):
-    opened, open_plain = [], dpo.open_vlm
+def test_one_large_model_and_none_afterwards(few, tmp_path):
+    opened = []
 
-    def noted(*args, **kwargs):
-        vlm = open_plain(*args, **kwargs)
+    def noted(**kwargs):
+        vlm = open_vlm(POLICY, **kwargs)
         opened.append(weakref.ref(vlm.model))
         return vlm
 
-    monkeypatch.setattr(dpo, "open_vlm", noted)
-    train(few, tmp_path)
+    train(few, tmp_path, open_policy=noted)
     assert len(opened) == 1 and opened[0]() is None
 
 
@@ -440,13 +447,15 @@ def test_a_cache_leaves_half_of_the_free_disk(tmp_path, monkeypatch):
 # learning that is none
 
 
-def test_too_few_steps_are_refused_before_anything_is_opened(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "open_vlm", lambda *args, **kwargs: pytest.fail("nothing may be opened"))
+def test_too_few_steps_are_refused_before_anything_is_opened(few, tmp_path):
+    def never(**kwargs):
+        pytest.fail("nothing may be opened")
+
     with pytest.raises(
         ValueError,
         match=r"12 training pairs make 3 steps at batch_size 4 and epochs 1: too few to learn from \(min_steps 10\).*n_per_round",
     ):
-        train(few, tmp_path, min_steps=10)
+        train(few, tmp_path, open_policy=never, min_steps=10)
     by_id, pairs = tables(few)
     with pytest.raises(ValueError) as found:
         require_steps(pairs, 1.0, 4, 10)
@@ -462,7 +471,7 @@ def test_too_few_steps_are_refused_before_anything_is_opened(few, tmp_path, monk
 def test_what_ships_has_enough_steps():
     """The notebook's own defaults on the packaged example, and the tiny recipe (282 training pairs in round 1)."""
     by_id = {p.prompt_id: p for p in read_table(PROMPTS, "prompts", Prompt)}
-    require_steps(split_pairs(read_table(PAIRS, "pairs", Pair), by_id)[0], 2.0, 8, 10)
+    require_enough(read_table(PAIRS, "pairs", Pair), by_id, DpoOptions())
     assert steps_of(282, 2.0, 16) == 36
 
 
@@ -472,7 +481,7 @@ def test_a_short_run_has_no_warm_up_and_its_first_step_teaches(few, tmp_path):
         weights = load_file(tmp_path / str(steps) / "adapter/adapter_model.safetensors")
         assert all(v.any() for k, v in weights.items() if "lora_B" in k), steps
     warm_up = [
-        dpo.trainer_arguments(open_vlm(POLICY), tmp_path, n, 1e-4, 4, False, 2, 0, 0).warmup_steps
+        dpo.trainer_arguments(open_vlm(POLICY), tmp_path, n, DpoOptions()).warmup_steps
         for n in (3, 19, 20, 36, 400)
     ]
     assert warm_up == [0, 0, 1, 1, 20], "from 20 steps on what it always was"

@@ -197,6 +197,7 @@ class OpenModel:
     system_prompt: str = ""  # text before the conversation; empty: what the chat template does by itself
     pad_pictures: bool = False  # pad pictures to a square before the processor sees them
     max_pixels: int = 0  # scale larger pictures down to this many pixels; 0 leaves them to the processor
+    adapter_sha: str = ""  # content hash of the adapter that was opened on it; empty: none
 
     @cached_property
     def tokenizer(self):
@@ -677,11 +678,14 @@ def with_adapter(opened, adapter, trainable=False, any_quantisation=None):
             )
         opened.notes["adapter_asked"] = difference
     opened.model = PeftModel.from_pretrained(opened.model, folder, is_trainable=trainable).eval()
+    opened.adapter_sha = folder_sha(folder)
     return opened
 
 
-def save_adapter(opened, folder, parent=""):
-    "Saves the model's adapter as safetensors with its lineage and a short card; the base is named as it was opened."
+def save_adapter(opened: OpenModel, folder: str | Path):
+    """Saves the model's adapter as safetensors with its lineage and a short card.
+
+    The lineage names the base as it was opened, and as parent the adapter that it was opened with."""
     name, revision = pinned(opened.name)
     for config in opened.model.peft_config.values():
         config.base_model_name_or_path = name
@@ -691,7 +695,7 @@ def save_adapter(opened, folder, parent=""):
         "base": opened.name,
         "base_sha": opened.sha,
         "quantisation": opened.quantisation,
-        "parent_sha": folder_sha(Path(resolve_path(parent))) if parent else None,
+        "parent_sha": opened.adapter_sha or None,
     }
     lineage |= {"asked": opened.asked} if opened.asked else {}
     (Path(folder) / "lineage.json").write_text(json.dumps(lineage, indent=1) + "\n")

@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import transformers as tf
 import yaml
 
-from rlaifv_nb.dpo import new_adapter, run_dpo
+from rlaifv_nb.dpo import DpoOptions, new_adapter, run_dpo
 from rlaifv_nb.engine.attention import PackedLayout, sharing_problem
 from rlaifv_nb.engine.models import OpenModel, open_vlm
 from rlaifv_nb.engine.prefix import grow, pick_tokens, read, uniform_numbers
@@ -93,7 +94,9 @@ def feedback(device):
     "Verdicts of the packaged labeler against the packaged ones, which a CPU has made in float32."
     with tempfile.TemporaryDirectory() as out:
         vlm = open_vlm("packaged:iconworld-vlm", device=device)
-        found = run_feedback(EXAMPLE["prompts"], EXAMPLE["01_sampling"], EXAMPLE["02_claims"], out, vlm)
+        found = run_feedback(EXAMPLE["prompts"], EXAMPLE["01_sampling"], EXAMPLE["02_claims"], out, vlm).read(
+            "verdicts", Verdict
+        )
     known = {v.claim_id: v for v in read_table(EXAMPLE["03_feedback"], "verdicts", Verdict)}
     flips = sum(v.label != known[v.claim_id].label for v in found)
     print(
@@ -101,24 +104,20 @@ def feedback(device):
     )
 
 
-def train_once(device, **options):
+def train_once(device, quantisation="nf4", **options):
     "A short training on the packaged pairs; prints preflight and engine."
     with tempfile.TemporaryDirectory() as out:
         run_dpo(
             EXAMPLE["prompts"],
             EXAMPLE["04_pairs"],
             out,
-            "packaged:iconworld-vlm",
-            device=device,
-            learning_rate=5e-4,
-            epochs=0.5,
-            batch_size=8,
-            evaluations=1,
-            min_steps=1,
-            **options,
+            partial(open_vlm, "packaged:iconworld-vlm", quantisation=quantisation, device=device),
+            options=DpoOptions(
+                learning_rate=5e-4, epochs=0.5, batch_size=8, evaluations=1, min_steps=1, **options
+            ),
         )
         manifest = read_manifest(out)
-    print(options or "defaults", manifest["preflight"], manifest["engine"])
+    print(quantisation, options or "defaults", manifest["preflight"], manifest["engine"])
 
 
 @part("05_dpo: cached features, none, unquantised; the drift of the preflight in 16 bits")

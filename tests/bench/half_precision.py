@@ -10,12 +10,13 @@ intervals over pictures."""
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from rlaifv_nb.claims import run_claims
-from rlaifv_nb.dpo import run_dpo
+from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
 from rlaifv_nb.evaluation import Case, read_cases, run_evaluation
 from rlaifv_nb.feedback import run_feedback
@@ -30,7 +31,7 @@ from rlaifv_nb.records import (
     read_manifest,
     read_table,
 )
-from rlaifv_nb.sampling import run_sampling
+from rlaifv_nb.sampling import SamplingOptions, run_sampling
 
 POLICY = "packaged:iconworld-vlm"
 SPLITTER = "packaged:iconworld-splitter"
@@ -72,20 +73,15 @@ def run_side(at: Path, options: dict, scenes: int) -> None:
     "All stages with models opened with `options`, into folders named by stage."
     prompts = EXAMPLE / "prompts"
     vlm = open_vlm(POLICY, **options)
-    run_sampling(prompts, at / "01", vlm, max_new_tokens=128)
+    run_sampling(prompts, at / "01", vlm, options=SamplingOptions(max_new_tokens=128))
     run_claims(prompts, EXAMPLE / "01_sampling", at / "02", open_llm(SPLITTER, **options))
     run_feedback(prompts, EXAMPLE / "01_sampling", EXAMPLE / "02_claims", at / "03", vlm)
     run_dpo(
         prompts,
         EXAMPLE / "04_pairs",
         at / "05",
-        POLICY,
-        learning_rate=2e-4,
-        epochs=0.5,
-        batch_size=16,
-        evaluations=1,
-        min_steps=1,
-        **options,
+        partial(open_vlm, POLICY, **options),
+        options=DpoOptions(learning_rate=2e-4, epochs=0.5, batch_size=16, evaluations=1, min_steps=1),
     )
     run_evaluation(at / "06", POLICY, f"aligned={ADAPTER}", n_scenes=scenes, **options)
     run_guided_decoding(prompts, at / "07", POLICY, ADAPTER, responses=EXAMPLE / "01_sampling", **options)

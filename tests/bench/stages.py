@@ -5,6 +5,7 @@
 Sides take turns, each turn in a process of its own with one thread; the inputs of a stage are the same for all sides."""
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
@@ -28,6 +30,20 @@ def given(function, **options):
     return {
         k: v for k, v in options.items() if k in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
     }
+
+
+def options_class(stage):
+    "The dataclass of a stage's options, or None in a checkout that has none."
+    return getattr(importlib.import_module(f"rlaifv_nb.{stage}"), f"{stage.title()}Options", None)
+
+
+def asked(stage, **options):
+    "The keyword arguments that ask a stage of this checkout for these options: one object, or each by its name."
+    made = options_class(stage)
+    if made:
+        return {"options": made(**options)}
+    function = getattr(importlib.import_module(f"rlaifv_nb.{stage}"), f"run_{stage}")
+    return given(function, **options)
 
 
 def make_inputs(folder):
@@ -52,14 +68,19 @@ def time_stages(inputs, out, share):
     from rlaifv_nb.pairs import run_pairs
     from rlaifv_nb.sampling import run_sampling
 
-    policy, switch = str(POLICY), {} if share else {"share_prefix": False}
+    policy = str(POLICY)
+    switch = {} if share else {"share_prefix": False}
+    slow = {} if share else {"layout": "plain", "cache_gb": 0}
+    opened = [partial(open_vlm, policy, quantisation="nf4") if options_class("dpo") else policy]
     table = {
         name: str(inputs / name)
         for name in ("prompts", "few", "adapter", "sampling", "claims", "feedback", "pairs")
     }
     vlm = lambda: open_vlm(policy, **given(open_vlm, **switch))
     stages = {
-        "sampling": lambda o: run_sampling(table["prompts"], o, vlm(), max_new_tokens=128),
+        "sampling": lambda o: run_sampling(
+            table["prompts"], o, vlm(), **asked("sampling", max_new_tokens=128)
+        ),
         "claims": lambda o: run_claims(
             table["prompts"], table["sampling"], o, open_llm(str(SPLITTER), **given(open_llm, **switch))
         ),
@@ -71,11 +92,8 @@ def time_stages(inputs, out, share):
             table["prompts"],
             table["pairs"],
             o,
-            policy,
-            learning_rate=2e-4,
-            epochs=2.0,
-            batch_size=16,
-            **given(run_dpo, **({} if share else {"layout": "plain", "cache_gb": 0})),
+            *opened,
+            **asked("dpo", learning_rate=2e-4, epochs=2.0, batch_size=16, **slow),
         ),
         "evaluation": lambda o: run_evaluation(o, policy, n_scenes=100),
         "guided_decoding": lambda o: run_guided_decoding(
