@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['WHOLE_QUESTION', 'STATEMENT_QUESTION', 'PHRASE_QUESTION', 'WORD_QUESTION', 'DIVIDES', 'QUESTIONS', 'PREPOSITIONS',
            'DETERMINERS', 'RULE', 'BY_SPLITTER', 'BY_STATEMENT', 'FRAGMENT', 'LEAKED', 'CUT', 'HEDGED', 'DEPENDENT',
-           'TOO_MANY', 'read_template', 'fill', 'Templates', 'read_templates', 'clean', 'listed', 'parse_facts',
+           'WORD', 'TOO_MANY', 'read_template', 'fill', 'Templates', 'read_templates', 'clean', 'listed', 'parse_facts',
            'says_no_facts', 'parse_question', 'written_out', 'words_of', 'is_fragment', 'is_hedged', 'stands_alone',
            'beginnings', 'is_leaked', 'is_form', 'without_do', 'same_order', 'differences', 'content',
            'question_problem', 'bare', 'is_noun_phrase', 'is_one_clause', 'is_perfect', 'move_verb', 'put_do',
-           'lower_first', 'question_by_rule', 'statement_question', 'Remark', 'split_responses', 'read_question',
-           'ask_questions', 'extract_claims', 'whole_claims', 'lengths_differ', 'division_warnings', 'ClaimsOptions',
-           'divide_chunk', 'run_claims', 'division_counts', 'finish_claims']
+           'lower_first', 'question_by_rule', 'statement_question', 'Remark', 'listed_facts', 'faults_of',
+           'split_responses', 'read_question', 'ask_questions', 'remarks_on', 'extract_claims', 'whole_claims',
+           'lengths_differ', 'division_warnings', 'ClaimsOptions', 'divide_chunk', 'run_claims', 'division_counts',
+           'finish_claims']
 
 # %% ../nbs/02_claims.ipynb #324a965c
 import re
@@ -75,7 +76,7 @@ def fill(template: str, **values: str) -> str:
     "A template with its placeholders replaced in one pass: what is filled in is never read as a placeholder."
     return _PLACEHOLDER.sub(lambda m: values[m[1]], template)
 
-
+# %% ../nbs/02_claims.ipynb #b17a11d7
 @dataclass(frozen=True)
 class Templates:
     "The texts that a splitter is asked with: for the facts of an answer, and for the question of a fact."
@@ -653,118 +654,166 @@ class Remark:
     remark: str
     detail: str = ""
 
+# %% ../nbs/02_claims.ipynb #c1645e01
+def listed_facts(text: str, cut: bool, response_id: str) -> tuple[list[str], SetAside | None, list[Remark]]:
+    """The facts of a splitter's reply, or why the response is set aside, and remarks. `cut`: the reply met
+    the token limit, so its last line is dropped."""
+    remarks = []
+    rest = ""
+    if cut:
+        text, _, rest = text.rpartition("\n")
+        remarks.append(Remark(response_id, "", "", CUT, f"no end within the token limit: {rest[-60:]!r}"))
+    items = parse_facts(text)
+    if items or (says_no_facts(text) and not cut):
+        return items, None, remarks
+    if cut:
+        detail = f"no whole item within the token limit: {rest[-60:]!r}"
+        return [], SetAside(response_id, "facts cut", detail), remarks
+    return [], SetAside(response_id, "no list of facts", f"the splitter wrote {text[:60]!r}"), remarks
 
-def split_responses(responses, question_of, ask, templates, check=True):
-    """The facts of each response, by id, the responses set aside, and remarks on facts that were dropped.
 
-    `question_of` maps prompt ids to questions. `check` is whether fragments and leaks are looked for."""
-    facts, remarks = {}, []
+def faults_of(facts: list[str], source: str, examples: set[str]) -> dict[str, str]:
+    """Facts that are dropped, with the remark that says why: leaked from the prompt's examples, or a
+    fragment.
+
+    `source` is the question and the response. Where all facts are fragments, the response is a list of words,
+    each of which answers the question, and they stay."""
+    dropped = {fact: LEAKED for fact in facts if is_leaked(fact, source, examples)}
+    dropped |= {fact: FRAGMENT for fact in facts if fact not in dropped and is_fragment(fact)}
+    if len(dropped) == len(facts):
+        dropped = {fact: why for fact, why in dropped.items() if why != FRAGMENT}
+    return dropped
+
+# %% ../nbs/02_claims.ipynb #c1645e02
+def split_responses(
+    responses: list[Response],
+    question_of: dict[str, str],  # of each prompt id
+    ask: Callable,  # prompts -> (text, finish_reason) pairs
+    templates: Templates,
+    check: bool = True,  # whether fragments and leaks are looked for
+) -> tuple[dict[str, list[str]], list[SetAside], list[Remark]]:
+    "The facts of each response, by id, the responses set aside, and remarks on facts that were dropped."
+    facts = {}
+    remarks = []
     set_aside = [SetAside(r.response_id, "empty response") for r in responses if not r.text.strip()]
     usable = [r for r in responses if r.text.strip()]
     prompts = [fill(templates.facts, question=question_of[r.prompt_id], response=r.text) for r in usable]
     examples = {f.casefold() for f in parse_facts(templates.facts)}
     for r, (text, reason) in zip(usable, ask(prompts) if prompts else []):
-        cut = reason == "length"
-        if cut:
-            text, _, rest = text.rpartition("\n")
-            remarks.append(
-                Remark(r.response_id, "", "", CUT, f"no end within the token limit: {rest[-60:]!r}")
-            )
-        items = parse_facts(text)
-        if not items and (cut or not says_no_facts(text)):
-            detail = (
-                f"no whole item within the token limit: {rest[-60:]!r}"
-                if cut
-                else f"the splitter wrote {text[:60]!r}"
-            )
-            set_aside.append(SetAside(r.response_id, "facts cut" if cut else "no list of facts", detail))
+        items, problem, notes = listed_facts(text, reason == "length", r.response_id)
+        remarks += notes
+        if problem:
+            set_aside.append(problem)
             continue
         source = f"{question_of[r.prompt_id]}\n{r.text}"
-        dropped = {f: LEAKED for f in items if check and is_leaked(f, source, examples)}
-        dropped |= {f: FRAGMENT for f in items if check and f not in dropped and is_fragment(f)}
-        if items and FRAGMENT in dropped.values() and len(dropped) == len(items):
-            dropped = {
-                f: why for f, why in dropped.items() if why != FRAGMENT
-            }  # an answer of words alone: each answers the question
-        remarks += [Remark(r.response_id, "", f, why) for f, why in dropped.items()]
+        dropped = faults_of(items, source, examples) if check else {}
+        remarks += [Remark(r.response_id, "", fact, why) for fact, why in dropped.items()]
         if items and len(dropped) == len(items):
-            set_aside.append(
-                SetAside(
-                    r.response_id, "no fact of its own", f"the splitter listed {', '.join(items)[:60]!r}"
-                )
-            )
+            detail = f"the splitter listed {', '.join(items)[:60]!r}"
+            set_aside.append(SetAside(r.response_id, "no fact of its own", detail))
         else:
             facts[r.response_id] = [f for f in items if f not in dropped]
     return facts, set_aside, remarks
 
 # %% ../nbs/02_claims.ipynb #c1645da7
-def read_question(fact: str, answer: tuple, check: bool) -> tuple:
+def read_question(fact: str, answer: tuple[str, str], check: bool) -> tuple[str, str]:
     "The question in a splitter's answer, a (text, finish_reason) pair, and what is wrong with it."
-    question = parse_question(answer[0]) if answer[1] == "stop" else None
+    text, reason = answer
+    if reason != "stop":
+        return "", "there was no end within the token limit"
+    question = parse_question(text)
     if question is None:
-        return "", "there was no question" if answer[
-            1
-        ] == "stop" else "there was no end within the token limit"
+        return "", "there was no question"
     problem = question_problem(fact, question) if check else ""
-    return question, problem and f"{question} ({problem})"
+    return question, f"{question} ({problem})" if problem else ""
 
 
-def ask_questions(facts, ask, templates, check=True, questions="rule") -> dict:
+def ask_questions(
+    facts: list[str],
+    ask: Callable,  # prompts -> (text, finish_reason) pairs
+    templates: Templates,
+    check: bool = True,
+    questions: str = "rule",
+) -> dict[str, tuple[str, str, str]]:
     """Of every distinct fact its question, who made it (one of the three names above), and what was wrong
     with the splitter's, by fact."""
+    made = {}
     distinct = list(dict.fromkeys(facts))
-    made = {f: question_by_rule(f) for f in distinct} if questions == "rule" else {}
-    known = {f: (question, RULE, "") for f, question in made.items() if question}
-    left = [] if questions == "statement" else [f for f in distinct if f not in known]
-    answers = ask([fill(templates.question, fact=f) for f in left]) if left else []
+    if questions == "rule":
+        by_rule = {fact: question_by_rule(fact) for fact in distinct}
+        made = {fact: (question, RULE, "") for fact, question in by_rule.items() if question}
+    left = []
+    if questions != "statement":
+        left = [fact for fact in distinct if fact not in made]
+    answers = ask([fill(templates.question, fact=fact) for fact in left]) if left else []
     for fact, answer in zip(left, answers):
         question, problem = read_question(fact, answer, check)
-        known[fact] = (
-            (statement_question(fact), BY_STATEMENT, problem) if problem else (question, BY_SPLITTER, "")
-        )
-    return {f: known.get(f) or (statement_question(f), BY_STATEMENT, "") for f in distinct}
+        if problem:
+            made[fact] = (statement_question(fact), BY_STATEMENT, problem)
+        else:
+            made[fact] = (question, BY_SPLITTER, "")
+    return {fact: made.get(fact) or (statement_question(fact), BY_STATEMENT, "") for fact in distinct}
 
 # %% ../nbs/02_claims.ipynb #c1645da8
-def extract_claims(responses, question_of, ask, templates=None, check=True, questions="rule"):
-    """The claims of some responses, the responses set aside, and the remarks; `templates` are the packaged
-    ones if not given."""
+WORD = "a word, asked about as an answer"
+
+
+def remarks_on(claim: Claim, made_by: str, detail: str) -> list[Remark]:
+    """What there is to say about a claim: how its question was made, and whether it hedges or hangs on
+    another."""
+    notes = []
+    if made_by != RULE:
+        notes.append(Remark(claim.response_id, claim.claim_id, claim.text, made_by, detail))
+    if is_hedged(claim.text):
+        notes.append(Remark(claim.response_id, claim.claim_id, claim.text, HEDGED))
+    if not stands_alone(claim.text):
+        notes.append(Remark(claim.response_id, claim.claim_id, claim.text, DEPENDENT))
+    return notes
+
+
+def extract_claims(
+    responses: list[Response],
+    question_of: dict[str, str],  # of each prompt id
+    ask: Callable,  # prompts -> (text, finish_reason) pairs
+    templates: Templates | None = None,  # None: the packaged ones
+    check: bool = True,
+    questions: str = "rule",
+) -> tuple[list[Claim], list[SetAside], list[Remark]]:
+    "The claims of some responses, the responses set aside, and the remarks."
     templates = templates or read_templates()
     facts, set_aside, remarks = split_responses(responses, question_of, ask, templates, check)
-    words = {r for r, items in facts.items() if check and items and all(map(is_fragment, items))}
-    known = ask_questions(
-        [f for r, items in facts.items() if r not in words for f in items], ask, templates, check, questions
-    )
-    asked = {r.response_id: question_of[r.prompt_id] for r in responses}
+    words = set()  # responses that are nothing but words, each of which answers the question
+    for response_id, items in facts.items():
+        if check and items and all(map(is_fragment, items)):
+            words.add(response_id)
+    sentences = [f for response_id, items in facts.items() if response_id not in words for f in items]
+    made = ask_questions(sentences, ask, templates, check, questions)
+    prompt_of = {r.response_id: r.prompt_id for r in responses}
     claims = []
     for response_id, items in facts.items():
         for k, fact in enumerate(items):
             if response_id in words:
-                question, made_by, detail = (
-                    fill(WORD_QUESTION, question=asked[response_id], word=fact),
-                    BY_STATEMENT,
-                    "a word, asked about as an answer",
-                )
+                asked = question_of[prompt_of[response_id]]
+                question, made_by, detail = fill(WORD_QUESTION, question=asked, word=fact), BY_STATEMENT, WORD
             else:
-                question, made_by, detail = known[fact]
+                question, made_by, detail = made[fact]
             claim = Claim(claim_id_of(response_id, k), response_id, fact, question)
             claims.append(claim)
-            notes = {made_by: made_by != RULE, HEDGED: is_hedged(fact), DEPENDENT: not stands_alone(fact)}
-            remarks += [
-                Remark(response_id, claim.claim_id, fact, note, detail if note == made_by else "")
-                for note, so in notes.items()
-                if so
-            ]
+            remarks += remarks_on(claim, made_by, detail)
     return claims, set_aside, remarks
 
-
-def whole_claims(responses):
+# %% ../nbs/02_claims.ipynb #c1645e03
+def whole_claims(responses: list[Response]) -> tuple[list[Claim], list[SetAside], list[Remark]]:
     "Ablation: each response is one claim, and the question asks about all of it."
-    texts = [r for r in responses if r.text.strip()]
-    claims = [
-        Claim(claim_id_of(r.response_id, 0), r.response_id, r.text, fill(WHOLE_QUESTION, response=r.text))
-        for r in texts
-    ]
-    return claims, [SetAside(r.response_id, "empty response") for r in responses if not r.text.strip()], []
+    claims = []
+    set_aside = []
+    for r in responses:
+        if r.text.strip():
+            question = fill(WHOLE_QUESTION, response=r.text)
+            claims.append(Claim(claim_id_of(r.response_id, 0), r.response_id, r.text, question))
+        else:
+            set_aside.append(SetAside(r.response_id, "empty response"))
+    return claims, set_aside, []
 
 # %% ../nbs/02_claims.ipynb #d1a00031
 TOO_MANY = 0.2  # a share above which something is a warning
@@ -777,7 +826,7 @@ def lengths_differ(kept: list, lost: list) -> bool:
     error = (stdev(kept) ** 2 / len(kept) + stdev(lost) ** 2 / len(lost)) ** 0.5
     return abs(mean(kept) - mean(lost)) > max(2 * error, 0.1 * mean(kept))
 
-
+# %% ../nbs/02_claims.ipynb #ba54bac2
 def division_warnings(rows, set_aside, counts: dict, questions: str, max_new_tokens: int) -> list:
     """Sentences on what went wrong too often while these responses were divided; `counts` are those of the
     manifest."""
@@ -852,7 +901,8 @@ def divide_chunk(
     templates: Templates,
     options: ClaimsOptions,
 ) -> tuple[list[Claim], list[SetAside], list[Remark]]:
-    "The claims of some responses, the responses set aside, and remarks. `question_of` maps prompt ids to questions."
+    """The claims of some responses, the responses set aside, and remarks. `question_of` maps prompt ids to
+    questions."""
     if options.divide == "whole":
         return whole_claims(responses)
     return extract_claims(responses, question_of, ask, templates, options.check_questions, options.questions)
@@ -869,8 +919,8 @@ def run_claims(
 ) -> StageFolder:
     """The stage: splits every response into claims with their questions, and writes shards and the manifest.
 
-    The splitter reads `batch_size` texts at a time, fewer where memory runs out. Raises ValueError when no response has a
-    claim."""
+    The splitter reads `batch_size` texts at a time, fewer where memory runs out. Raises ValueError when no
+    response has a claim."""
     from rlaifv_nb.engine.prefix import generate_texts
 
     options = options or ClaimsOptions()
@@ -922,7 +972,8 @@ def division_counts(claims, remarks) -> dict:
 
 # %% ../nbs/02_claims.ipynb #e09e875d
 def finish_claims(stage: StageFolder, rows: list[Response], splitter: str, options: ClaimsOptions, **extra):
-    "Writes the manifest with counts and warnings of a division. Raises ValueError when no response has a claim."
+    """Writes the manifest with counts and warnings of a division. Raises ValueError when no response has a
+    claim."""
     claims = stage.read("claims", Claim)
     set_aside = stage.set_aside("claims")
     remarks = [r for path in shard_paths(stage.path, "remarks") for r in read_rows(path, Remark)]
@@ -931,7 +982,8 @@ def finish_claims(stage: StageFolder, rows: list[Response], splitter: str, optio
         if set_aside:
             first = f"; the first was set aside as {set_aside[0].reason!r} {set_aside[0].detail}"
         raise ValueError(
-            f"no claims in any of {len(rows)} responses{first}: is {splitter} a model that follows the splitting prompt?"
+            f"no claims in any of {len(rows)} responses{first}: is {splitter} a model that follows the "
+            "splitting prompt?"
         )
     kept = len(rows) - len(set_aside)
     counts = {"n_claims": len(claims)}

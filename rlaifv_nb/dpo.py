@@ -58,6 +58,7 @@ from rlaifv_nb.engine.packing import (
     n_tokens_of,
     pack_by_budget,
     pack_row,
+    possible_layout,
     row_logps,
 )
 from .engine.pictures import load_image
@@ -91,8 +92,8 @@ def preference_loss(
 ) -> torch.Tensor:
     """The loss (B,) of each pair.
 
-    `sigmoid`: Rafailov et al. 2023, eq. 7, smoothed as in cDPO. `ipo`: Azar et al. 2023, eq. 17. `hinge`: Zhao et al.
-    2023 (SLiC). Raises ValueError for another loss, and for smoothing of any but `sigmoid`."""
+    `sigmoid`: Rafailov et al. 2023, eq. 7, smoothed as in cDPO. `ipo`: Azar et al. 2023, eq. 17. `hinge`:
+    Zhao et al. 2023 (SLiC). Raises ValueError for another loss, and for smoothing of any but `sigmoid`."""
     require_one_of(loss_type, LOSSES, "loss_type")
     if label_smoothing and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing is defined for the sigmoid loss only, not for {loss_type!r}")
@@ -107,7 +108,8 @@ def preference_loss(
 # %% ../nbs/05_dpo.ipynb #d9c00002
 @dataclass(frozen=True)
 class DpoOptions(StageOptions):
-    "What training is asked for. Raises ValueError for a value out of its range, and for smoothing of a loss without it."
+    """What training is asked for. Raises ValueError for a value out of its range, and for smoothing of a loss
+    without it."""
 
     loss_type: str = option("sigmoid", words=LOSSES)
     beta: float = option(0.1, above=0)
@@ -147,9 +149,11 @@ class DpoOptions(StageOptions):
 # %% ../nbs/05_dpo.ipynb #d2004ac8
 @dataclass
 class RowMaker:
-    """Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in `folder`.
+    """Makes training rows and batches of pairs. `prompts` maps ids to prompts, whose pictures are in
+    `folder`.
 
-    Without `features`, rows bring pixels. `max_tokens` becomes less where memory runs out; so many `workers` prepare rows."""
+    Without `features`, rows bring pixels. `max_tokens` becomes less where memory runs out; so many `workers`
+    prepare rows."""
 
     vlm: OpenModel
     prompts: dict
@@ -220,7 +224,8 @@ class RowMaker:
 
 # %% ../nbs/05_dpo.ipynb #d9b40002
 def look_at(maker, prompt):
-    """A prompt's tensors with pixels (None where the cache knows its picture), and what is wrong with picture or question.
+    """A prompt's tensors with pixels (None where the cache knows its picture), and what is wrong with picture
+    or question.
 
     What is wrong is an empty string where nothing is."""
     path = Path(maker.folder) / prompt.image_path
@@ -246,7 +251,7 @@ def keep_picture(maker, prompt, inputs):
         key = picture_key(maker.vlm, maker.picture_sha(prompt))
         maker.features.put({key: picture_entry(maker.vlm, inputs)})
 
-
+# %% ../nbs/05_dpo.ipynb #be3462f8
 def picture_problems(maker, prompts) -> dict:
     """What is wrong with the pictures (and questions) of prompts, by prompt id; fills the cache.
 
@@ -265,7 +270,7 @@ def picture_problems(maker, prompts) -> dict:
                 keep_picture(maker, prompt, inputs)
     return problems
 
-
+# %% ../nbs/05_dpo.ipynb #bec41af0
 def usable_pairs(maker, pairs) -> tuple[list, list]:
     "The pairs that make a row, and those set aside."
     prompts = {p.prompt_id: maker.prompts[p.prompt_id] for p in pairs if p.prompt_id in maker.prompts}
@@ -286,7 +291,8 @@ def usable_pairs(maker, pairs) -> tuple[list, list]:
 
 # %% ../nbs/05_dpo.ipynb #7c13746a
 def in_less_memory(maker, rows, run, undo=None):
-    """`run()`, which goes through `maker.batches(rows)`; when memory runs out, again with half of `maker.max_tokens`.
+    """`run()`, which goes through `maker.batches(rows)`; when memory runs out, again with half of
+    `maker.max_tokens`.
 
     `undo()` comes before each further try. Raises RuntimeError when a single pair does not fit."""
     while True:
@@ -299,7 +305,8 @@ def in_less_memory(maker, rows, run, undo=None):
         if len(groups) == len(rows):
             longest = max(rows, key=n_tokens_of)
             raise RuntimeError(
-                f"the pair {longest['pair_id']} ({n_tokens_of(longest)} tokens) does not fit into memory even alone: "
+                f"the pair {longest['pair_id']} ({n_tokens_of(longest)} tokens) does not fit into memory "
+                "even alone: "
                 "smaller pictures (max_pixels), quantisation='nf4' or gradient_checkpointing=True take less"
             )
         maker.max_tokens = max(sum(map(n_tokens_of, group)) for group in groups) // 2
@@ -357,7 +364,10 @@ def reference_logps(maker: RowMaker, pairs: list[Pair], cache: ContentCache | No
     return rows
 
 # %% ../nbs/05_dpo.ipynb #d9c00012
-NOT_FINITE = "an overflow in the model (bfloat16 and float32 have room), a damaged checkpoint, or a very unusual picture"
+NOT_FINITE = (
+    "an overflow in the model (bfloat16 and float32 have room), a damaged checkpoint, "
+    "or a very unusual picture"
+)
 
 
 def finite_references(
@@ -379,10 +389,12 @@ DRIFT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.0
 
 
 def drift_of(differences: torch.Tensor, n_tokens: torch.Tensor) -> float:
-    """How far log-probabilities have moved, in nats per token: the signed mean over all tokens, of chosen or of rejected answers.
+    """How far log-probabilities have moved, in nats per token: the signed mean over all tokens, of chosen or
+    of rejected answers.
 
-    Both arguments are (n, 2), chosen and rejected: an answer's summed difference, and its tokens. The larger mean counts.
-    Rounding goes either way and averages out, while another adapter raises the one and lowers the other."""
+    Both arguments are (n, 2), chosen and rejected: an answer's summed difference, and its tokens. The larger
+    mean counts. Rounding goes either way and averages out, while another adapter raises the one and lowers
+    the other."""
     return (differences.double().sum(0) / n_tokens.sum(0)).abs().max().item()
 
 
@@ -407,8 +419,8 @@ def preflight(
 ) -> dict:
     """Checks a few pairs and returns what it measured. `reference` maps pair ids to rows.
 
-    Raises RuntimeError when policy and reference differ (`drift_of` above `tolerance`, by default that of the dtype), when
-    the image does not matter, or when image tokens and features do not match."""
+    Raises RuntimeError when policy and reference differ (`drift_of` above `tolerance`, by default that of the
+    dtype), when the image does not matter, or when image tokens and features do not match."""
     vlm = maker.vlm
     tolerance = DRIFT_TOLERANCE[vlm.core.dtype] if tolerance is None else tolerance
     fresh = replace(maker, features=None)
@@ -463,7 +475,8 @@ class PairDataset(torch.utils.data.Dataset):
         return {"n_pairs": torch.full((len(rows),), len(rows)), "rows": StepRows(rows)}
 
     def parts(self, rows):
-        "Yields the parts of a step, each with `reference` and `n_tokens` (b, 2), `pair_ids`, and its `share` of the pairs."
+        """Yields the parts of a step, each with `reference` and `n_tokens` (b, 2), `pair_ids`, and its
+        `share` of the pairs."""
         references = iter(torch.tensor([row["reference"] for row in rows]))
         ids = iter([row["pair_id"] for row in rows])
         for part in self.maker.batches(rows):
@@ -479,13 +492,15 @@ def require_finite(tensors, what: str, pair_ids, step: int):
     "Raises FloatingPointError naming the pairs when a number is not finite."
     if not all(t.isfinite().all() for t in tensors):
         raise FloatingPointError(
-            f"step {step}: {what} not finite, with the pairs {', '.join(pair_ids)}: a smaller learning_rate, dtype='float32', "
+            f"step {step}: {what} not finite, with the pairs {', '.join(pair_ids)}: a smaller learning_rate, "
+            "dtype='float32', "
             "or training without these pairs may help; the last complete checkpoint is kept"
         )
 
 # %% ../nbs/05_dpo.ipynb #d9c00014
 class PreferenceTrainer(Trainer):
-    "A `Trainer` whose loss is `preference_loss` plus `nll_weight` times the mean negative log-likelihood of chosen."
+    """A `Trainer` whose loss is `preference_loss` plus `nll_weight` times the mean negative log-likelihood of
+    chosen."""
 
     def __init__(self, *args, options: DpoOptions, **kwargs):
         super().__init__(*args, **kwargs)
@@ -547,7 +562,8 @@ class PreferenceTrainer(Trainer):
         return loss, None, None
 
     def log(self, logs, *args, **kwargs):
-        "Adds the mean margin (nats) and the share of pairs with a positive margin since the last line of the log."
+        """Adds the mean margin (nats) and the share of pairs with a positive margin since the last line of
+        the log."""
         split = "eval" if "eval_loss" in logs else "train"
         prefix = "eval_" if split == "eval" else ""
         margins = self.seen[split]
@@ -600,7 +616,8 @@ def split_pairs(pairs, prompts) -> tuple[list, list]:
     dev = [p for p in pairs if p.prompt_id in held_out]
     if not train or not dev:
         raise ValueError(
-            f"{len(train)} training pairs and {len(dev)} dev pairs: pairs of at least two prompts are needed, "
+            f"{len(train)} training pairs and {len(dev)} dev pairs: pairs of at least two prompts are "
+            "needed, "
             "one for training and one held out (split dev)"
         )
     return train, dev
@@ -642,7 +659,8 @@ def require_enough(pairs: list[Pair], prompts: dict[str, Prompt], options: DpoOp
 # %% ../nbs/05_dpo.ipynb #d9c00017
 @dataclass(frozen=True)
 class CurvePoint:
-    "What was measured at a step, on pairs for training or held out (`dev`): loss, margin in nats, share of margins above 0."
+    """What was measured at a step, on pairs for training or held out (`dev`): loss, margin in nats, share of
+    margins above 0."""
 
     step: int
     split: str
@@ -685,7 +703,7 @@ def new_adapter(vlm, rank: int, alpha: int, seed: int, dropout: float = 0.0):
     vlm.model.eval()
     return vlm
 
-
+# %% ../nbs/05_dpo.ipynb #bdad3073
 def adapter_state(model) -> str:
     "SHA-256 of the weights that are trained."
     digest = hashlib.sha256()
@@ -696,7 +714,8 @@ def adapter_state(model) -> str:
 
 
 def require_change(model, before: str):
-    "Raises RuntimeError when an adapter is what it was at the start, or does nothing at all (its `lora_B` are all zero)."
+    """Raises RuntimeError when an adapter is what it was at the start, or does nothing at all (its `lora_B`
+    are all zero)."""
     last = [p for name, p in model.named_parameters() if "lora_B" in name]
     if adapter_state(model) == before or not any(p.any() for p in last):
         raise RuntimeError(
@@ -717,7 +736,8 @@ def tf32_products(wanted: bool):
 
 # %% ../nbs/05_dpo.ipynb #d9c00018
 def trainer_arguments(vlm: OpenModel, work: Path, steps: int, options: DpoOptions) -> TrainingArguments:
-    "The trainer's settings: one process on one device, cosine schedule, a checkpoint in `work` with each evaluation."
+    """The trainer's settings: one process on one device, cosine schedule, a checkpoint in `work` with each
+    evaluation."""
     every = max(1, steps // options.evaluations)
     seed = options.seed_of("dpo") % 2**32
     arguments = TrainingArguments(
@@ -757,10 +777,11 @@ def trainer_arguments(vlm: OpenModel, work: Path, steps: int, options: DpoOption
 def train_adapter(
     vlm: OpenModel, train: PairDataset, dev: PairDataset, work: Path, options: DpoOptions
 ) -> tuple[list[CurvePoint], dict]:
-    """Trains the model's adapter and leaves the checkpoint with the lowest dev loss in it; `work` holds checkpoints.
+    """Trains the model's adapter and leaves the checkpoint with the lowest dev loss in it; `work` holds
+    checkpoints.
 
-    Returns the curves and what the manifest says of them. Raises RuntimeError when nothing was learned, FloatingPointError
-    when a number is not finite."""
+    Returns the curves and what the manifest says of them. Raises RuntimeError when nothing was learned,
+    FloatingPointError when a number is not finite."""
     steps = steps_of(len(train), options.epochs, options.batch_size)
     trainer = PreferenceTrainer(
         model=vlm.model,
@@ -807,7 +828,8 @@ REFERENCE_SHARE = 0.02  # of `cache_gb`; a pair's reference takes little beside 
 
 @dataclass
 class Caches:
-    "The two caches of a training, within one budget: pictures fill all but `REFERENCE_SHARE` of it, the reference the rest."
+    """The two caches of a training, within one budget: pictures fill all but `REFERENCE_SHARE` of it, the
+    reference the rest."""
 
     features: ContentCache
     reference: ContentCache
@@ -827,22 +849,22 @@ class Caches:
 
 # %% ../nbs/05_dpo.ipynb #d9c00021
 def training_layout(maker: RowMaker, pair: Pair) -> dict:
-    "The layout of batches that fits the model, tried on a pair: `layout`, with `kernel` where it is packed, or why not as asked."
+    """The layout of batches that fits the model, tried on a pair: `layout`, with `kernel` where it is packed,
+    or why not as asked."""
     vlm = maker.vlm
-    problem = ""
-    if maker.layout == "packed":
-        problem = vlm.sharing_problem
-    if maker.layout != "plain" and not problem:
-        problem = layout_problem(vlm.core, maker.row(pair), maker.layout, maker.kernel, vlm.device)
+    layout, problem = possible_layout(maker.layout, vlm.sharing_problem)
+    if layout != "plain":
+        problem = layout_problem(vlm.core, maker.row(pair), layout, maker.kernel, vlm.device)
     if problem:
         return {"layout": "plain", "layout_problem": problem}
-    if maker.layout == "packed":
-        return {"layout": "packed", "kernel": kernel_for(maker.kernel, vlm.device, vlm.core.dtype)}
-    return {"layout": maker.layout}
+    if layout == "packed":
+        return {"layout": layout, "kernel": kernel_for(maker.kernel, vlm.device, vlm.core.dtype)}
+    return {"layout": layout}
 
 
 def training_maker(maker: RowMaker, pair: Pair, features: ContentCache) -> tuple[RowMaker, dict]:
-    "The `RowMaker` with the layout and the features that fit its model, tried on a pair, and what was decided, with reasons."
+    """The `RowMaker` with the layout and the features that fit its model, tried on a pair, and what was
+    decided, with reasons."""
     engine = training_layout(maker, pair)
     prompt = maker.prompts[pair.prompt_id]
     problem = entry_problem(maker.vlm, maker.inputs(prompt), prompt.question)
@@ -902,7 +924,8 @@ def require_trainable(vlm: OpenModel):
     "Raises ValueError for a policy in float16."
     if vlm.core.dtype == torch.float16:
         raise ValueError(
-            "dtype='float16' cannot be trained: gradients vanish in it without loss scaling, which is not built in; "
+            "dtype='float16' cannot be trained: gradients vanish in it without loss scaling, which is not "
+            "built in; "
             "choose bfloat16 or float32"
         )
 
@@ -927,10 +950,11 @@ def run_dpo(
 ) -> StageFolder:
     """The stage: reference, preflight, training, adapter with lineage, manifest.
 
-    The policy is opened when the tables are known to be enough, with `trainable` and `share_prefix` as training needs them.
-    A layout that does not fit the model becomes `plain`, and a model whose image features cannot be cached keeps its pixels;
-    the manifest says why. Raises ValueError for a policy that cannot be trained, or too few pairs; RuntimeError when
-    reference and policy differ or nothing was learned; FloatingPointError for a loss or gradient that is not finite."""
+    The policy is opened when the tables are known to be enough, with `trainable` and `share_prefix` as
+    training needs them. A layout that does not fit the model becomes `plain`, and a model whose image
+    features cannot be cached keeps its pixels; the manifest says why. Raises ValueError for a policy that
+    cannot be trained, or too few pairs; RuntimeError when reference and policy differ or nothing was learned;
+    FloatingPointError for a loss or gradient that is not finite."""
     options = options or DpoOptions()
     by_id = {p.prompt_id: p for p in read_table(prompts, "prompts", Prompt)}
     rows = read_table(pairs, "pairs", Pair)

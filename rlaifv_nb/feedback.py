@@ -109,7 +109,7 @@ def ask_alone(p_yes_no: Callable, pictures: list, questions: list, answers: list
         )
     return again
 
-
+# %% ../nbs/03_feedback.ipynb #bb15f619
 def judge_claims(
     prompts: list[Prompt],
     claims_of: dict[str, list[Claim]],  # of each prompt id
@@ -161,7 +161,7 @@ def blind_share(verdicts: list[Verdict], claims: list[Claim], prompt_of: dict[st
             same += 1
     return same, same + other
 
-
+# %% ../nbs/03_feedback.ipynb #b8f477c7
 def labeler_warnings(
     verdicts: list[Verdict],
     claims: list[Claim],
@@ -242,7 +242,7 @@ class PortionedAsker:
                 raise
             return None
 
-
+# %% ../nbs/03_feedback.ipynb #bebbb01f
 def plain_path_note(vlm, unit: str) -> str:
     "A sentence about a model that reads a prompt again for each branch (a `unit`); empty when it does not."
     if vlm.shares_prefix:
@@ -290,7 +290,8 @@ def run_feedback(
 ) -> StageFolder:
     """The stage: judges all claims, prints what looks wrong, and writes the manifest.
 
-    Raises ValueError for a labeler that gives no numbers, MemoryError naming a prompt that does not fit into memory alone."""
+    Raises ValueError for a labeler that gives no numbers, MemoryError naming a prompt that does not fit into
+    memory alone."""
     options = options or FeedbackOptions()
     parameters = options.parameters | vlm.settings | {"suffix": YES_NO_SUFFIX}
     inputs = {

@@ -37,7 +37,8 @@ from rlaifv_nb.records import (
 
 # %% ../nbs/04_pairs.ipynb #03ef862d
 def response_fault(response, claim_ids, labels):
-    "Why a response cannot be scored, as (reason, detail), or None. `labels` maps claim ids to verdict labels."
+    """Why a response cannot be scored, as (reason, detail), or None. `labels` maps claim ids to verdict
+    labels."""
     if not response.text.strip():
         return "empty response", ""
     if response.finish_reason == "length":
@@ -49,7 +50,8 @@ def response_fault(response, claim_ids, labels):
 
 
 def score_responses(responses, claims, verdicts):
-    """Usable responses as {response_id: -(claims with label no)} (paper: combine), and the others as `SetAside` rows.
+    """Usable responses as {response_id: -(claims with label no)} (paper: combine), and the others as
+    `SetAside` rows.
 
     `abstain` rejects nothing. Raises ValueError for a label that is not yes, no or abstain."""
     labels = {v.claim_id: v.label for v in verdicts}
@@ -78,10 +80,12 @@ def pair_id_of(prompt_id, chosen_index, rejected_index):
 
 
 def check_scores(scores: dict[str, float], min_difference: float):
-    "Raises ValueError naming a response whose score is not a finite number, and for a `min_difference` that is not positive."
+    """Raises ValueError naming a response whose score is not a finite number, and for a `min_difference` that
+    is not positive."""
     if not min_difference > 0:
         raise ValueError(
-            f"min_difference={min_difference}: it must be more than 0, for answers of equal score are not a pair"
+            f"min_difference={min_difference}: it must be more than 0, for answers of equal score are not a "
+            "pair"
         )
     for response_id, score in scores.items():
         if not isfinite(score):
@@ -89,12 +93,12 @@ def check_scores(scores: dict[str, float], min_difference: float):
                 f"response {response_id} has the score {score}, which is not a number to compare"
             )
 
-
+# %% ../nbs/04_pairs.ipynb #b1284371
 def candidate_pairs(
     responses: list[Response], scores: dict[str, float], min_difference: float = 1.0
 ) -> tuple[list[Pair], list[SetAside]]:
-    """All pairs of a prompt's responses whose scores ({response_id: number}) differ by `min_difference` or more (paper: 1,
-    a rejected claim), and as `SetAside` rows the useless ones.
+    """All pairs of a prompt's responses whose scores ({response_id: number}) differ by `min_difference` or
+    more (paper: 1, a rejected claim), and as `SetAside` rows the useless ones.
 
     Raises ValueError as `check_scores` does."""
     check_scores(scores, min_difference)
@@ -128,8 +132,8 @@ def candidate_pairs(
 
 # %% ../nbs/04_pairs.ipynb #d1f0a002
 def compare_scores(responses: list[Response], scores: dict[str, float], min_difference: float = 1.0) -> dict:
-    """What the scores of usable responses allow, counted: `comparisons` of two answers to one prompt, `prompts` by the best
-    of their comparisons, and the `largest_difference` of two scores.
+    """What the scores of usable responses allow, counted: `comparisons` of two answers to one prompt,
+    `prompts` by the best of their comparisons, and the `largest_difference` of two scores.
 
     Raises ValueError as `check_scores` does."""
     check_scores(scores, min_difference)
@@ -169,7 +173,8 @@ def most_different(pairs, k):
 
 
 def sample_pairs(pairs, k, seed, round, draw="random"):
-    """At most `k` pairs of each prompt (paper: 2), and the spare ones: drawn with the prompt's own seed, or (`extremes`) the most different.
+    """At most `k` pairs of each prompt (paper: 2), and the spare ones: drawn with the prompt's own seed, or
+    (`extremes`) the most different.
 
     Raises ValueError for k < 1, or another `draw`."""
     if k < 1:
@@ -200,21 +205,32 @@ def length_gap(pairs):
     "Mean words of chosen minus mean words of rejected, relative to rejected; 0 for no pairs."
     return sum(map(word_difference, pairs)) / sum(n_words(p.rejected) for p in pairs) if pairs else 0.0
 
-
+# %% ../nbs/04_pairs.ipynb #bc13c894
 def official_length_filter(pairs):
-    """The official filter (`get_pairs_filter_shorten.py`), for comparison: the kept pairs and the ratio r that brings the means nearest.
+    """The official filter (`get_pairs_filter_shorten.py`), for comparison: the kept pairs and the ratio r
+    that brings the means nearest.
 
-    Drops a pair when (words of rejected - words of chosen) / words of rejected > r. Raises ValueError when no ratio leaves a pair."""
+    Drops a pair when (words of rejected - words of chosen) / words of rejected > r. Raises ValueError when no
+    ratio leaves a pair."""
     usable = [p for p in pairs if p.rejected.strip() and p.chosen.strip() != p.rejected.strip()]
-    kept_at = lambda r: [p for p in usable if -word_difference(p) / n_words(p.rejected) <= r]
-    gaps = [(abs(length_gap(kept)), r) for r in (0.02 * i for i in range(50)) if (kept := kept_at(r))]
+
+    def kept_at(r):
+        return [p for p in usable if -word_difference(p) / n_words(p.rejected) <= r]
+
+    gaps = []
+    for i in range(50):
+        kept = kept_at(0.02 * i)
+        if kept:
+            gaps.append((abs(length_gap(kept)), 0.02 * i))
     if not gaps:
         raise ValueError("no ratio of the official length filter leaves a pair")
-    return kept_at(min(gaps)[1]), min(gaps)[1]
+    _, best = min(gaps)
+    return kept_at(best), best
 
 # %% ../nbs/04_pairs.ipynb #96987534
 def exchange_to_balance(pairs, spare, tolerance):
-    "Exchanges the most biased pairs for spare ones of the same prompt while that narrows the gap. Returns the pairs and the number exchanged."
+    """Exchanges the most biased pairs for spare ones of the same prompt while that narrows the gap. Returns
+    the pairs and the number exchanged."""
     fairest, n_exchanged, balanced = defaultdict(list), 0, []
     for p in sorted(spare, key=lambda p: (-abs(word_difference(p)), p.pair_id)):
         fairest[p.prompt_id].append(p)
@@ -231,9 +247,10 @@ def exchange_to_balance(pairs, spare, tolerance):
         balanced.append(pair)
     return balanced, n_exchanged
 
-
+# %% ../nbs/04_pairs.ipynb #bcc18c20
 def drop_to_balance(pairs, tolerance):
-    "Drops pairs until the gap is within `tolerance`: the fewest, unless the last one tips the balance over. Returns kept and dropped pairs."
+    """Drops pairs until the gap is within `tolerance`: the fewest, unless the last one tips the balance over.
+    Returns kept and dropped pairs."""
     kept, dropped = sorted(pairs, key=lambda p: p.pair_id), []
     while abs(gap := length_gap(kept)) > tolerance:
         sign = 1 if gap > 0 else -1
@@ -251,11 +268,13 @@ def drop_to_balance(pairs, tolerance):
         kept = kept[n:last] + kept[last + 1 :]
     return sorted(kept, key=lambda p: p.pair_id), dropped
 
-
+# %% ../nbs/04_pairs.ipynb #bc25a296
 def balance_lengths(pairs, spare=(), tolerance=0.02):
-    """Brings mean words of chosen and rejected within `tolerance` (relative), by exchange with `spare`, then by dropping.
+    """Brings mean words of chosen and rejected within `tolerance` (relative), by exchange with `spare`, then
+    by dropping.
 
-    Returns kept pairs, dropped pairs, and the number exchanged, whatever the order of rows. Raises ValueError for a negative tolerance."""
+    Returns kept pairs, dropped pairs, and the number exchanged, whatever the order of rows. Raises ValueError
+    for a negative tolerance."""
     if tolerance < 0:
         raise ValueError(f"the length tolerance is a share of the mean length, 0 or more, not {tolerance}")
     exchanged, n_exchanged = exchange_to_balance(pairs, spare, tolerance)
@@ -278,7 +297,8 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def set_aside_text(n_answers: int, unscored: list[SetAside]) -> str:
-    "How many of `n_answers` answers have no score, why, and what to do about the most frequent reason; empty for none."
+    """How many of `n_answers` answers have no score, why, and what to do about the most frequent reason;
+    empty for none."""
     reasons = Counter(s.reason for s in unscored)
     if not reasons:
         return ""
@@ -304,23 +324,26 @@ def prompts_warning(compared: dict, kept: list[Pair]) -> str:
 
 
 def lengths_warning(drawn: list[Pair], kept: list[Pair], tolerance: float) -> str:
-    "A sentence when chosen and rejected differ in length, or when making them equal has cost many pairs; else empty."
+    """A sentence when chosen and rejected differ in length, or when making them equal has cost many pairs;
+    else empty."""
     n_dropped = len(drawn) - len(kept)
     gap = length_gap(kept)
     if n_dropped > MANY * len(drawn):
         return (
-            f"The length balance dropped {n_dropped} of {len(drawn)} pairs: answers that are preferred are of another "
+            f"The length balance dropped {n_dropped} of {len(drawn)} pairs: answers that are preferred are "
+            "of another "
             "length than the others. More answers to a prompt (01_sampling.n_samples) leave more to exchange."
         )
     if abs(gap) > tolerance:
         longer = "longer" if gap > 0 else "shorter"
         return (
-            f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that too: "
+            f"Chosen answers are {abs(gap):.0%} {longer} than rejected ones, and the adapter will learn that "
+            "too: "
             "04_pairs.length_balance is off."
         )
     return ""
 
-
+# %% ../nbs/04_pairs.ipynb #bf5184bc
 def pair_warnings(
     n_answers: int,
     unscored: list[SetAside],
@@ -329,8 +352,8 @@ def pair_warnings(
     kept: list[Pair],
     length_tolerance: float,
 ) -> list[str]:
-    """Sentences about what is correct and yet will not teach well. `compared` comes from `compare_scores`; `drawn` and
-    `kept` are the pairs before and after the length balance."""
+    """Sentences about what is correct and yet will not teach well. `compared` comes from `compare_scores`;
+    `drawn` and `kept` are the pairs before and after the length balance."""
     many = set_aside_text(n_answers, unscored) if len(unscored) > MANY * n_answers else ""
     found = [many, prompts_warning(compared, kept), lengths_warning(drawn, kept, length_tolerance)]
     return [sentence for sentence in found if sentence]
@@ -348,14 +371,18 @@ def no_pair_reason(
         )
     if comparisons["equal scores"] == comparisons["in"]:
         return (
-            f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the labeler rejects "
-            "as many claims in each: ask for more answers, or more different ones (01_sampling.n_samples, temperature), or "
+            f"All {comparisons['in']} comparisons of two answers to one prompt are of equal scores, for the "
+            "labeler rejects "
+            "as many claims in each: ask for more answers, or more different ones (01_sampling.n_samples, "
+            "temperature), or "
             "another labeler."
         )
     if not comparisons["candidates"]:
         return (
-            f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} are of equal "
-            f"scores and {comparisons['difference too small']} differ by less than min_difference={min_difference:g}, at "
+            f"Of {comparisons['in']} comparisons of two answers to one prompt {comparisons['equal scores']} "
+            "are of equal "
+            f"scores and {comparisons['difference too small']} differ by less than "
+            f"min_difference={min_difference:g}, at "
             f"most by {compared['largest_difference']:g}: lower 04_pairs.min_difference to that."
         )
     if not dropped:
@@ -363,8 +390,10 @@ def no_pair_reason(
     gap = length_gap(dropped)
     longer = "longer" if gap > 0 else "shorter"
     return (
-        f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are {abs(gap):.0%} {longer} than "
-        f"rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), or say 04_pairs.length_balance: false."
+        f"The length balance dropped all {len(dropped)} that were drawn, for chosen answers are "
+        f"{abs(gap):.0%} {longer} than "
+        f"rejected ones: raise 04_pairs.length_tolerance (now {length_tolerance:g}), or say "
+        "04_pairs.length_balance: false."
     )
 
 
@@ -377,14 +406,16 @@ def why_no_pair(
     min_difference: float,
     length_tolerance: float,
 ) -> str:
-    "The error of a stage without a single pair: what came in, what was set aside, and what became of the rest."
+    """The error of a stage without a single pair: what came in, what was set aside, and what became of the
+    rest."""
     first = f"no pair is left of {n_answers} answers to {compared['prompts']['in']} prompts."
     reason = no_pair_reason(compared, n_useless, dropped, min_difference, length_tolerance)
     return " ".join(filter(None, [first, set_aside_text(n_answers, unscored), reason]))
 
 # %% ../nbs/04_pairs.ipynb #b690096a
 def check_ids(rows, key, parent=None, parents=()):
-    "The ids of rows. Raises ValueError naming an id that occurs twice, or a row whose `parent` is not among `parents`."
+    """The ids of rows. Raises ValueError naming an id that occurs twice, or a row whose `parent` is not among
+    `parents`."""
     ids = set()
     for row in rows:
         row_id = getattr(row, key)
@@ -392,7 +423,8 @@ def check_ids(rows, key, parent=None, parents=()):
             raise ValueError(f"{key} {row_id} occurs twice")
         if parent and getattr(row, parent) not in parents:
             raise ValueError(
-                f"{type(row).__name__} {row_id}: {parent} {getattr(row, parent)} is in no table. Are these tables of one run?"
+                f"{type(row).__name__} {row_id}: {parent} {getattr(row, parent)} is in no table. Are these "
+                "tables of one run?"
             )
         ids.add(row_id)
     return ids
@@ -432,7 +464,8 @@ def run_pairs(
 ) -> StageFolder:
     """The stage: scores, candidates, drawing, length balance; writes the table of pairs and the manifest.
 
-    Raises ValueError for tables of different runs, and when no pair is left, saying why and which key to change."""
+    Raises ValueError for tables of different runs, and when no pair is left, saying why and which key to
+    change."""
     options = options or PairOptions()
     questions = read_table(prompts, "prompts", Prompt)
     answers = read_table(responses, "responses", Response)

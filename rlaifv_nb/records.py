@@ -75,7 +75,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    "A response of `policy` (aligned or base) with its summed log-probabilities (nats) under the aligned policy and the reference."
+    """A response of `policy` (aligned or base) with its summed log-probabilities (nats) under the aligned
+    policy and the reference."""
 
     policy: str
     response_id: str
@@ -89,7 +90,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    "A preference: `chosen` has the higher score (fewer rejected claims, or a higher reward) of two responses to one prompt."
+    """A preference: `chosen` has the higher score (fewer rejected claims, or a higher reward) of two
+    responses to one prompt."""
 
     pair_id: str
     prompt_id: str
@@ -114,7 +116,8 @@ class RefLogp:
 
 @dataclass(frozen=True)
 class Score:
-    "One measured number with its bootstrap interval, the number of items behind it and the protocol's version."
+    """One measured number with its bootstrap interval, the number of items behind it and the protocol's
+    version."""
 
     model: str
     metric: str
@@ -197,9 +200,10 @@ def write_rows(path, rows):
     dicts = (r if isinstance(r, dict) else asdict(r) for r in rows)
     write_text(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in dicts))
 
-
+# %% ../nbs/00_records.ipynb #b6bea2d2
 def read_rows(path, record):
-    "Yields the rows of one JSONL file as `record`. Raises ValueError naming file and line of a row that does not fit."
+    """Yields the rows of one JSONL file as `record`. Raises ValueError naming file and line of a row that
+    does not fit."""
     names = {f.name for f in fields(record)}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         if not line:
@@ -210,7 +214,7 @@ def read_rows(path, record):
         except (json.JSONDecodeError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, line {number} is no {record.__name__}: {e}") from e
 
-
+# %% ../nbs/00_records.ipynb #b27f87f2
 def shard_paths(folder, table):
     "The shards of a table in order."
     return sorted(Path(folder).glob(f"{table}-[0-9]*.jsonl"))
@@ -252,7 +256,8 @@ def resolve_path(name):
     path = package_folder("data") / name.removeprefix("packaged:")
     if not path.exists():
         raise FileNotFoundError(
-            f"{name} is not in this package; there are: {', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}"
+            f"{name} is not in this package; there are: "
+            f"{', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}"
         )
     return str(path)
 
@@ -286,7 +291,8 @@ def require_in_range(value, name: str, least=None, above=None, most=None, below=
 
 # %% ../nbs/00_records.ipynb #5f0d1a05
 def option(default, *, words: tuple = (), working: bool = False, **limits):
-    """A field of `StageOptions` with its default and the `words`, or the `limits` of the number, that it may be.
+    """A field of `StageOptions` with its default and the `words`, or the `limits` of the number, that it may
+    be.
 
     `limits` are those of `require_in_range`. `working`: it decides no row, so a manifest leaves it out."""
     return field(default=default, metadata={"words": words, "limits": limits, "working": working})
@@ -294,7 +300,8 @@ def option(default, *, words: tuple = (), working: bool = False, **limits):
 
 @dataclass(frozen=True)
 class StageOptions:
-    "What a stage is asked for; a subclass per stage. Raises ValueError for a value that its field does not allow."
+    """What a stage is asked for; a subclass per stage. Raises ValueError for a value that its field does not
+    allow."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -306,7 +313,8 @@ class StageOptions:
 
     @classmethod
     def of(cls, values: dict):
-        "The options among a notebook's `globals()`. Each has its own name there, except `round`: it is `round_number`."
+        """The options among a notebook's `globals()`. Each has its own name there, except `round`: it is
+        `round_number`."""
         names = {f.name: "round_number" if f.name == "round" else f.name for f in fields(cls)}
         return cls(**{name: values[own] for name, own in names.items()})
 
@@ -331,10 +339,10 @@ def free_memory():
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
-
+# %% ../nbs/00_records.ipynb #bfd5414f
 class HalvingWork:
-    """`work(batch) -> (rows, set_aside)` over batches of at most `batch_size` items, which becomes half as much whenever
-    memory runs out. No row may depend on its batch, so the rows stay the same.
+    """`work(batch) -> (rows, set_aside)` over batches of at most `batch_size` items, which becomes half as
+    much whenever memory runs out. No row may depend on its batch, so the rows stay the same.
 
     Raises MemoryError naming the item that does not fit even alone."""
 
@@ -379,7 +387,7 @@ class SetAside:
     reason: str
     detail: str = ""
 
-
+# %% ../nbs/00_records.ipynb #be1eb2ba
 @dataclass
 class StageFolder:
     "One stage of one round on disk. `inputs` maps a table's or model's name to its content hash."
@@ -401,7 +409,8 @@ class StageFolder:
             changed = changed_keys(before, plan)
             if changed:
                 raise ValueError(
-                    f"{self.path} was started with other settings ({'; '.join(changed)}). Choose another folder, or delete this one."
+                    f"{self.path} was started with other settings ({'; '.join(changed)}). Choose another "
+                    "folder, or delete this one."
                 )
         else:
             write_json(started, plan)
@@ -412,14 +421,16 @@ class StageFolder:
         return (self.path / "manifest.json").exists()
 
     def map(self, table, items, work, shard_size, batch_size=0):
-        """Applies `work(batch) -> (rows, set_aside)` to batches of at most `batch_size` items (0: a whole shard) and
-        writes a shard for every `shard_size` items.
+        """Applies `work(batch) -> (rows, set_aside)` to batches of at most `batch_size` items (0: a whole
+        shard) and writes a shard for every `shard_size` items.
 
-        Shards that are already there are kept, and their items are not worked on again. A batch that does not fit into
-        memory is halved (`HalvingWork`). Returns the batch size that fitted. Raises ValueError for a batch larger than a shard."""
+        Shards that are already there are kept, and their items are not worked on again. A batch that does not
+        fit into memory is halved (`HalvingWork`). Returns the batch size that fitted. Raises ValueError for a
+        batch larger than a shard."""
         if batch_size > shard_size:
             raise ValueError(
-                f"{self.stage}: batch_size={batch_size} is more than a shard holds: choose at most {shard_size}"
+                f"{self.stage}: batch_size={batch_size} is more than a shard holds: choose at most "
+                f"{shard_size}"
             )
         items = list(items)
         in_batches = HalvingWork(work, batch_size or shard_size)
@@ -446,7 +457,8 @@ class StageFolder:
         return read_table(self.path, f"set_aside-{table}", SetAside)
 
     def finish(self, rows_in, rows_out, tables, set_aside=(), **extra):
-        "Writes the manifest: the stage is done. `extra` holds whatever else the stage has to say about itself."
+        """Writes the manifest: the stage is done. `extra` holds whatever else the stage has to say about
+        itself."""
         write_json(
             self.path / "manifest.json",
             {
@@ -467,7 +479,7 @@ class StageFolder:
         )
         return read_manifest(self.path)
 
-
+# %% ../nbs/00_records.ipynb #bda95cb8
 def read_manifest(folder):
     "The manifest of a finished stage. Raises FileNotFoundError when the stage is not done."
     path = Path(folder) / "manifest.json"
@@ -491,7 +503,7 @@ def changed_keys(before, after):
             changed.append(f"{part}: {old!r} -> {new!r}")
     return changed
 
-
+# %% ../nbs/00_records.ipynb #bec80dbf
 def peak_memory_gib():
     "Peak resident memory of this process so far, in GiB."
     unit = 1 if platform.system() == "Darwin" else 1024

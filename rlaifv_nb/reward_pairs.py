@@ -43,14 +43,16 @@ def sample_index_of(response_id):
 def usable_candidates(candidates):
     """Candidates that can be ranked, ordered by prompt and sample, and the others as `SetAside` rows.
 
-    Raises ValueError naming a candidate whose log-probabilities are no numbers or that has text and no tokens."""
+    Raises ValueError naming a candidate whose log-probabilities are no numbers or that has text and no
+    tokens."""
     usable, set_aside = [], []
     for c in sorted(candidates, key=lambda c: (c.prompt_id, sample_index_of(c.response_id))):
         if not c.text.strip():
             set_aside.append(SetAside(c.response_id, "empty response"))
         elif not (isfinite(c.policy_sum_logp) and isfinite(c.reference_sum_logp) and c.n_tokens > 0):
             raise ValueError(
-                f"candidate {c.response_id} has no reward: log-probabilities {c.policy_sum_logp} and {c.reference_sum_logp}, "
+                f"candidate {c.response_id} has no reward: log-probabilities {c.policy_sum_logp} and "
+                f"{c.reference_sum_logp}, "
                 f"{c.n_tokens} tokens. Score it again with 07_guided_decoding."
             )
         elif c.finish_reason == "length":
@@ -61,7 +63,8 @@ def usable_candidates(candidates):
 
 # %% ../nbs/04_reward_pairs.ipynb #d4e0000a
 def ngrams_of(text, n):
-    "The set of n-grams of words (separated by white space) of a text; all its words together where it has fewer than n."
+    """The set of n-grams of words (separated by white space) of a text; all its words together where it has
+    fewer than n."""
     words = text.split()
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
@@ -72,7 +75,8 @@ def jaccard(a, b):
 
 
 def distinct_candidates(candidates, max_similarity=0.9, n=10):
-    """One prompt's candidates without near-duplicates of an earlier one, and those as `SetAside` rows that name it.
+    """One prompt's candidates without near-duplicates of an earlier one, and those as `SetAside` rows that
+    name it.
 
     Raises ValueError for a similarity outside 0 to 1, or n-grams of no word."""
     if not 0 <= max_similarity <= 1 or n < 1:
@@ -101,8 +105,8 @@ def mean_reward(c):
 
 # %% ../nbs/04_reward_pairs.ipynb #d4f0000e
 def top_and_bottom(candidates: list[Candidate], k: int) -> tuple[list[Candidate], list[Candidate]]:
-    """Of one prompt's candidates those among the best k by summed and by mean reward, best first, and those among the worst
-    k by both, worst first."""
+    """Of one prompt's candidates those among the best k by summed and by mean reward, best first, and those
+    among the worst k by both, worst first."""
     k = min(k, len(candidates) // 2)
     worst = len(candidates) - k
 
@@ -144,8 +148,8 @@ def no_reward_pair(candidates: list[Candidate], top: list[Candidate], bottom: li
 def reward_pairs_of(
     candidates: list[Candidate], k: int, max_pairs: int
 ) -> tuple[list[Pair], list[Pair], str]:
-    """At most `max_pairs` pairs of one prompt's distinct candidates, best with worst, the spare combinations, and why there
-    is none ("" if there is).
+    """At most `max_pairs` pairs of one prompt's distinct candidates, best with worst, the spare combinations,
+    and why there is none ("" if there is).
 
     Raises ValueError for k or `max_pairs` below 1."""
     if k < 1 or max_pairs < 1:
@@ -176,7 +180,8 @@ class RewardPairOptions(StageOptions):
 def draw_reward_pairs(
     candidates: list[Candidate], options: RewardPairOptions
 ) -> tuple[list[Pair], list[Pair], list[SetAside], list[SetAside]]:
-    "The pairs of many prompts' usable candidates, the spare ones, near-duplicates set aside, and prompts without a pair."
+    """The pairs of many prompts' usable candidates, the spare ones, near-duplicates set aside, and prompts
+    without a pair."""
     groups = defaultdict(list)
     for c in candidates:
         groups[c.prompt_id].append(c)

@@ -41,7 +41,8 @@ def temperature_of(sample_index, temperature, second_temperature=0.0):
 # %% ../nbs/01_sampling.ipynb #6ee71c56
 @dataclass(frozen=True)
 class Question:
-    "What a model is asked: a question about a picture, with a seed and a temperature for each answer. `number`: of its prompt among all."
+    """What a model is asked: a question about a picture, with a seed and a temperature for each answer.
+    `number`: of its prompt among all."""
 
     number: int
     prompt: Prompt
@@ -60,7 +61,8 @@ def sample_responses(
     seed: int = 0,
     round: int = 1,
 ) -> Iterator[tuple[int, list, list]]:
-    "Yields (number of the prompt, its N responses, rows set aside) as prompts are done; their pictures are in `folder`."
+    """Yields (number of the prompt, its N responses, rows set aside) as prompts are done; their pictures are
+    in `folder`."""
     from rlaifv_nb.engine.pictures import load_pictures
 
     temperatures = [temperature_of(i, temperature, second_temperature) for i in range(n_samples)]
@@ -97,9 +99,11 @@ def vlm_generator(
     row_share: float = 0.0,
     report: dict | None = None,
 ) -> Callable:
-    """A `generate` function for `sample_responses` that samples from a vision-language model, at most `batch_size` prompts at a time (`SampleQueue`).
+    """A `generate` function for `sample_responses` that samples from a vision-language model, at most
+    `batch_size` prompts at a time (`SampleQueue`).
 
-    At its end, `report` gets `batch_size` (what fitted into memory), `refill` (whether rows were refilled) and `row_use` (see `RowUse`)."""
+    At its end, `report` gets `batch_size` (what fitted into memory), `refill` (whether rows were refilled)
+    and `row_use` (see `RowUse`)."""
     from rlaifv_nb.engine.models import prompt_inputs, unsampled_ids
     from rlaifv_nb.engine.prefix import QueuedPrompt, SampleQueue
 
@@ -146,7 +150,8 @@ def can_merge(vlm) -> bool:
 
 @contextmanager
 def merged_adapter(vlm):
-    "The model's LoRA adapter is a part of its weights while this lasts; then the weights are again what they were, bit for bit."
+    """The model's LoRA adapter is a part of its weights while this lasts; then the weights are again what
+    they were, bit for bit."""
     import torch
     from peft.tuners.lora import LoraLayer
 
@@ -163,7 +168,8 @@ def merged_adapter(vlm):
 
 # %% ../nbs/01_sampling.ipynb #2be81d57
 def write_shards(stage: StageFolder, table: str, items: list, work: Callable, shard_size: int):
-    """Writes a shard for every `shard_size` items, from `work(items)`, which yields (number of the item, rows, rows set aside) in any order.
+    """Writes a shard for every `shard_size` items, from `work(items)`, which yields (number of the item,
+    rows, rows set aside) in any order.
 
     Shards that are already there are kept, and their items are not worked on again."""
     starts = [
@@ -231,7 +237,8 @@ def run_sampling(
 ) -> StageFolder:
     """The stage: samples N responses to each prompt, in shards, and writes the manifest.
 
-    The manifest notes which batch size was asked for and which fitted. Of `merge_adapter` it says whether it was done."""
+    The manifest notes which batch size was asked for and which fitted. Of `merge_adapter` it says whether it
+    was done."""
     options = options or SamplingOptions()
     merge = options.merge_adapter and can_merge(vlm)
     parameters = options.parameters | {"merge_adapter": merge} | vlm.settings

@@ -34,24 +34,30 @@ from rlaifv_nb.sampling import SamplingOptions, run_sampling
 ADAPTER = "packaged:iconworld-aligned"
 
 
-def sample(inputs, out, **sizes):
+def sample(inputs, out, shard_size, **sizes):
     run_sampling(
         inputs / "prompts",
         out,
         open_vlm(POLICY),
         options=SamplingOptions(n_samples=2, max_new_tokens=60, **sizes),
+        shard_size=shard_size,
     )
 
 
-def divide(inputs, out, **sizes):
+def divide(inputs, out, shard_size, **sizes):
     run_claims(
-        inputs / "prompts", inputs / "01_sampling", out, open_llm(SPLITTER), options=ClaimsOptions(**sizes)
+        inputs / "prompts",
+        inputs / "01_sampling",
+        out,
+        open_llm(SPLITTER),
+        options=ClaimsOptions(**sizes),
+        shard_size=shard_size,
     )
 
 
-def judge(inputs, out, **sizes):
+def judge(inputs, out, shard_size, **sizes):
     folders = (inputs / name for name in ("prompts", "01_sampling", "02_claims"))
-    run_feedback(*folders, out, open_vlm(POLICY), options=FeedbackOptions(**sizes))
+    run_feedback(*folders, out, open_vlm(POLICY), options=FeedbackOptions(**sizes), shard_size=shard_size)
 
 
 def evaluate(inputs, out, **sizes):

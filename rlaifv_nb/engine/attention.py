@@ -9,7 +9,6 @@ __all__ = ['ATTENTION_NAME', 'BLOCK', 'KERNELS', 'no_mask', 'branch_attention', 
 
 # %% ../../nbs/engine/02_attention.ipynb #d3884839
 import inspect
-from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
@@ -22,18 +21,22 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..records import require_one_of
+
 ATTENTION_NAME = "rlaifv_branches"
 
 
 def no_mask(device):
-    "A mask that says: build none. transformers hands masks of four dimensions on as they are, and `branches` decides instead."
+    """A mask that says: build none. transformers hands masks of four dimensions on as they are, and
+    `branches` decides instead."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def branch_attention(
     module, query, key, value, attention_mask, branches=None, scaling=None, dropout=0.0, **kwargs
 ):
-    "An attention function for transformers: `branches` decides who sees whom; without it, this is scaled dot-product attention."
+    """An attention function for transformers: `branches` decides who sees whom; without it, this is scaled
+    dot-product attention."""
     if branches is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -44,8 +47,6 @@ def branch_attention(
 
 AttentionInterface.register(ATTENTION_NAME, branch_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-
-from ..records import require_one_of
 
 # %% ../../nbs/engine/02_attention.ipynb #9c799a13
 def unsupported_layers(model):
@@ -74,8 +75,8 @@ def use_branch_attention(model, name=ATTENTION_NAME):
 class SharedPrefix:
     """Prompts that branches share, and which branch belongs to which prompt.
 
-    `keys` and `values` (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens, `index`: the
-    prompt of each of R branches."""
+    `keys` and `values` (B, kv heads, n, d) of B prompts for each layer, `mask` (B, n) of real tokens,
+    `index`: the prompt of each of R branches."""
 
     def __init__(self, keys, values, mask, index):
         self.keys = list(keys)
@@ -104,8 +105,8 @@ class SharedPrefix:
             self.padding = ~self.mask[torch.from_numpy(self.index).to(device)]
 
     def keep(self, rows):
-        """These branches only (their numbers). When less than half of the prompts still have one, the others' keys and
-        values are dropped."""
+        """These branches only (their numbers). When less than half of the prompts still have one, the others'
+        keys and values are dropped."""
         index = self.index[rows]
         used = np.unique(index)
         if 2 * len(used) <= len(self.mask):
@@ -118,8 +119,8 @@ class SharedPrefix:
         self.seat(index)
 
     def replace(self, slots, keys, values, mask):
-        """Other prompts in place of those numbered `slots`, or further ones; all are padded on the left to the longest
-        there is. `seat` must follow."""
+        """Other prompts in place of those numbered `slots`, or further ones; all are padded on the left to
+        the longest there is. `seat` must follow."""
         longer = max(0, mask.shape[1] - self.mask.shape[1])
         shorter = max(0, self.mask.shape[1] - mask.shape[1])
         further = max(0, max(slots) + 1 - len(self.mask))
@@ -143,8 +144,9 @@ class SharedPrefix:
         return rows if self.in_order else rows[self.place]
 
     def attend(self, layer, query, key, value, scaling, hidden=None):
-        """Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and values
-        (R, kv heads, s, d). `hidden` (R, n + s): keys that a branch must not see; by default its prompt's padding."""
+        """Output (R, heads, 1, d) of queries (R, heads, 1, d) over the prompt and the branch's own keys and
+        values (R, kv heads, s, d). `hidden` (R, n + s): keys that a branch must not see; by default its
+        prompt's padding."""
         if hidden is None and self.padding is not None:
             hidden = F.pad(self.padding, (0, key.shape[2]))
         grouped = query.reshape(
@@ -168,11 +170,11 @@ BLOCK = 64  # tokens by which the room of all branches grows
 
 
 class OwnTokens:
-    """Keys and values of the own tokens of R branches, for each layer in buffers (R, kv heads, width, d) of which
-    branch r uses `lengths[r]` columns.
+    """Keys and values of the own tokens of R branches, for each layer in buffers (R, kv heads, width, d) of
+    which branch r uses `lengths[r]` columns.
 
-    The width grows by `BLOCK` columns up to `room`. A branch that writes more than fits overwrites its last column: it
-    has ended, and nobody reads it."""
+    The width grows by `BLOCK` columns up to `room`. A branch that writes more than fits overwrites its last
+    column: it has ended, and nobody reads it."""
 
     def __init__(self, n_layers, n_rows, room, device):
         self.room = room
@@ -190,7 +192,8 @@ class OwnTokens:
         self.width = max(self.width, min(self.room, -(-self.longest // BLOCK) * BLOCK))
 
     def buffer(self, layer, like):
-        "The layer's buffers, as wide as they must be. Zeros, not nothing: what is masked is still multiplied by 0."
+        """The layer's buffers, as wide as they must be. Zeros, not nothing: what is masked is still
+        multiplied by 0."""
         if self.buffers[layer] is None:
             shape = len(self.rows), like.shape[1], self.width, like.shape[3]
             self.buffers[layer] = [like.new_zeros(shape), like.new_zeros(shape)]
@@ -206,7 +209,8 @@ class OwnTokens:
         self.at = self.longest - 1 if self.even else self.lengths.clamp(max=self.longest - 1)
 
     def append(self, layer, *new):
-        "Writes a key and a value (R, kv heads, 1, d) of each branch; returns all of them (R, kv heads, longest, d)."
+        """Writes a key and a value (R, kv heads, 1, d) of each branch; returns all of them (R, kv heads,
+        longest, d)."""
         buffers = self.buffer(layer, new[0])
         for buffer, states in zip(buffers, new):
             if self.even:
@@ -216,7 +220,8 @@ class OwnTokens:
         return [buffer[:, :, : self.longest] for buffer in buffers]
 
     def write(self, layer, rows, columns, *new):
-        "Writes keys and values (1, kv heads, m, d) of m tokens of several branches at their rows and columns (m,)."
+        """Writes keys and values (1, kv heads, m, d) of m tokens of several branches at their rows and
+        columns (m,)."""
         for buffer, states in zip(self.buffer(layer, new[0]), new):
             buffer[rows, :, columns] = states[0].transpose(0, 1)
 
@@ -229,10 +234,11 @@ class OwnTokens:
         self.lengths = self.lengths + 1
 
     def keep(self, rows):
-        "Drops every row but these (a tensor of numbers). It copies the rest, so it is done for many at a time."
+        """Drops every row but these (a tensor of numbers). It copies the rest, so it is done for many at a
+        time."""
         self.lengths = self.lengths[rows]
         self.rows = self.rows[: len(self.lengths)]
-        for layer, pair in enumerate(self.buffers):
+        for pair in self.buffers:
             if pair is not None:
                 for which in range(2):
                     pair[which] = pair[which][rows]
@@ -245,8 +251,8 @@ def repeated_heads(states, n_heads):
 
 
 class PrefixedRow:
-    """A row of branches, each `(prompt, length)` and those of a prompt side by side, that attend to `keys` and `values`
-    (B, kv heads, n, d) of left-padded prompts for each layer, with `mask` (B, n) of real tokens.
+    """A row of branches, each `(prompt, length)` and those of a prompt side by side, that attend to `keys`
+    and `values` (B, kv heads, n, d) of left-padded prompts for each layer, with `mask` (B, n) of real tokens.
 
     `store(layer, keys, values)` gets what the row itself adds."""
 
@@ -297,7 +303,8 @@ KERNELS = ("auto", "sdpa", "varlen", "flash_attn", "flex")
 
 @cache
 def card_problem(kernel, device):
-    "Why flash-attention's kernels (`varlen`, `flash_attn`) cannot run on a card (a torch.device of type cuda); empty if they can."
+    """Why flash-attention's kernels (`varlen`, `flash_attn`) cannot run on a card (a torch.device of type
+    cuda); empty if they can."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         return f"needs a card of compute capability 8.0 (Ampere) or newer, this one has {major}.{minor}"
@@ -310,10 +317,11 @@ def card_problem(kernel, device):
             return f"cannot group heads in torch {torch.__version__}"
     return ""
 
-
+# %% ../../nbs/engine/02_attention.ipynb #b0a6d04f
 def kernel_for(kernel, device, dtype):
-    """The kernel that `auto` stands for on a device (a torch.device) with a dtype: `varlen` if the card and this torch have it; any other
-    kernel is itself. Raises ValueError for an unknown one and for one that this card cannot run."""
+    """The kernel that `auto` stands for on a device (a torch.device) with a dtype: `varlen` if the card and
+    this torch have it; any other kernel is itself. Raises ValueError for an unknown one and for one that this
+    card cannot run."""
     if require_one_of(kernel, KERNELS, "kernel") == "auto":
         halves = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         return "varlen" if halves and not card_problem("varlen", device) else "sdpa"
@@ -321,9 +329,10 @@ def kernel_for(kernel, device, dtype):
         raise ValueError(f"kernel={kernel!r} {card_problem(kernel, device)}: choose 'sdpa' or 'auto'")
     return kernel
 
-
+# %% ../../nbs/engine/02_attention.ipynb #b90dc37a
 class PackedLayout:
-    """Who sees whom in a row of units, each `(length of the prompt, lengths of its branches)`. `kernel` is one of `KERNELS`."""
+    """Who sees whom in a row of units, each `(length of the prompt, lengths of its branches)`. `kernel` is
+    one of `KERNELS`."""
 
     def __init__(self, units, kernel="auto"):
         self.kernel = kernel
@@ -368,13 +377,15 @@ class PackedLayout:
         return torch.cat(outputs, 2)
 
     def mask_of(self, t, n, device):
-        "Which of n keys the t last positions see: all before them, and causally themselves. The same in every layer."
+        """Which of n keys the t last positions see: all before them, and causally themselves. The same in
+        every layer."""
         if (t, n, device) not in self.tables:
             self.tables[t, n, device] = torch.ones(t, n, dtype=torch.bool, device=device).tril(n - t)
         return self.tables[t, n, device]
 
     def table_of(self, device):
-        "For a device: index of each piece's keys in the row, and the cumulative lengths of queries and keys (int32)."
+        """For a device: index of each piece's keys in the row, and the cumulative lengths of queries and keys
+        (int32)."""
         if device not in self.tables:
             lengths = [
                 [b - a for a, b in self.queries],
@@ -389,7 +400,8 @@ class PackedLayout:
         return self.tables[device]
 
     def attend_varlen(self, kernel, query, key, value, scaling):
-        "One call for all pieces; `kernel(q, k, v, cumulative q, cumulative k, longest q, longest k, scaling)` on tensors (tokens, heads, d)."
+        """One call for all pieces; `kernel(q, k, v, cumulative q, cumulative k, longest q, longest k,
+        scaling)` on tensors (tokens, heads, d)."""
         gather, cumulative, longest = self.table_of(query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return kernel(q.contiguous(), k[gather], v[gather], *cumulative, *longest, scaling).transpose(0, 1)[
@@ -412,9 +424,11 @@ class PackedLayout:
             piece = torch.tensor(
                 [i for i, (a, b) in enumerate(self.queries) for _ in range(b - a)], device=query.device
             )
-            seen = lambda b, h, q, k: (
-                (k <= q) & ((piece[q] == piece[k]) | ((k >= tables[0][q]) & (k < tables[1][q])))
-            )
+
+            def seen(b, h, q, k):
+                in_prompt = (k >= tables[0][q]) & (k < tables[1][q])
+                return (k <= q) & ((piece[q] == piece[k]) | in_prompt)
+
             self.tables["flex", query.device] = create_block_mask(
                 seen, None, None, self.n_tokens, self.n_tokens, device=query.device
             )
@@ -428,7 +442,7 @@ class PackedLayout:
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-
+# %% ../../nbs/engine/02_attention.ipynb #bea81c9d
 @cache
 def compiled_flex():
     "FlexAttention, compiled once."
@@ -456,7 +470,8 @@ def varlen_kernel(name):
         from flash_attn import flash_attn_varlen_func
     except ImportError as e:
         raise ImportError(
-            "kernel='flash_attn' needs the package flash-attn (pip install flash-attn); 'varlen' needs no package"
+            "kernel='flash_attn' needs the package flash-attn (pip install flash-attn); 'varlen' needs no "
+            "package"
         ) from e
     return lambda q, k, v, cu_q, cu_k, max_q, max_k, scaling: flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True
@@ -465,7 +480,8 @@ def varlen_kernel(name):
 # %% ../../nbs/engine/02_attention.ipynb #9a5a00ff
 @torch.no_grad()
 def sharing_problem(model, n_prompt=8):
-    "Tries prefix sharing on a model with a language model inside. Switches it on and returns an empty string, or says what is in the way."
+    """Tries prefix sharing on a model with a language model inside. Switches it on and returns an empty
+    string, or says what is in the way."""
     problem = unsupported_layers(model)
     if problem:
         return problem

@@ -23,8 +23,8 @@ from ..records import sha256_of
 
 # %% ../../nbs/engine/06_caches.ipynb #32d8b49b
 class ContentCache:
-    """Tensors by content key, in safetensors shards of a folder, up to `max_gb` (1e9 bytes) and at most half of the disk space that is
-    free when it is opened. Raises ValueError naming a damaged shard."""
+    """Tensors by content key, in safetensors shards of a folder, up to `max_gb` (1e9 bytes) and at most half
+    of the disk space that is free when it is opened. Raises ValueError naming a damaged shard."""
 
     def __init__(self, folder, max_gb: float):
         self.folder = Path(folder)
@@ -72,9 +72,10 @@ class ContentCache:
         Path(f"{path}.tmp").replace(path)
         self.add_shard(path)
 
-
+# %% ../../nbs/engine/06_caches.ipynb #b8117b30
 def get_or_compute(cache, keys, compute, keep=None):
-    """Entries of all keys, in order: from the cache, or from `compute(missing keys)`, which returns a list of entries. `cache` may be None.
+    """Entries of all keys, in order: from the cache, or from `compute(missing keys)`, which returns a list of
+    entries. `cache` may be None.
 
     Of the new ones, those are stored for which `keep(entry)` is true (all without it)."""
     found = {key: cache.get(key) for key in keys} if cache is not None else dict.fromkeys(keys)
@@ -95,16 +96,18 @@ def picture_tensors(inputs):
 
 @torch.no_grad()
 def picture_features(vlm, inputs):
-    """Features (m, hidden) of a prompt's picture, one for each image token, computed where the model is and returned on the CPU:
-    batches are made there, from features just computed and features read from disk alike."""
+    """Features (m, hidden) of a prompt's picture, one for each image token, computed where the model is and
+    returned on the CPU: batches are made there, from features just computed and features read from disk
+    alike."""
     pixels = {k: v.to(vlm.device) for k, v in picture_tensors(inputs).items()}
     features = vlm.core.model.get_image_features(**pixels, return_dict=True).pooler_output
     return torch.cat([f.flatten(0, -2) for f in features]).cpu()
 
-
+# %% ../../nbs/engine/06_caches.ipynb #b6dc72be
 @torch.no_grad()
 def features_problem(vlm, inputs):
-    "Why cached features cannot stand in for the pixels of this model; empty if they can, tried on one prompt."
+    """Why cached features cannot stand in for the pixels of this model; empty if they can, tried on one
+    prompt."""
     name = type(vlm.core).__name__
     batch = {
         k: v.to(vlm.device)
@@ -141,14 +144,16 @@ def picture_key(vlm, picture_sha: str) -> str:
 
 
 def positions_of(core, inputs) -> torch.Tensor:
-    "Position ids (k, n) of one prompt's tokens; k is 3 for models with rotary positions in three dimensions, else 1."
+    """Position ids (k, n) of one prompt's tokens; k is 3 for models with rotary positions in three
+    dimensions, else 1."""
     positions = prompt_positions(core, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
     return positions if positions.ndim == 2 else positions[:, 0]
 
-
+# %% ../../nbs/engine/06_caches.ipynb #bbf126ce
 def picture_entry(vlm, inputs) -> dict:
-    """What rows need of a picture, from the tensors of any question about it: `features` (m, hidden), and of the n tokens up to the
-    picture's last one `positions` (k, n), `input_ids` (1, n) and token types (1, n)."""
+    """What rows need of a picture, from the tensors of any question about it: `features` (m, hidden), and
+    of the n tokens up to the picture's last one `positions` (k, n), `input_ids` (1, n) and token types (1,
+    n)."""
     ids = inputs["input_ids"][0].tolist()
     n = len(ids) - ids[::-1].index(vlm.core.config.image_token_id)
     per_token = {k: inputs[k][:, :n] for k in ("input_ids", *PER_TOKEN) if k in inputs}
@@ -172,7 +177,7 @@ def question_inputs(vlm, entry, question: str) -> tuple[dict, torch.Tensor]:
     inputs |= {k: F.pad(entry[k], (0, len(ids))) for k in PER_TOKEN if k in entry}  # text is of type 0
     return inputs, torch.cat([before, behind.expand(len(before), -1)], 1)
 
-
+# %% ../../nbs/engine/06_caches.ipynb #bf333363
 def entry_problem(vlm, inputs, question: str) -> str:
     "Why rows cannot be made from a picture's entry; empty if they can, tried on the tensors of one question."
     problem = features_problem(vlm, inputs)
@@ -212,7 +217,8 @@ def unchanged(x):
 
 
 def in_order(function, items, workers: int = 0):
-    "Yields `function(item)` of each item, in order; with `workers`, as many processes are ahead of whoever reads."
+    """Yields `function(item)` of each item, in order; with `workers`, as many processes are ahead of whoever
+    reads."""
     if not workers:
         yield from map(function, items)
         return
@@ -227,23 +233,26 @@ def in_order(function, items, workers: int = 0):
 # %% ../../nbs/engine/06_caches.ipynb #909e5010
 @torch.no_grad()
 def layout_problem(core, row, layout, kernel="auto", device="cpu"):
-    "Why rows of this layout do not fit the model; empty if their log-probabilities are those of plain rows, tried on one row."
+    """Why rows of this layout do not fit the model; empty if their log-probabilities are those of plain rows,
+    tried on one row."""
     logps = [
         torch.cat(row_logps(core, to_device(collate_rows([row], name, kernel), device)))
         for name in ("plain", layout)
     ]
     difference = (logps[0] - logps[1]).abs().mean().item()
     limit = 1e-3 if core.dtype == torch.float32 else 0.05
-    return (
-        ""
-        if difference <= limit
-        else f"{type(core).__name__} gives other log-probabilities in the layout {layout} ({difference:.3f} nats a token)"
-    )
+    if difference <= limit:
+        return ""
+    name = type(core).__name__
+    return f"{name} gives other log-probabilities in the layout {layout} ({difference:.3f} nats per token)"
 
 
 def to_device(batch, device):
     "A collated batch on the device."
-    move = lambda v: v.to(device) if isinstance(v, torch.Tensor) else v
-    return {
-        k: {n: move(t) for n, t in v.items()} if isinstance(v, dict) else move(v) for k, v in batch.items()
-    }
+
+    def move(value):
+        if isinstance(value, dict):
+            return {name: move(part) for name, part in value.items()}
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return move(batch)

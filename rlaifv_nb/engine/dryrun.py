@@ -6,7 +6,8 @@
 __all__ = ['aten', 'is_tensor', 'on_meta', 'as_indices', 'emptied', 'Meter', 'placed', 'KernelAttention', 'attention_for',
            'varlen_stand_in', 'Unpacked', 'Dry4bit', 'nf4_bytes', 'DryModel', 'replace_4bit', 'open_dry', 'put_adapter',
            'weight_bytes', 'dry_peak', 'fast_forward', 'decoding_work', 'sampling_work', 'scored', 'feedback_work',
-           'guided_work', 'claims_work', 'pair_row', 'has_deep_features', 'training_work', 'reference_work']
+           'guided_work', 'claims_work', 'pair_row', 'kernel_on', 'has_deep_features', 'training_work',
+           'reference_work']
 
 # %% ../../nbs/engine/07_dryrun.ipynb #edad6e64
 import inspect
@@ -28,7 +29,14 @@ from rlaifv_nb.engine.models import (
     prompt_positions,
     unquantised_modules,
 )
-from .packing import collate_rows, pack_by_budget, pack_row, row_logps, token_logps
+from rlaifv_nb.engine.packing import (
+    collate_rows,
+    pack_by_budget,
+    pack_row,
+    possible_layout,
+    row_logps,
+    token_logps,
+)
 from rlaifv_nb.engine.prefix import (
     ROWS,
     Answer,
@@ -58,7 +66,8 @@ def on_meta(x):
 
 
 def as_indices(chosen):
-    "What selects in one or more dimensions, as index tensors: a boolean mask becomes as many (empty) numbers as it selects."
+    """What selects in one or more dimensions, as index tensors: a boolean mask becomes as many (empty)
+    numbers as it selects."""
     if is_tensor(chosen) and chosen.dtype == torch.bool:
         return [torch.empty(int(chosen.sum()), dtype=torch.long)] * chosen.ndim
     return [chosen]
@@ -68,9 +77,10 @@ def emptied(x):
     "A tensor as one without content; anything else as it is."
     return torch.empty_like(x, device="meta") if is_tensor(x) and not on_meta(x) else x
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b95106a5
 class Meter(TorchDispatchMode):
-    "Counts the bytes of all tensors that are alive (`live`) and the most there ever were (`peak`); `free`: tensors that are not counted."
+    """Counts the bytes of all tensors that are alive (`live`) and the most there ever were (`peak`); `free`:
+    tensors that are not counted."""
 
     def __init__(self, free=()):
         super().__init__()
@@ -99,7 +109,7 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live + inside)
         return out
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #bfa6c398
 def placed(func, args, kwargs):
     "Arguments of an operation so that whole numbers are real and floating-point numbers are not."
     tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
@@ -143,12 +153,12 @@ class KernelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors[:3]
-        sum_in_full = (
-            query.new_empty(query.shape, dtype=torch.float32) if query.dtype != torch.float32 else None
-        )  # noqa: F841, alive until we return
+        sum_in_full = query.new_empty(  # noqa: F841, alive until we return
+            query.shape if query.dtype != torch.float32 else 0, dtype=torch.float32
+        )
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #baa6b8c7
 def attention_for(device):
     "A stand-in for `scaled_dot_product_attention` on a device (cpu or cuda)."
     plain = F.scaled_dot_product_attention
@@ -179,7 +189,7 @@ def varlen_stand_in(name):
     "The stand-in for `varlen_kernel`."
     return lambda query, key, value, *lengths: KernelAttention.apply(query, key, value, None)
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #bebc85dd
 class Unpacked(torch.autograd.Function):
     "A product with a 4-bit weight of `shape` (out, in), unpacked for the time of the product."
 
@@ -194,7 +204,8 @@ class Unpacked(torch.autograd.Function):
 
 
 class Dry4bit(torch.nn.Linear):
-    "A stand-in for bitsandbytes' `Linear4bit` with NF4 and double quantisation; PEFT's 4-bit layer clones its output, so does this."
+    """A stand-in for bitsandbytes' `Linear4bit` with NF4 and double quantisation; PEFT's 4-bit layer clones
+    its output, so does this."""
 
     def forward(self, x):
         "As large as the product."
@@ -202,13 +213,15 @@ class Dry4bit(torch.nn.Linear):
 
 
 def nf4_bytes(n):
-    "Bytes of `n` weights: half a byte each, a one-byte scale for 64, a scale of four bytes for 256 of those, and two tables (Dettmers et al. 2023)."
+    """Bytes of `n` weights: half a byte each, a one-byte scale for 64, a scale of four bytes for 256 of
+    those, and two tables (Dettmers et al. 2023)."""
     scales = -(-n // 64)
     return -(-n // 2) + scales + 4 * -(-scales // 256) + 4 * (256 + 16 + 1)
 
 # %% ../../nbs/engine/07_dryrun.ipynb #9082b368
 class DryModel(OpenModel):
-    "A model without weights, as `open_vlm` would open it. Its device is the CPU, where token ids and masks are."
+    """A model without weights, as `open_vlm` would open it. Its device is the CPU, where token ids and masks
+    are."""
 
     @property
     def device(self):
@@ -226,9 +239,10 @@ def replace_4bit(model, skipped):
             ):
                 layer.__class__ = Dry4bit
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b38675c3
 def open_dry(config, processor=None, dtype="float32", quantisation="none", share_prefix=True, is_vlm=True):
-    "A model made from its configuration, with weights of shape and dtype only. Raises ValueError for an unknown dtype."
+    """A model made from its configuration, with weights of shape and dtype only. Raises ValueError for an
+    unknown dtype."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
@@ -254,7 +268,7 @@ def put_adapter(vlm, rank, dropout=0.0):
         ).to("meta")
     return vlm
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b4e1b3f8
 def weight_bytes(model):
     "Bytes of a model's weights and buffers, 4-bit layers packed."
     packed = {
@@ -279,7 +293,8 @@ def dry_peak(vlm, run, device="cpu"):
 
 # %% ../../nbs/engine/07_dryrun.ipynb #64593b23
 def fast_forward(branches, place):
-    "Sets growing branches to where they will be after `place` own tokens, before their buffers grow for the last time."
+    """Sets growing branches to where they will be after `place` own tokens, before their buffers grow for the
+    last time."""
     if isinstance(branches, SharedRows):
         own = branches.own
         own.make_room(max(own.longest, place - place % BLOCK))
@@ -307,11 +322,12 @@ def decoding_work(vlm, branches, answers, max_new_tokens, temperature, top_p, to
             fast_forward(branches, longest + place)
         branches.step(torch.ones(n_rows, dtype=torch.long))
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b784e14a
 @torch.no_grad()
 def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0, top_k=0, refill=False):
-    """`n` answers to each prompt of a prefix. With `refill`, as a `SampleQueue` has it that goes on: rows for a part of the answers, and while all rows
-    are at their longest, a further prompt is read and takes the place of the first."""
+    """`n` answers to each prompt of a prefix. With `refill`, as a `SampleQueue` has it that goes on: rows for
+    a part of the answers, and while all rows are at their longest, a further prompt is read and takes the
+    place of the first."""
     refill = refill and vlm.shares_prefix
     index = [k for k in range(len(prefix.inputs)) for _ in range(n)]
     index = index[: rows_for(len(index), ROWS)] if refill else index
@@ -322,9 +338,10 @@ def sampling_work(vlm, prefix, n, max_new_tokens, temperature=0.7, top_p=1.0, to
     if refill:
         branches.take([0], read_prompts(vlm, prefix.inputs[:1]))
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b81e34f0
 def scored(vlm, prefix, n_branches, n_tokens, max_tokens=16384):
-    "States that `score_branches` returns for as many branches of one length to each prompt: of one full group as the engine finds them, of the others empty."
+    """States that `score_branches` returns for as many branches of one length to each prompt: of one full
+    group as the engine finds them, of the others empty."""
     index = [k for k in range(len(prefix.inputs)) for _ in range(n_branches)]
     whole = n_tokens + (prefix.inputs[0]["input_ids"].shape[1] if vlm.sharing_problem else 0)
     group = index[: max(1, max_tokens // whole)]
@@ -345,20 +362,21 @@ def feedback_work(vlm, prompts, n_questions, question_tokens, max_tokens=16384):
     for some in last.split(1024)[:2]:
         vlm.core.lm_head(some).float().softmax(-1)
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #bbf252d6
 @torch.no_grad()
 def guided_work(vlm, prompts, n, max_new_tokens, temperature=0.7):
-    "What `sample_candidates` does for a batch of prompts: both policies' prefixes stay, candidates are sampled and scored."
+    """What `sample_candidates` does for a batch of prompts: both policies' prefixes stay, candidates are
+    sampled and scored."""
     prefixes = [read_prompts(vlm, prompts) for _ in range(2)]
     sampling_work(vlm, prefixes[0], n, max_new_tokens, temperature)
     states = torch.cat([h[:-1] for h in scored(vlm, prefixes[0], n, max_new_tokens)])
     token_logps(states[:2048], torch.ones(min(2048, len(states)), dtype=torch.long), vlm.core.lm_head)
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b69829db
 @torch.no_grad()
 def claims_work(llm, n_rows, prompt_tokens, max_new_tokens, instruction_tokens=0):
-    """What `generate_texts` does for as many prompts of one length, or as many as it takes at a time. `instruction_tokens` of each prompt are an
-    instruction that all share, `prompt_tokens` its own."""
+    """What `generate_texts` does for as many prompts of one length, or as many as it takes at a time.
+    `instruction_tokens` of each prompt are an instruction that all share, `prompt_tokens` its own."""
     if llm.sharing_problem:
         prompt_tokens += instruction_tokens
         instruction_tokens = 0
@@ -369,33 +387,35 @@ def claims_work(llm, n_rows, prompt_tokens, max_new_tokens, instruction_tokens=0
     branches = grow_texts(llm, [1] * instruction_tokens, rests, max_new_tokens)
     decoding_work(llm, branches, len(rests), max_new_tokens, 0, 1.0)
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b2bce87c
 def pair_row(vlm, prompt, answer_tokens, from_pixels=False):
     "A training row as `RowMaker.row` makes it, with image features (empty) unless `from_pixels`."
     positions = prompt_positions(vlm.core, prompt | {"attention_mask": torch.ones_like(prompt["input_ids"])})
     if not from_pixels:
         text = {k: v for k, v in prompt.items() if k not in picture_tensors(prompt)}
-        image_tokens, config = (
-            int((prompt["input_ids"] == vlm.core.config.image_token_id).sum()),
-            vlm.core.config.get_text_config(),
-        )
-        prompt = text | {
-            "image_features": torch.empty(
-                image_tokens, config.hidden_size, dtype=vlm.core.dtype, device="meta"
-            )
-        }
+        image_tokens = int((prompt["input_ids"] == vlm.core.config.image_token_id).sum())
+        width = vlm.core.config.get_text_config().hidden_size
+        features = torch.empty(image_tokens, width, dtype=vlm.core.dtype, device="meta")
+        prompt = text | {"image_features": features}
     return pack_row(prompt, [[1] * answer_tokens] * 2, positions if positions.ndim == 2 else positions[:, 0])
 
 
+def kernel_on(device: str, dtype: torch.dtype) -> str:
+    "The kernel of packed rows that `kernel_for` chooses on a card of today (cuda) or on a CPU."
+    return "varlen" if device == "cuda" and dtype != torch.float32 else "sdpa"
+
+
 def has_deep_features(vlm):
-    "Whether a picture's features enter further layers (Qwen3-VL), so that cached features are not enough and rows bring pixels."
+    """Whether a picture's features enter further layers (Qwen3-VL), so that cached features are not enough
+    and rows bring pixels."""
     return bool(getattr(getattr(vlm.core.config, "vision_config", None), "deepstack_visual_indexes", None))
 
-
+# %% ../../nbs/engine/07_dryrun.ipynb #b4adeb32
 def training_work(vlm, prompt, answer_tokens, p, device):
-    "An optimiser step of the longest pairs, after the first one: the optimiser's two states are there. `p`: parameters of 05_dpo."
-    layout = "plain" if vlm.sharing_problem and p["layout"] == "packed" else p["layout"]
-    kernel = "varlen" if device == "cuda" and vlm.core.dtype != torch.float32 else "sdpa"
+    """An optimiser step of the longest pairs, after the first one: the optimiser's two states are there. `p`:
+    parameters of 05_dpo."""
+    layout, _ = possible_layout(p["layout"], vlm.sharing_problem)
+    kernel = kernel_on(device, vlm.core.dtype)
     trained = [w for w in vlm.model.parameters() if w.requires_grad]
     states = [torch.empty_like(w) for w in trained for _ in range(2)]  # noqa: F841, alive
 
@@ -411,7 +431,7 @@ def training_work(vlm, prompt, answer_tokens, p, device):
     else:
         vlm.model.gradient_checkpointing_disable()
     for part in parts[:2]:
-        sums = torch.stack([l.sum() for l in row_logps(vlm.core, part)]).view(-1, 2)
+        sums = torch.stack([logps.sum() for logps in row_logps(vlm.core, part)]).view(-1, 2)
         torch.autograd.backward([-F.logsigmoid(p["beta"] * (sums[:, 0] - sums[:, 1])).mean()])
     vlm.model.eval()
     for w in trained:
@@ -420,9 +440,10 @@ def training_work(vlm, prompt, answer_tokens, p, device):
 
 @torch.no_grad()
 def reference_work(vlm, prompt, answer_tokens, p, device):
-    "Log-probabilities of the reference for `8 * batch_size` pairs, and the preflight's four pairs from pixels."
-    layout = "plain" if vlm.sharing_problem and p["layout"] == "packed" else p["layout"]
-    kernel = "varlen" if device == "cuda" and vlm.core.dtype != torch.float32 else "sdpa"
+    """Log-probabilities of the reference for `8 * batch_size` pairs, and the preflight's four pairs from
+    pixels."""
+    layout, _ = possible_layout(p["layout"], vlm.sharing_problem)
+    kernel = kernel_on(device, vlm.core.dtype)
     rows = [
         pair_row(vlm, prompt, answer_tokens, has_deep_features(vlm))
         for _ in range(8 * p["batch_size"] if device == "cpu" else p["batch_size"])

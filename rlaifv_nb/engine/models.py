@@ -43,7 +43,8 @@ def language_model_name(model):
 
 
 def lora_targets(model):
-    "A regular expression for the linear layers of the language model inside a model, and none of its vision tower or projector."
+    """A regular expression for the linear layers of the language model inside a model, and none of its vision
+    tower or projector."""
     linear = [
         name.rpartition(".")[2]
         for name, module in model.get_decoder().named_modules()
@@ -59,10 +60,11 @@ def unquantised_modules(model):
         f"model.{name}" for name, _ in model.model.named_children() if text not in ("model", f"model.{name}")
     ] + ["lm_head"]
 
-
+# %% ../../nbs/engine/03_models.ipynb #beba4772
 @torch.no_grad()
 def missing_parts(vlm):
-    "What this package needs of a vision-language model and does not find in this one; an empty list for the tested architectures."
+    """What this package needs of a vision-language model and does not find in this one; an empty list for the
+    tested architectures."""
     core, ids = vlm.core, torch.arange(10, 18, device=vlm.device)[None]
     parts = {
         "image features (`get_image_features`)": hasattr(getattr(core, "model", None), "get_image_features"),
@@ -91,14 +93,16 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 def attention_for(attention, device, dtype):
     """The attention that `auto` stands for on a device (cpu or cuda) with a dtype; any other is itself.
 
-    Raises ValueError for an unknown one and for one that cannot run there, ImportError when its package is missing."""
+    Raises ValueError for an unknown one and for one that cannot run there, ImportError when its package is
+    missing."""
     installed = find_spec("flash_attn") is not None
     if require_one_of(attention, ATTENTIONS, "attention") == "auto":
         fast = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and not before_ampere()
         return "flash_attention_2" if fast and installed else "sdpa"
     if attention == "flash_attention_2" and not installed:
         raise ImportError(
-            "attention='flash_attention_2' needs the package flash-attn (pip install flash-attn); 'sdpa' and 'flex_attention' need none"
+            "attention='flash_attention_2' needs the package flash-attn (pip install flash-attn); 'sdpa' and "
+            "'flex_attention' need none"
         )
     if attention in ("flash_attention_2", "flex_attention") and device != "cuda":
         raise ValueError(
@@ -106,31 +110,36 @@ def attention_for(attention, device, dtype):
         )
     if attention == "flash_attention_2" and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            f"attention='flash_attention_2' needs dtype bfloat16 or float16, not {str(dtype).removeprefix('torch.')}: choose 'sdpa' or 'auto'"
+            "attention='flash_attention_2' needs dtype bfloat16 or float16, not "
+            f"{str(dtype).removeprefix('torch.')}: choose 'sdpa' or 'auto'"
         )
     return attention
 
 # %% ../../nbs/engine/03_models.ipynb #ccf3b592
 def before_ampere() -> bool:
-    "Whether the CUDA card is older than compute capability 8.0 (T4, V100): it has no bfloat16 and no flash attention."
+    """Whether the CUDA card is older than compute capability 8.0 (T4, V100): it has no bfloat16 and no flash
+    attention."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 
 
 def cuda_problem() -> str:
-    "Why PyTorch finds no CUDA card, as far as it knows itself; empty when it finds one. [runner/02_machine](../runner/02_machine.ipynb) looks closer before a run."
+    """Why PyTorch finds no CUDA card, as far as it knows itself; empty when it finds one.
+    [runner/02_machine](../runner/02_machine.ipynb) looks closer before a run."""
     if torch.cuda.is_available():
         return ""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} was built without CUDA"
     return (
-        f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no card: does nvidia-smi show one, does CUDA_VISIBLE_DEVICES "
+        f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no card: does nvidia-smi "
+        "show one, does CUDA_VISIBLE_DEVICES "
         "hide it, and is NVIDIA's driver new enough (CUDA 13 needs 580, CUDA 12 needs 525)?"
     )
 
 
 def device_for(device: str) -> str:
-    """`cuda` or `cpu`; `auto` is CUDA where there is a card. Raises ValueError for another name, and for `cuda` where there is none,
-    with the likely reason: a run that was meant for a card would take weeks on a CPU without a word."""
+    """`cuda` or `cpu`; `auto` is CUDA where there is a card. Raises ValueError for another name, and for
+    `cuda` where there is none, with the likely reason: a run that was meant for a card would take weeks on a
+    CPU without a word."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if require_one_of(device, DEVICES, "device") == "cuda" and found == "cpu":
         raise ValueError(
@@ -140,7 +149,8 @@ def device_for(device: str) -> str:
 
 
 def dtype_for(dtype: str, device: str) -> torch.dtype:
-    "The dtype; `auto` is float32 on a CPU, bfloat16 on a CUDA card, float16 on one that has no bfloat16 (`before_ampere`)."
+    """The dtype; `auto` is float32 on a CPU, bfloat16 on a CUDA card, float16 on one that has no bfloat16
+    (`before_ampere`)."""
     sixteen = torch.float16 if before_ampere() else torch.bfloat16
     return DTYPES[require_one_of(dtype, DTYPES, "dtype")] or (sixteen if device == "cuda" else torch.float32)
 
@@ -149,7 +159,8 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 def pinned(name: str) -> tuple[str, str]:
-    "A model's name and its revision: `org/name@revision` of the Hub pins one (a commit, tag or branch); empty for anything else."
+    """A model's name and its revision: `org/name@revision` of the Hub pins one (a commit, tag or branch);
+    empty for anything else."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", name)
     return (
         (hub[1], hub[2])
@@ -159,7 +170,8 @@ def pinned(name: str) -> tuple[str, str]:
 
 
 def model_folder(name):
-    "The local folder of a model: as given, inside the package, or downloaded from the Hub (safetensors and text files only), pinned or newest."
+    """The local folder of a model: as given, inside the package, or downloaded from the Hub (safetensors and
+    text files only), pinned or newest."""
     path = Path(resolve_path(name))
     if path.is_dir():
         return path
@@ -171,7 +183,8 @@ def model_folder(name):
 
 @lru_cache
 def folder_sha(folder):
-    "Content hash of a model or adapter folder: weights, configuration, tokenizer, processor and chat template."
+    """Content hash of a model or adapter folder: weights, configuration, tokenizer, processor and chat
+    template."""
     digest = hashlib.sha256()
     for path in sorted(
         p for p in Path(folder).iterdir() if p.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -183,7 +196,8 @@ def folder_sha(folder):
 # %% ../../nbs/engine/03_models.ipynb #7715cf8f
 @dataclass
 class OpenModel:
-    "A loaded model with its processor (a tokenizer for a language model), where it came from, and the hash of its weights."
+    """A loaded model with its processor (a tokenizer for a language model), where it came from, and the hash
+    of its weights."""
 
     model: torch.nn.Module
     processor: object
@@ -216,7 +230,8 @@ class OpenModel:
 
     @property
     def asked(self):
-        "How the model is asked, where that is not what its chat template and processor do by themselves: option -> value."
+        """How the model is asked, where that is not what its chat template and processor do by themselves:
+        option -> value."""
         options = {
             "system_prompt": self.system_prompt,
             "pad_pictures": self.pad_pictures,
@@ -236,8 +251,9 @@ class OpenModel:
 
     @property
     def settings(self):
-        """How the model was opened, for a manifest: `dtype`, `quantisation`, `attention`, `sharing`, and what `asked` names. `attention` is what really
-        runs; while branches share their prompt, this is `rlaifv_branches` in the language model ([engine/02_attention](02_attention.ipynb))."""
+        """How the model was opened, for a manifest: `dtype`, `quantisation`, `attention`, `sharing`, and what
+        `asked` names. `attention` is what really runs; while branches share their prompt, this is
+        `rlaifv_branches` in the language model ([engine/02_attention](02_attention.ipynb))."""
         config, text = self.core.config, self.core.config.get_text_config()
         others = (
             [getattr(config, key) for key in config.sub_configs if getattr(config, key) is not text]
@@ -268,7 +284,8 @@ class OpenModel:
 
     @cached_property
     def end_id(self):
-        "The token that ends an answer: the first special token behind it in the chat template, else the tokenizer's end token (Gemma's are two)."
+        """The token that ends an answer: the first special token behind it in the chat template, else the
+        tokenizer's end token (Gemma's are two)."""
         image = None if self.processor is self.tokenizer else True
         whole = self.processor.apply_chat_template(
             chat_messages("Question?", image, "Answer."), tokenize=False
@@ -278,7 +295,8 @@ class OpenModel:
 
     @cached_property
     def picture_ending(self):
-        "What the processor writes between the last image token and the text behind the picture, such as `</img>`; tried on a white picture."
+        """What the processor writes between the last image token and the text behind the picture, such as
+        `</img>`; tried on a white picture."""
         ids = prompt_inputs(self, Image.new("RGB", (64, 64), "white"), "What?")["input_ids"][0].tolist()
         tail = ids[len(ids) - ids[::-1].index(self.core.config.image_token_id) :]
         behind = prompt_text(self, "What?").rpartition(self.processor.image_token)[2]
@@ -286,13 +304,15 @@ class OpenModel:
             if text_behind_picture(self, "What?", ending) == tail:
                 return ending
         raise ValueError(
-            f"{self.name}: the processor writes {self.tokenizer.decode(tail)!r} behind a picture where the chat template has {behind!r}"
+            f"{self.name}: the processor writes {self.tokenizer.decode(tail)!r} behind a picture where the "
+            f"chat template has {behind!r}"
         )
 
 # %% ../../nbs/engine/03_models.ipynb #83688aef
 def open_processor(folder):
-    """A model's processor, whose pictures go through Pillow: so pixels are the same with and without torchvision, and those of the official
-    code, which has Pillow alone (torchvision's resizing rounds otherwise)."""
+    """A model's processor, whose pictures go through Pillow: so pixels are the same with and without
+    torchvision, and those of the official code, which has Pillow alone (torchvision's resizing rounds
+    otherwise)."""
     from transformers import AutoImageProcessor, AutoProcessor
     from transformers.image_processing_backends import PilBackend
 
@@ -306,8 +326,9 @@ def open_processor(folder):
 
 @lru_cache
 def processor_problem(folder) -> str:
-    """Why the processor in a model's folder cannot be opened here, with the pip command that helps; empty when it opens. Processors that
-    know videos (Qwen, InternVL, SmolVLM2) need torchvision for them, SmolVLM2 num2words too, though only pictures are shown here."""
+    """Why the processor in a model's folder cannot be opened here, with the pip command that helps; empty
+    when it opens. Processors that know videos (Qwen, InternVL, SmolVLM2) need torchvision for them, SmolVLM2
+    num2words too, though only pictures are shown here."""
     try:
         open_processor(folder)
     except ImportError as e:
@@ -317,8 +338,10 @@ def processor_problem(folder) -> str:
         if not missing:
             return f"its processor cannot be opened: {' '.join(str(e).split())}"
         return (
-            f"its processor needs {' and '.join(missing)} for videos, even if only pictures are shown to it: pip install "
-            f"torchvision=={torchvision_for(torch.__version__)} num2words (torchvision from where PyTorch {torch.__version__} came from)"
+            f"its processor needs {' and '.join(missing)} for videos, even if only pictures are shown to it: "
+            "pip install "
+            f"torchvision=={torchvision_for(torch.__version__)} num2words (torchvision from where PyTorch "
+            f"{torch.__version__} came from)"
         )
     except (OSError, ValueError) as e:
         return f"its processor cannot be opened: {' '.join(str(e).split())}"
@@ -326,8 +349,8 @@ def processor_problem(folder) -> str:
 
 # %% ../../nbs/engine/03_models.ipynb #6cfbb1df
 def chat_messages(question, image=None, answer=None, system_prompt=""):
-    """Chat messages for a question about an image (True: a placeholder; None: no image), with the answer if there is one, behind a
-    system turn if there is a system prompt."""
+    """Chat messages for a question about an image (True: a placeholder; None: no image), with the answer if
+    there is one, behind a system turn if there is a system prompt."""
     turns = [("system", system_prompt), ("user", question), ("assistant", answer)]
     if image is None:
         return [{"role": role, "content": text} for role, text in turns if text or role == "user"]
@@ -342,7 +365,8 @@ def chat_messages(question, image=None, answer=None, system_prompt=""):
 
 
 def prompt_inputs(vlm, image, question):
-    "The processor's tensors for a question about an image, up to where the answer begins: `input_ids` (1, n), `pixel_values`, ..."
+    """The processor's tensors for a question about an image, up to where the answer begins: `input_ids` (1,
+    n), `pixel_values`, ..."""
     messages = chat_messages(question, picture_as_asked(vlm, image), system_prompt=vlm.system_prompt)
     inputs = vlm.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -354,7 +378,8 @@ def prompt_inputs(vlm, image, question):
 
 
 def prompt_positions(core, batch):
-    "Position ids of a left-padded batch: (B, n), or (3, B, n) for models with rotary positions in three dimensions, which know them best themselves."
+    """Position ids of a left-padded batch: (B, n), or (3, B, n) for models with rotary positions in three
+    dimensions, which know them best themselves."""
     if "image_grid_thw" in batch and hasattr(core.model, "get_rope_index"):
         return core.model.get_rope_index(
             **{
@@ -365,7 +390,7 @@ def prompt_positions(core, batch):
         )[0]
     return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
-
+# %% ../../nbs/engine/03_models.ipynb #bc0872f5
 def prompt_text(opened, question, image=True):
     "The rendered prompt as text; `image=None` for a question without a picture."
     messages = chat_messages(question, image, system_prompt=opened.system_prompt)
@@ -375,7 +400,8 @@ def prompt_text(opened, question, image=True):
 def answer_ids(vlm, question, answer):
     """Token ids of an answer as the continuation of its prompt, up to and including the end token.
 
-    Raises ValueError when the answer is empty, contains a special token, or the chat template rewrites the prompt."""
+    Raises ValueError when the answer is empty, contains a special token, or the chat template rewrites the
+    prompt."""
     if not answer.strip():
         raise ValueError("the answer is empty")
     special = next((t for t in vlm.tokenizer.convert_ids_to_tokens(vlm.special_ids) if t in answer), None)
@@ -387,17 +413,23 @@ def answer_ids(vlm, question, answer):
     )
     behind = whole.removeprefix(prompt)
     text = answer if answer in behind else answer.strip()
-    encode = lambda text: vlm.tokenizer(text, add_special_tokens=False).input_ids
-    prompt_tokens, tokens = encode(prompt), encode(prompt + behind.partition(text)[0] + text)
+
+    def encode(text):
+        return vlm.tokenizer(text, add_special_tokens=False).input_ids
+
+    prompt_tokens = encode(prompt)
+    tokens = encode(prompt + behind.partition(text)[0] + text)
     if not whole.startswith(prompt) or text not in behind or tokens[: len(prompt_tokens)] != prompt_tokens:
         raise ValueError(
-            "the chat template or tokenizer changes the prompt when an answer follows; answers cannot be scored"
+            "the chat template or tokenizer changes the prompt when an answer follows; answers cannot be "
+            "scored"
         )
     return tokens[len(prompt_tokens) :] + [vlm.end_id]
 
-
+# %% ../../nbs/engine/03_models.ipynb #be7eb64e
 def text_behind_picture(vlm, question, ending):
-    "Token ids of a prompt behind its last image token, where the processor writes `ending` between that and the text."
+    """Token ids of a prompt behind its last image token, where the processor writes `ending` between that and
+    the text."""
     before, placeholder, behind = prompt_text(vlm, question).partition(vlm.processor.image_token)
     image_id = vlm.core.config.image_token_id
     ids = vlm.tokenizer(
@@ -413,9 +445,10 @@ def sibling_ids(vlm, question, inputs):
         vlm, question, vlm.picture_ending
     )
 
-
+# %% ../../nbs/engine/03_models.ipynb #bca08e6a
 def unsampled_ids(vlm):
-    "Tokens that must never be sampled: all special ones but the end of an answer. An image token inside an answer could not be read again."
+    """Tokens that must never be sampled: all special ones but the end of an answer. An image token inside an
+    answer could not be read again."""
     return [i for i in vlm.special_ids if i != vlm.end_id]
 
 
@@ -426,26 +459,30 @@ def surface_ids(tokenizer, word):
 
 # %% ../../nbs/engine/03_models.ipynb #872dd416
 def padding_colour(processor) -> tuple[int, int, int]:
-    "What official LLaVA pads with: the mean colour that the processor subtracts, as red, green, blue from 0 to 255."
+    """What official LLaVA pads with: the mean colour that the processor subtracts, as red, green, blue from 0
+    to 255."""
     return tuple(int(x * 255) for x in processor.image_processor.image_mean)
 
 
 def padding_problem(opened: OpenModel, pad_pictures: bool = True) -> str:
-    "Why pictures should not be padded for this processor; empty for one that makes one picture of one size of every shape, which is tried."
+    """Why pictures should not be padded for this processor; empty for one that makes one picture of one size
+    of every shape, which is tried."""
     shapes = {
         tuple(prompt_inputs(opened, Image.new("RGB", size, "white"), "What?")["pixel_values"].shape)
         for size in ((512, 512), (1024, 256))
     }
     if len(shapes) > 1 or len(next(iter(shapes))) != 4 or next(iter(shapes))[0] != 1:
         return (
-            "its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many tokens as the picture needs; "
+            "its processor crops nothing and keeps a picture's shape by itself, in tiles or in as many "
+            "tokens as the picture needs; "
             "padding would add bars that cost tokens and show nothing"
         )
     return ""
 
-
+# %% ../../nbs/engine/03_models.ipynb #bfd91479
 def has_own_limit(processor) -> bool:
-    "Whether a processor has a limit of pixels of its own (the Qwen family): there a larger picture has more tokens."
+    """Whether a processor has a limit of pixels of its own (the Qwen family): there a larger picture has more
+    tokens."""
     kinds = getattr(getattr(processor, "image_processor", None), "valid_kwargs", None)
     return "max_pixels" in getattr(kinds, "__annotations__", {})
 
@@ -455,9 +492,10 @@ def max_pixels_problem(opened: OpenModel, max_pixels: int) -> str:
     least = opened.processor.image_processor.size["shortest_edge"] if has_own_limit(opened.processor) else 1
     return f"its processor makes no picture smaller than {least} pixels" if max_pixels < least else ""
 
-
+# %% ../../nbs/engine/03_models.ipynb #b6038769
 def system_prompt_problem(opened: OpenModel, system_prompt: str) -> str:
-    "Why a system prompt would not reach the model as one: the chat template refuses it, drops it, or takes it for somebody else's turn."
+    """Why a system prompt would not reach the model as one: the chat template refuses it, drops it, or takes
+    it for somebody else's turn."""
     special = next(
         (t for t in opened.tokenizer.convert_ids_to_tokens(opened.special_ids) if t in system_prompt), None
     )
@@ -475,10 +513,11 @@ def system_prompt_problem(opened: OpenModel, system_prompt: str) -> str:
     if isinstance(text, TemplateError):
         return f"its chat template says: {text}"
     before = text.rpartition("Question?")[0]
+    no_place = "its chat template has no place for a system prompt"
     if not system_prompt.strip() or before.count(system_prompt.strip()) != 1 or "{'type'" in before:
-        return "its chat template has no place for a system prompt: the text does not appear once before the question"
+        return f"{no_place}: the text does not appear once before the question"
     if text in others:
-        return "its chat template has no place for a system prompt: it becomes the turn of the user or the assistant"
+        return f"{no_place}: it becomes the turn of the user or the assistant"
     return ""
 
 # %% ../../nbs/engine/03_models.ipynb #b88f35cd
@@ -487,9 +526,10 @@ def ask_with(
 ) -> OpenModel:
     """Sets how a model is asked from now on, and returns it.
 
-    `system_prompt` goes before the conversation as a system turn. `pad_pictures` makes every picture square before the processor sees it.
-    `max_pixels` (more than 0) is the most pixels of a picture: the processor's own limit where it has one, else larger pictures are scaled
-    down first. Raises ValueError for an option that the model's chat template or processor cannot obey, with the reason."""
+    `system_prompt` goes before the conversation as a system turn. `pad_pictures` makes every picture square
+    before the processor sees it. `max_pixels` (more than 0) is the most pixels of a picture: the processor's
+    own limit where it has one, else larger pictures are scaled down first. Raises ValueError for an option
+    that the model's chat template or processor cannot obey, with the reason."""
     if type(max_pixels) is not int or max_pixels < 0:
         raise ValueError(
             f"{opened.name}: max_pixels={max_pixels!r}: it is a whole number of pixels, or 0 for no limit"
@@ -512,14 +552,16 @@ def ask_with(
 
 
 def picture_as_asked(vlm: OpenModel, image: Image.Image) -> Image.Image:
-    "The picture as the processor gets it: scaled down to `max_pixels` (unless the processor does that), then padded to a square."
+    """The picture as the processor gets it: scaled down to `max_pixels` (unless the processor does that),
+    then padded to a square."""
     if not has_own_limit(vlm.processor):
         image = within_pixels(image, vlm.max_pixels)
     return pad_to_square(image, padding_colour(vlm.processor)) if vlm.pad_pictures else image
 
 # %% ../../nbs/engine/03_models.ipynb #525cc823
 def quantisation_config(quantisation, dtype, skipped):
-    "bitsandbytes settings for NF4 with double quantisation; modules named in `skipped` stay unquantised. None for `none`."
+    """bitsandbytes settings for NF4 with double quantisation; modules named in `skipped` stay unquantised.
+    None for `none`."""
     if require_one_of(quantisation, QUANTISATIONS, "quantisation") == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -534,12 +576,13 @@ def quantisation_config(quantisation, dtype, skipped):
 
 
 def keep_4bit_weights_unpacked(model):
-    "Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16, which would make later gradients wrong."
+    """Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16, which would make later
+    gradients wrong."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
 
-
+# %% ../../nbs/engine/03_models.ipynb #b18ab838
 def open_weights(auto_class, folder, dtype, quantisation, attention, device="auto"):
     "The model of a folder in evaluation mode, on its device (`device_for`) and in its dtype (`dtype_for`)."
     from transformers import AutoConfig
@@ -585,9 +628,10 @@ def open_vlm(
 ) -> OpenModel:
     """A vision-language model, with a LoRA adapter if one is named, on `device`, asked as `ask_with` says.
 
-    With `share_prefix`, branches of a prompt share one reading of it ([engine/05_prefix](05_prefix.ipynb)) if the model can; `sharing_problem` says why
-    not. Raises ValueError for an unknown option, a processor that cannot be opened here, a model with parts missing, options that the
-    model's chat template or processor cannot obey, or an adapter that `with_adapter` refuses."""
+    With `share_prefix`, branches of a prompt share one reading of it ([engine/05_prefix](05_prefix.ipynb)) if
+    the model can; `sharing_problem` says why not. Raises ValueError for an unknown option, a processor that
+    cannot be opened here, a model with parts missing, options that the model's chat template or processor
+    cannot obey, or an adapter that `with_adapter` refuses."""
     from transformers import AutoModelForImageTextToText
 
     folder = model_folder(name)
@@ -605,7 +649,7 @@ def open_vlm(
     opened.sharing_problem = sharing_of(model, share_prefix)
     return with_adapter(opened, adapter, trainable, any_quantisation) if adapter else opened
 
-
+# %% ../../nbs/engine/03_models.ipynb #b884a436
 def open_llm(
     name: str,
     dtype: str = "auto",
@@ -615,14 +659,16 @@ def open_llm(
     *,
     device: str = "auto",
 ) -> OpenModel:
-    "A text-only chat model, for splitting answers into claims. Raises ValueError for an unknown option or a model without chat template."
+    """A text-only chat model, for splitting answers into claims. Raises ValueError for an unknown option or a
+    model without chat template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{name}: its tokenizer has no chat template, so nobody says how it is asked; choose an instruct or chat model"
+            f"{name}: its tokenizer has no chat template, so nobody says how it is asked; choose an instruct "
+            "or chat model"
         )
     model = open_weights(AutoModelForCausalLM, folder, dtype, quantisation, attention, device)
     return OpenModel(
@@ -631,7 +677,8 @@ def open_llm(
 
 # %% ../../nbs/engine/03_models.ipynb #8cfc05b3
 def adapter_lineage(folder):
-    "What an adapter says of its origin: `base_sha`, `quantisation`, `parent_sha`. Empty for an adapter made elsewhere."
+    """What an adapter says of its origin: `base_sha`, `quantisation`, `parent_sha`. Empty for an adapter made
+    elsewhere."""
     path = Path(folder) / "lineage.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -643,13 +690,14 @@ def asked_text(asked: dict) -> str:
         or "the chat template's and processor's own way"
     )
 
-
+# %% ../../nbs/engine/03_models.ipynb #bacc2605
 def with_adapter(opened, adapter, trainable=False, any_quantisation=None):
     """The model with a LoRA adapter on it. Raises ValueError when the adapter's lineage names another base.
 
-    Another quantisation than the adapter was trained on is noted in `notes`, or refused: by default when the adapter is to be trained further,
-    never with `any_quantisation=True`, always with False. A model that is asked otherwise than in training (`asked`) is noted, too, and
-    refused when the adapter is to be trained further."""
+    Another quantisation than the adapter was trained on is noted in `notes`, or refused: by default when the
+    adapter is to be trained further, never with `any_quantisation=True`, always with False. A model that is
+    asked otherwise than in training (`asked`) is noted, too, and refused when the adapter is to be trained
+    further."""
     from peft import PeftModel
 
     folder = Path(resolve_path(adapter))
@@ -660,13 +708,16 @@ def with_adapter(opened, adapter, trainable=False, any_quantisation=None):
     base_sha, trained_on = lineage["base_sha"], lineage["quantisation"]
     if base_sha != opened.sha:
         raise ValueError(
-            f"the adapter {adapter} was trained on another base: it names {base_sha[:12]}, {opened.name} is {opened.sha[:12]}"
+            f"the adapter {adapter} was trained on another base: it names {base_sha[:12]}, {opened.name} is "
+            f"{opened.sha[:12]}"
         )
     if trained_on != opened.quantisation:
         if not (not trainable if any_quantisation is None else any_quantisation):
             raise ValueError(
-                f"the adapter {adapter} was trained with quantisation {trained_on!r} and is opened with {opened.quantisation!r}: open it with "
-                f"quantisation={trained_on!r}, or merge it into its base (rlaifv export RUN --to merged) and go on from that, or say any_quantisation=True"
+                f"the adapter {adapter} was trained with quantisation {trained_on!r} and is opened with "
+                f"{opened.quantisation!r}: open it with "
+                f"quantisation={trained_on!r}, or merge it into its base (rlaifv export RUN --to merged) and "
+                "go on from that, or say any_quantisation=True"
             )
         opened.notes["adapter_quantisation"] = f"trained with {trained_on}, opened with {opened.quantisation}"
     asked = stored.get("asked", {}) if stored else opened.asked
@@ -674,14 +725,15 @@ def with_adapter(opened, adapter, trainable=False, any_quantisation=None):
         difference = f"trained with {asked_text(asked)}, opened with {asked_text(opened.asked)}"
         if trainable:
             raise ValueError(
-                f"the adapter {adapter} is asked in another way than it was trained: {difference}; train it further with the options it has"
+                f"the adapter {adapter} is asked in another way than it was trained: {difference}; train it "
+                "further with the options it has"
             )
         opened.notes["adapter_asked"] = difference
     opened.model = PeftModel.from_pretrained(opened.model, folder, is_trainable=trainable).eval()
     opened.adapter_sha = folder_sha(folder)
     return opened
 
-
+# %% ../../nbs/engine/03_models.ipynb #b42e7f99
 def save_adapter(opened: OpenModel, folder: str | Path):
     """Saves the model's adapter as safetensors with its lineage and a short card.
 
@@ -717,18 +769,20 @@ model = AutoModelForImageTextToText.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(model, "adapter")  # this folder
 ```
 
-`{base}` is the folder or the Hub id of the base whose content has SHA-256 `{base_sha}` (files as `rlaifv_nb.engine.models.folder_sha` takes them).
-Parent adapter: {parent_sha}. Licence: that of the base, and of the models and data that gave the feedback; none is granted here.
+`{base}` is the folder or the Hub id of the base whose content has SHA-256 `{base_sha}`
+(files as `rlaifv_nb.engine.models.folder_sha` takes them). Parent adapter: {parent_sha}.
+Licence: that of the base, and of the models and data that gave the feedback; none is granted here.
 {facts}"""
 
-
+# %% ../../nbs/engine/03_models.ipynb #b819a10b
 def card_name(name):
     "A model's name as a card may show it: a Hub id without its revision, of a folder its own name only."
     return Path(name).name if name.startswith(("/", ".", "~")) else pinned(name)[0].removeprefix("packaged:")
 
 
 def card_facts(manifest):
-    "The parts of a stage's manifest that its adapter's card shows, as Markdown tables: nothing of this machine, nothing that differs between equal runs."
+    """The parts of a stage's manifest that its adapter's card shows, as Markdown tables: nothing of this
+    machine, nothing that differs between equal runs."""
     data = {
         "pairs": manifest.get("rows_out"),
         "of these for training": manifest.get("train_pairs"),
@@ -742,11 +796,12 @@ def card_facts(manifest):
         "Figures": figures,
         "Versions": manifest.get("versions", {}),
     }
-    shown = lambda value: (
-        ", ".join(f"{k} {shown(v)}" for k, v in value.items())
-        if isinstance(value, dict)
-        else str(value).replace("|", "/")
-    )
+
+    def shown(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
+        return str(value).replace("|", "/")
+
     rows = {
         title: [f"| {k} | {shown(v)} |" for k, v in table.items() if v is not None]
         for title, table in tables.items()
@@ -759,7 +814,8 @@ def card_facts(manifest):
 
 
 def write_adapter_card(folder, manifest):
-    "Writes the model card of an adapter, `README.md`, from its lineage and from the manifest of the stage that trained it."
+    """Writes the model card of an adapter, `README.md`, from its lineage and from the manifest of the stage
+    that trained it."""
     from huggingface_hub import ModelCardData
 
     lineage = adapter_lineage(folder)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'PER_TOKEN', 'run_again', 'head_logps', 'words_logsumexp', 'half_head_logps', 'token_logps', 'pack_row',
-           'split_row', 'n_tokens_of', 'predictors_of', 'cat_ragged', 'branch_mask', 'collate_rows', 'pack_by_budget',
-           'hidden_states', 'row_logps']
+           'split_row', 'n_tokens_of', 'predictors_of', 'cat_ragged', 'possible_layout', 'branch_mask', 'collate_rows',
+           'pack_by_budget', 'hidden_states', 'row_logps']
 
 # %% ../../nbs/engine/04_packing.ipynb #03365589
 import torch
@@ -35,13 +35,15 @@ def words_logsumexp(hidden, weight):
 
 
 def half_head_logps(hidden, targets, weight, words=32768):
-    "The same as `head_logps` for a head of 16 bits, with products in float32 and so many words of the vocabulary at a time."
+    """The same as `head_logps` for a head of 16 bits, with products in float32 and so many words of the
+    vocabulary at a time."""
     sums = torch.stack([run_again(words_logsumexp, hidden, part) for part in weight.split(words)])
     return (hidden.float() * weight[targets].float()).sum(1) - sums.logsumexp(0)
 
 
 def token_logps(hidden, targets, lm_head, chunk=1024):
-    "Log-probabilities (m,) in float32 nats of `targets` (m,) given hidden states (m, hidden), `chunk` tokens at a time; differentiable."
+    """Log-probabilities (m,) in float32 nats of `targets` (m,) given hidden states (m, hidden), `chunk`
+    tokens at a time; differentiable."""
     pieces = zip(hidden.split(chunk), targets.split(chunk))
     if (
         type(lm_head) is torch.nn.Linear
@@ -55,7 +57,8 @@ def token_logps(hidden, targets, lm_head, chunk=1024):
 def pack_row(inputs, branches, positions=None):
     """A training row of a prompt (its tensors, `input_ids` (1, n)) and branches (token id lists).
 
-    `positions` (k, n) are the prompt's position ids, one-dimensional by default; branches go on after the largest."""
+    `positions` (k, n) are the prompt's position ids, one-dimensional by default; branches go on after the
+    largest."""
     prompt = inputs["input_ids"][0].tolist()
     positions = torch.arange(len(prompt))[None] if positions is None else positions
     row = [positions] + [
@@ -88,7 +91,7 @@ def split_row(row):
         )
     return rows
 
-
+# %% ../../nbs/engine/04_packing.ipynb #b13adada
 def n_tokens_of(row):
     "Tokens of a row."
     return row["position_ids"].shape[1]
@@ -107,7 +110,8 @@ LAYOUTS = ("plain", "shared", "packed")
 
 
 def cat_ragged(tensors):
-    "Concatenates along the first dimension; a second dimension that differs (tiles of any-resolution pictures) is padded with zeros."
+    """Concatenates along the first dimension; a second dimension that differs (tiles of any-resolution
+    pictures) is padded with zeros."""
     if (
         tensors[0].ndim > 1
         and len({t.shape[1] for t in tensors}) > 1
@@ -117,16 +121,27 @@ def cat_ragged(tensors):
         tensors = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1])) for t in tensors]
     return torch.cat(tensors)
 
+# %% ../../nbs/engine/04_packing.ipynb #b0551b1e
+def possible_layout(layout: str, sharing_problem: str) -> tuple[str, str]:
+    """The layout that a model can have, and why not the one asked for: packed rows need a prompt that
+    branches share."""
+    require_one_of(layout, LAYOUTS, "layout")
+    if layout == "packed" and sharing_problem:
+        return "plain", sharing_problem
+    return layout, ""
 
+# %% ../../nbs/engine/04_packing.ipynb #bf1b2eac
 def branch_mask(segments):
-    "Boolean attention mask (B, 1, n, n): causal, to the prompt (segment 0) and one's own segment; padding (-1) sees only itself."
+    """Boolean attention mask (B, 1, n, n): causal, to the prompt (segment 0) and one's own segment; padding
+    (-1) sees only itself."""
     same = segments[:, None, :] == segments[:, :, None]
     prompt = (segments[:, None, :] == 0) & (segments[:, :, None] >= 0)
     return ((same | prompt).tril())[:, None]
 
-
+# %% ../../nbs/engine/04_packing.ipynb #b103c9e3
 def collate_rows(rows, layout="shared", kernel="auto"):
-    "A batch of packed rows: model inputs, flat indices of `predictors`, `targets`, and the length of each branch."
+    """A batch of packed rows: model inputs, flat indices of `predictors`, `targets`, and the length of each
+    branch."""
     require_one_of(layout, LAYOUTS, "layout")
     if layout == "plain":
         rows = [part for row in rows for part in split_row(row)]
@@ -144,7 +159,10 @@ def collate_rows(rows, layout="shared", kernel="auto"):
     else:
         longest = max(map(len, ids))
         starts = [i * longest for i in range(len(rows))]
-        pad = lambda x, value=0: F.pad(x, (0, longest - x.shape[-1]), value=value)
+
+        def pad(x, value=0):
+            return F.pad(x, (0, longest - x.shape[-1]), value=value)
+
         inputs |= {
             "input_ids": torch.stack([pad(torch.tensor(i)) for i in ids]),
             "position_ids": torch.stack([pad(r["position_ids"]) for r in rows], 1),
@@ -176,9 +194,10 @@ PER_TOKEN = (
     "token_type_ids",
 )  # one value a token, for positions (rows have them) or masks (of plain rows only)
 
-
+# %% ../../nbs/engine/04_packing.ipynb #b4203357
 def pack_by_budget(items, max_tokens, size=n_tokens_of):
-    "Groups of consecutive items (rows, or what else has a `size` in tokens) with at most `max_tokens` tokens each; a single item may have more."
+    """Groups of consecutive items (rows, or what else has a `size` in tokens) with at most `max_tokens`
+    tokens each; a single item may have more."""
     groups, used = [], 0
     for item in items:
         if not groups or used + size(item) > max_tokens:

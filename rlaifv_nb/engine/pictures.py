@@ -20,9 +20,11 @@ from ..records import SetAside, sha256_of
 
 # %% ../../nbs/engine/01_pictures.ipynb #ca46c689
 def as_rgb(image):
-    """An upright RGB copy of a picture of any mode: 16 bits a channel become 8, transparent parts white, an animation its first frame.
+    """An upright RGB copy of a picture of any mode: 16 bits a channel become 8, transparent parts white, an
+    animation its first frame.
 
-    Greys of 32 bits and floats have no range of their own: whole numbers from 0 to 65535 count as 16 bits, others are stretched from lowest to highest."""
+    Greys of 32 bits and floats have no range of their own: whole numbers from 0 to 65535 count as 16 bits,
+    others are stretched from lowest to highest."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -39,7 +41,8 @@ def as_rgb(image):
 
 # %% ../../nbs/engine/01_pictures.ipynb #79f31183
 def decode_image(data, name):
-    "The picture in a file's bytes as `as_rgb` gives it. Raises ValueError naming it when it is empty, truncated, too large, or no picture."
+    """The picture in a file's bytes as `as_rgb` gives it. Raises ValueError naming it when it is empty,
+    truncated, too large, or no picture."""
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
@@ -48,19 +51,21 @@ def decode_image(data, name):
             return as_rgb(image)
     except Image.DecompressionBombError as e:
         raise ValueError(
-            f"cannot read the picture {name}: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first"
+            f"cannot read the picture {name}: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; scale "
+            "it down first"
         ) from e
     except UnidentifiedImageError as e:
         raise ValueError(
             f"cannot read the picture {name}: {'no known format' if data else 'it is empty'}"
         ) from e
-    except Exception as e:  # for broken bytes, Pillow's decoders raise whatever befell them: OSError, SyntaxError, ValueError, RuntimeError, ...
+    # for broken bytes, Pillow's decoders raise whatever befell them: OSError, SyntaxError, ValueError, ...
+    except Exception as e:
         raise ValueError(f"cannot read the picture {name}: {str(e) or type(e).__name__}") from e
 
 
 def load_image(path, sha=""):
-    """An upright RGB picture. Raises ValueError naming the file when it is missing, empty, truncated or no picture, or when its content has
-    another SHA-256 than `sha`."""
+    """An upright RGB picture. Raises ValueError naming the file when it is missing, empty, truncated or no
+    picture, or when its content has another SHA-256 than `sha`."""
     try:
         data = Path(path).read_bytes()
     except OSError as e:
@@ -72,7 +77,8 @@ def load_image(path, sha=""):
 
 
 def load_pictures(prompts, folder):
-    "Of a batch of prompts (rows with `image_path` and `image_sha`): those whose picture can be read, their pictures, and `SetAside` rows of the others."
+    """Of a batch of prompts (rows with `image_path` and `image_sha`): those whose picture can be read, their
+    pictures, and `SetAside` rows of the others."""
     usable, pictures, set_aside = [], [], []
     for prompt in prompts:
         try:
@@ -84,7 +90,8 @@ def load_pictures(prompts, folder):
 
 # %% ../../nbs/engine/01_pictures.ipynb #bf0088b0
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    "A picture in the middle of a square of this colour (0 to 255), as wide as its longer side. An odd rest goes to the right or below."
+    """A picture in the middle of a square of this colour (0 to 255), as wide as its longer side. An odd rest
+    goes to the right or below."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -92,7 +99,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def within_pixels(image: Image.Image, max_pixels: int) -> Image.Image:
-    "The picture, scaled down to at most `max_pixels` with its aspect kept (bicubic); as it is when it is no larger, or for 0."
+    """The picture, scaled down to at most `max_pixels` with its aspect kept (bicubic); as it is when it is no
+    larger, or for 0."""
     scale = (max_pixels / (image.width * image.height)) ** 0.5
     if not max_pixels or scale >= 1:
         return image
@@ -104,15 +112,18 @@ VIDEO_PACKAGES = ("torchvision", "num2words")  # what the video part of some pro
 
 
 def torchvision_for(torch_version: str) -> str:
-    "The torchvision that belongs to a PyTorch: 0.28.0 to 2.13.0, 0.29.1 to 2.14.1, always 15 minor versions apart."
+    """The torchvision that belongs to a PyTorch: 0.28.0 to 2.13.0, 0.29.1 to 2.14.1, always 15 minor versions
+    apart."""
     minor, patch = torch_version.split("+")[0].split(".")[1:3]
     return f"0.{int(minor) + 15}.{patch}"
 
 
 def torchvision_problem() -> str:
-    """Why an installed torchvision does not work with the installed PyTorch, with what to do; empty when it works or is not installed.
+    """Why an installed torchvision does not work with the installed PyTorch, with what to do; empty when it
+    works or is not installed.
 
-    One that does not fit breaks far more than videos: `transformers` itself can no longer be imported, with messages that do not say why."""
+    One that does not fit breaks far more than videos: `transformers` itself can no longer be imported, with
+    messages that do not say why."""
     try:
         found = metadata.version("torchvision")
     except metadata.PackageNotFoundError:
@@ -122,7 +133,9 @@ def torchvision_problem() -> str:
     except Exception as e:  # a compiled extension that does not load may raise anything
         torch = metadata.version("torch")
         return (
-            f"torchvision {found} does not work with PyTorch {torch} ({str(e) or type(e).__name__}): pip uninstall torchvision, or install "
-            f"torchvision=={torchvision_for(torch)} from where this PyTorch came from (a build for a CPU and one for CUDA do not mix)"
+            f"torchvision {found} does not work with PyTorch {torch} ({str(e) or type(e).__name__}): pip "
+            "uninstall torchvision, or install "
+            f"torchvision=={torchvision_for(torch)} from where this PyTorch came from (a build for a CPU and "
+            "one for CUDA do not mix)"
         )
     return ""

@@ -7,12 +7,13 @@ __all__ = ['LOOK', 'ROWS', 'Prefix', 'on_device', 'stack_inputs', 'read', 'read_
            'grow', 'score_shared', 'score_plain', 'score_branches', 'branch_logps', 'next_token_sums', 'pick_tokens',
            'sample_tokens', 'uniform_numbers', 'whole_rows', 'Answer', 'RowUse', 'Sampler', 'sample_rows',
            'sample_branches', 'answer_of', 'QueuedPrompt', 'keep_trying', 'rows_for', 'unfinished', 'SampleQueue',
-           'common_prefix_length', 'grow_texts', 'TextQueue', 'generate_texts', 'yes_no_asker']
+           'common_prefix_length', 'grow_texts', 'TextQueue', 'generate_texts', 'first_tokens', 'yes_no_asker']
 
 # %% ../../nbs/engine/05_prefix.ipynb #5964c238
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 
 import numpy as np
@@ -35,7 +36,8 @@ from ..records import YES_NO_SUFFIX, free_memory, is_out_of_memory
 # %% ../../nbs/engine/05_prefix.ipynb #ed534c10
 @dataclass
 class Prefix:
-    """B prompts that were read: `cache` with keys (B, heads, n, d), `mask` (B, n) of real tokens, `next_position` (B,), `last_hidden` (B, hidden).
+    """B prompts that were read: `cache` with keys (B, heads, n, d), `mask` (B, n) of real tokens,
+    `next_position` (B,), `last_hidden` (B, hidden).
 
     `inputs` are the prompts' own tensors; they alone are there when the model does not share prefixes."""
 
@@ -45,16 +47,20 @@ class Prefix:
     next_position: torch.Tensor = None
     last_hidden: torch.Tensor = None
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b2af3e8d
 def on_device(inputs: dict, device) -> dict:
     "A prompt's tensors where the model is: processors make them on the CPU."
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def stack_inputs(inputs, pad_id, device):
-    "Several prompts' tensors as one batch: what has a value a token is padded on the left, everything else (pictures) concatenated."
+    """Several prompts' tensors as one batch: what has a value a token is padded on the left, everything else
+    (pictures) concatenated."""
     longest = max(i["input_ids"].shape[1] for i in inputs)
-    pad = lambda ids, value: F.pad(ids, (longest - ids.shape[1], 0), value=value)
+
+    def pad(ids, value):
+        return F.pad(ids, (longest - ids.shape[1], 0), value=value)
+
     batch = {
         "input_ids": torch.cat([pad(i["input_ids"], pad_id) for i in inputs]),
         "attention_mask": torch.cat([pad(torch.ones_like(i["input_ids"]), 0) for i in inputs]),
@@ -63,7 +69,7 @@ def stack_inputs(inputs, pad_id, device):
     batch |= {k: cat_ragged([i[k] for i in inputs]) for k in inputs[0] if k not in batch}
     return on_device(batch, device)
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #bc37dac8
 def read(vlm, inputs):
     "Reads prompts, whatever the model, into a `Prefix`."
     batch = stack_inputs(inputs, vlm.tokenizer.pad_token_id, vlm.device)
@@ -77,13 +83,15 @@ def read(vlm, inputs):
 
 @torch.no_grad()
 def read_prompts(vlm, inputs):
-    "Reads prompts (a list of `prompt_inputs`, or of token ids alone) once. For a model that does not share prefixes, puts it off to each branch."
+    """Reads prompts (a list of `prompt_inputs`, or of token ids alone) once. For a model that does not share
+    prefixes, puts it off to each branch."""
     return Prefix(inputs) if vlm.sharing_problem else read(vlm, inputs)
 
 # %% ../../nbs/engine/05_prefix.ipynb #6f2d43ae
 def read_row(vlm, row, next_position, index, branches):
     """Reads branches (token id lists) of the prompts `index` in one row without padding, in which `row` (a
-    `PrefixedRow`) says who sees whom. Returns hidden states (m, hidden) and positions (m,) of all their tokens."""
+    `PrefixedRow`) says who sees whom. Returns hidden states (m, hidden) and positions (m,) of all their
+    tokens."""
     device = vlm.device
     ids = torch.tensor([[t for b in branches for t in b]], device=device)
     place = torch.tensor([k for b in branches for k in range(len(b))], device=device)
@@ -98,10 +106,11 @@ def read_row(vlm, row, next_position, index, branches):
     )
     return out.last_hidden_state[0], positions
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #babc5a30
 class SharedRows:
-    """R branches that grow from prompts of a shared prefix (`index`: of which), behind token id lists of their own
-    (`rests`). `room`: most own tokens of a branch. `hidden` (R, hidden) is the state after each branch's last token."""
+    """R branches that grow from prompts of a shared prefix (`index`: of which), behind token id lists of
+    their own (`rests`). `room`: most own tokens of a branch. `hidden` (R, hidden) is the state after each
+    branch's last token."""
 
     def __init__(self, vlm, prefix, index, room, rests=None):
         layers = prefix.cache.layers
@@ -155,8 +164,8 @@ class SharedRows:
         self.positions = self.positions[rows.to(self.positions.device)]
 
     def take(self, slots, prefix):
-        """New prompts in place of those in `slots`, none of whose branches is of interest any more, or in further slots.
-        Then `begin` gives them branches."""
+        """New prompts in place of those in `slots`, none of whose branches is of interest any more, or in
+        further slots. Then `begin` gives them branches."""
         layers = prefix.cache.layers
         self.shared.replace(slots, [c.keys for c in layers], [c.values for c in layers], prefix.mask)
         further = len(self.shared.mask) - len(self.last_hidden)
@@ -167,8 +176,8 @@ class SharedRows:
         self.next_position[chosen] = prefix.next_position
 
     def begin(self, rows, index, rests, max_tokens=16384):
-        """New branches in these rows, of the prompts `index`, behind their `rests`, of which about `max_tokens` are read
-        at a time."""
+        """New branches in these rows, of the prompts `index`, behind their `rests`, of which about
+        `max_tokens` are read at a time."""
         self.own.even = False
         prompt_of = self.shared.index.copy()
         prompt_of[rows] = index
@@ -207,13 +216,15 @@ class SharedRows:
         self.own.lengths[at] = lengths
 
     def shorten(self, longest):
-        "Says how many own tokens the longest branch that still counts has: no more columns are read than needed."
+        """Says how many own tokens the longest branch that still counts has: no more columns are read than
+        needed."""
         if not self.own.even:
             self.own.longest = longest
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b3e79ce4
 class PlainRows:
-    "The same, each branch with its own reading of the prompt and the model's cache; rows can only be dropped."
+    """The same, each branch with its own reading of the prompt and the model's cache; rows can only be
+    dropped."""
 
     def __init__(self, vlm, prefix, index, room):
         self.vlm = vlm
@@ -250,11 +261,13 @@ class PlainRows:
 @torch.no_grad()
 def grow(vlm, prefix, index, room):
     "Branches ready to grow by up to `room` tokens, shared if the model can."
-    return (PlainRows if vlm.sharing_problem else SharedRows)(vlm, prefix, index, room)
+    rows = SharedRows if vlm.shares_prefix else PlainRows
+    return rows(vlm, prefix, index, room)
 
 # %% ../../nbs/engine/05_prefix.ipynb #94c4c88d
 def score_shared(vlm, prefix, index, branches):
-    "Hidden states of branches (token id lists) of a shared prefix: a list of (t + 1, hidden), after the prompt and after each token."
+    """Hidden states of branches (token id lists) of a shared prefix: a list of (t + 1, hidden), after the
+    prompt and after each token."""
     layers = prefix.cache.layers
     lengths = [len(b) for b in branches]
     row = PrefixedRow(
@@ -268,43 +281,53 @@ def score_shared(vlm, prefix, index, branches):
 def score_plain(vlm, prefix, index, branches):
     "The same, each branch behind its own copy of the prompt."
     batch = stack_inputs([prefix.inputs[k] for k in index], vlm.tokenizer.pad_token_id, vlm.device)
-    n, longest = batch["input_ids"].shape[1], max(map(len, branches))
+    n_prompt = batch["input_ids"].shape[1]
+    longest = max(map(len, branches))
     positions = prompt_positions(vlm.core, batch)
     last = positions[..., -1:] if positions.ndim == 2 else positions[..., -1:].amax(0)
     own = (last + 1 + torch.arange(longest, device=vlm.device)).expand(*positions.shape[:-1], -1)
-    fill = lambda rows: torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=vlm.device)
-    batch |= {k: F.pad(batch[k], (0, longest)) for k in PER_TOKEN if k in batch}
-    batch |= {
-        "input_ids": torch.cat([batch["input_ids"], fill(branches)], 1),
-        "attention_mask": torch.cat([batch["attention_mask"], fill([[1] * len(b) for b in branches])], 1),
-    }
-    hidden = vlm.core.model(
-        **batch, position_ids=torch.cat([positions, own], -1), use_cache=False
-    ).last_hidden_state[:, n - 1 :]
-    return [h[: len(b) + 1] for h, b in zip(hidden, branches)]
 
+    def filled(rows):
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=vlm.device)
 
+    for k in PER_TOKEN:
+        if k in batch:
+            batch[k] = F.pad(batch[k], (0, longest))
+    batch["input_ids"] = torch.cat([batch["input_ids"], filled(branches)], 1)
+    is_token = filled([[1] * len(b) for b in branches])
+    batch["attention_mask"] = torch.cat([batch["attention_mask"], is_token], 1)
+    out = vlm.core.model(**batch, position_ids=torch.cat([positions, own], -1), use_cache=False)
+    behind_prompt = out.last_hidden_state[:, n_prompt - 1 :]
+    return [hidden[: len(b) + 1] for hidden, b in zip(behind_prompt, branches)]
+
+# %% ../../nbs/engine/05_prefix.ipynb #b1fecc0b
 @torch.no_grad()
 def score_branches(vlm, prefix, index, branches, max_tokens=16384):
-    """Hidden states of branches (token id lists) that continue the prompts `index`: a list of (t + 1, hidden), after the prompt and each token.
+    """Hidden states of branches (token id lists) that continue the prompts `index`: a list of
+    (t + 1, hidden), after the prompt and after each token.
 
-    About `max_tokens` go through the model at a time: of the branches, or, for a model that does not share, of prompts and branches."""
-    states, branches = [None] * len(branches), [list(b) for b in branches]
-    order = sorted(
-        range(len(branches)), key=lambda r: (0 if vlm.sharing_problem else index[r], len(branches[r]))
-    )
-    size = lambda r: (
-        len(branches[r]) + (prefix.inputs[index[r]]["input_ids"].shape[1] if vlm.sharing_problem else 0)
-    )
+    About `max_tokens` go through the model at a time: of the branches, or, for a model that does not share,
+    of prompts and branches."""
+    branches = [list(b) for b in branches]
+    shares = vlm.shares_prefix
+
+    def size(r):
+        own = len(branches[r])
+        return own if shares else own + prefix.inputs[index[r]]["input_ids"].shape[1]
+
+    def by_prompt_and_length(r):
+        return (index[r] if shares else 0, len(branches[r]))
+
+    score = score_shared if shares else score_plain
+    states = [None] * len(branches)
+    order = sorted(range(len(branches)), key=by_prompt_and_length)
     for group in pack_by_budget(order, max_tokens, size):
-        found = (score_plain if vlm.sharing_problem else score_shared)(
-            vlm, prefix, [index[r] for r in group], [branches[r] for r in group]
-        )
+        found = score(vlm, prefix, [index[r] for r in group], [branches[r] for r in group])
         for r, hidden in zip(group, found):
             states[r] = hidden
     return states
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b8e12ff5
 @torch.no_grad()
 def branch_logps(vlm, prefix, index, branches):
     "Log-probabilities of every token of every branch: a list of float32 tensors, one a branch."
@@ -315,7 +338,8 @@ def branch_logps(vlm, prefix, index, branches):
 
 @torch.no_grad()
 def next_token_sums(vlm, prefix, index, branches, words, max_tokens=16384):
-    "For each of `words` (lists of token ids), the probability (R,) that the token after a branch is one of them."
+    """For each of `words` (lists of token ids), the probability (R,) that the token after a branch is one of
+    them."""
     last = torch.stack([h[-1] for h in score_branches(vlm, prefix, index, branches, max_tokens)])
     sums = [
         [probs[:, ids].sum(1) for ids in words]
@@ -325,11 +349,11 @@ def next_token_sums(vlm, prefix, index, branches, words, max_tokens=16384):
 
 # %% ../../nbs/engine/05_prefix.ipynb #87a2afb6
 def pick_tokens(logits, uniform, temperature, top_p, top_k=0):
-    """Token ids (R,) by inverse-CDF sampling from logits (R, V) with numbers in [0, 1) of shape (R,); the best token at
-    temperature 0.
+    """Token ids (R,) by inverse-CDF sampling from logits (R, V) with numbers in [0, 1) of shape (R,); the
+    best token at temperature 0.
 
-    `temperature`: a number, or a float64 tensor (R,). `top_k` keeps so many most probable tokens and those as probable
-    as the last of them (0: all), then `top_p` the most probable up to this mass."""
+    `temperature`: a number, or a float64 tensor (R,). `top_k` keeps so many most probable tokens and those as
+    probable as the last of them (0: all), then `top_p` the most probable up to this mass."""
     if isinstance(temperature, torch.Tensor):
         greedy = temperature == 0
         sampled = sample_tokens(logits, uniform, temperature.masked_fill(greedy, 1.0)[:, None], top_p, top_k)
@@ -354,14 +378,15 @@ def sample_tokens(logits, uniform, temperature, top_p, top_k):
     found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return found.clamp(max=probs.shape[-1] - 1)
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #bdb57eae
 def uniform_numbers(seeds, n):
     "Numbers in [0, 1) of shape (R, n), row r from seed `seeds[r]` alone."
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(s)).random(n) for s in seeds]))
 
 
 def whole_rows(values, multiple=4):
-    "The list, its last value repeated up to a multiple of 4: products of 9 or 10 rows take longer than of 12."
+    """The list, its last value repeated up to a multiple of 4: products of 9 or 10 rows take longer than of
+    12."""
     return [*values, *[values[-1]] * (-len(values) % multiple)]
 
 # %% ../../nbs/engine/05_prefix.ipynb #c8d17e05
@@ -391,7 +416,7 @@ class RowUse:
         "The useful part, to three digits; None before the first step."
         return round(self.useful / self.rows, 3) if self.rows else None
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b7664942
 class Sampler:
     """Draws a token for each of `n_rows` rows at every step and knows whose it is.
 
@@ -407,9 +432,7 @@ class Sampler:
         self.look_every = look or (1 if vlm.device.type == "cpu" else LOOK)
         self.never = torch.tensor(list(never), dtype=torch.long, device=vlm.device)
         self.answers = [None] * n_rows  # whose row it is; None: nobody's
-        self.said = np.zeros(
-            (n_rows, max_new_tokens), dtype=np.int64
-        )  # each answer's tokens that were looked at
+        self.said = np.zeros((n_rows, max_new_tokens), dtype=np.int64)  # tokens that were looked at
         self.counts = np.zeros(n_rows, dtype=np.int64)  # how many these are
         self.uniform = torch.zeros(n_rows, max_new_tokens, dtype=torch.float64, device=vlm.device)
         self.temperature = 0.0
@@ -418,8 +441,8 @@ class Sampler:
         self.next_look = 0
 
     def seat(self, rows, answers):
-        """Gives rows to answers. The uniform number j of an answer that begins at step s is in column s + j, modulo the
-        width, so that each step reads one column."""
+        """Gives rows to answers. The uniform number j of an answer that begins at step s is in column s + j,
+        modulo the width, so that each step reads one column."""
         for row, answer in zip(rows, answers):
             self.answers[row] = answer
             self.counts[row] = 0
@@ -449,7 +472,8 @@ class Sampler:
         return tokens
 
     def look(self):
-        "Reads what was drawn since the last look, in one copy; returns the answers that have ended. Their rows are free."
+        """Reads what was drawn since the last look, in one copy; returns the answers that have ended. Their
+        rows are free."""
         everything = torch.cat([tokens for _, tokens in self.drawn]).cpu().numpy()
         ended, read = [], 0
         for rows, _ in self.drawn:
@@ -484,12 +508,13 @@ class Sampler:
         return [row for row, answer in enumerate(self.answers) if answer is None]
 
     def longest(self):
-        "Tokens behind the prompt of the longest unfinished answer: its rest, and all it said but the last token."
+        """Tokens behind the prompt of the longest unfinished answer: its rest, and all it said but the last
+        token."""
         unfinished = [(n, a) for n, a in zip(self.counts.tolist(), self.answers) if a is not None]
         return max((len(a.rest) + max(0, n - 1) for n, a in unfinished), default=0)
 
     def keep(self, rows):
-        "Goes on with these rows only."
+        "Keeps these rows only."
         self.answers = [self.answers[row] for row in rows]
         self.said = self.said[rows]
         self.counts = self.counts[rows]
@@ -503,8 +528,8 @@ class Sampler:
 def sample_rows(branches, sampler, waiting, feed=None, at_least=1):
     """Samples until no answer is left, and yields, after each look, the answers that have ended.
 
-    Free rows go to the answers in `waiting` (a deque), `at_least` so many at a time. When `n` rows are free, `feed(n)`
-    may append to it; it says whether there may be more later."""
+    Free rows go to the answers in `waiting` (a deque), `at_least` so many at a time. When `n` rows are free,
+    `feed(n)` may append to it; it says whether there may be more later."""
     while True:
         tokens = sampler.draw(branches.hidden)
         if sampler.steps >= sampler.next_look:
@@ -531,11 +556,12 @@ def sample_rows(branches, sampler, waiting, feed=None, at_least=1):
         branches.step(tokens)
         sampler.steps += 1
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #bfb28dcd
 def sample_branches(
     vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=(), top_k=0, look=0
 ):
-    """Samples one answer for each entry of `index` (of which prompt) and `seeds`; tokens in `never` are not sampled.
+    """Samples one answer for each entry of `index` (of which prompt) and `seeds`; tokens in `never` are not
+    sampled.
 
     Returns a list of (token ids without the end token, `stop` or `length`). `look`: see `Sampler`."""
     prompts = torch.as_tensor(index).tolist()
@@ -571,9 +597,10 @@ class QueuedPrompt:
         "Whether all its answers have ended."
         return all(answer.reason for answer in self.answers)
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b1a08928
 def keep_trying(run, smaller):
-    "Yields what `run()` yields. When memory runs out, `smaller(error)` asks for less or raises, and `run()` goes on."
+    """Yields what `run()` yields. When memory runs out, `smaller(error)` asks for less or raises, and `run()`
+    goes on."""
     while True:
         try:
             yield from run()
@@ -599,17 +626,17 @@ def unfinished(prompts: list[QueuedPrompt]) -> list[Answer]:
     "Answers that have not ended."
     return [answer for prompt in prompts for answer in prompt.answers if not answer.reason]
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b494b006
 class SampleQueue:
-    """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each prompt when
-    it is done, in no fixed order.
+    """Samples answers to prompts, of which at most `batch_size` are alive at a time. Iterating yields each
+    prompt when it is done, in no fixed order.
 
-    With `refill`, rows and slots that become free are given to what waits. Else, and where the model cannot share
-    prompts, prompts are sampled in batches, and rows that become free are dropped. So they are on a CPU, unless
-    `row_share` says for which share of the answers there shall be rows (0: `ROWS`).
+    With `refill`, rows and slots that become free are given to what waits. Else, and where the model cannot
+    share prompts, prompts are sampled in batches, and rows that become free are dropped. So they are on a
+    CPU, unless `row_share` says for which share of the answers there shall be rows (0: `ROWS`).
 
-    `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming a prompt
-    that does not fit alone."""
+    `batch_size` becomes what fitted into memory; `use` counts how many rows worked. Raises MemoryError naming
+    a prompt that does not fit alone."""
 
     def __init__(
         self,
@@ -640,7 +667,8 @@ class SampleQueue:
         )  # of `Sampler`
 
     def pull(self, n):
-        "Up to `n` more prompts from the source. An error ends it, so there is no second try even when memory ran out."
+        """Up to `n` more prompts from the source. An error ends it, so there is no second try even when
+        memory ran out."""
         try:
             found = list(islice(self.source, n))
         except Exception as error:
@@ -699,8 +727,8 @@ class SampleQueue:
         return prompts[:n]
 
     def smaller(self, error):
-        """Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it when one
-        answer is too much."""
+        """Half as many prompts at a time; of a single one, half as many answers. Raises MemoryError naming it
+        when one answer is too much."""
         n = self.batch_size if self.has_more() else min(self.batch_size, len(self.alive))
         if n > 1:
             self.batch_size = n // 2
@@ -716,7 +744,8 @@ class SampleQueue:
         self.batch_size = 1
         self.answers_at_once = at_once // 2
         print(
-            f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a time"
+            f"out of memory with {at_once} answers to one prompt: going on with {self.answers_at_once} at a "
+            "time"
         )
 
     def sample(self, prompts, n_rows):
@@ -732,9 +761,7 @@ class SampleQueue:
             branches = grow(self.vlm, prefix, index, self.max_new_tokens)
             sampler = Sampler(self.vlm, len(index), self.max_new_tokens, **self.sampling)
             sampler.seat(range(len(first)), first)
-
-            def feed(n_free):
-                return self.feed(n_free, slots, branches, waiting)
+            feed = partial(self.feed, slots=slots, branches=branches, waiting=waiting)
 
             if self.vlm.sharing_problem:  # rows cannot be refilled: the next ones are grown
                 stream = sample_rows(branches, sampler, deque())
@@ -777,17 +804,18 @@ def common_prefix_length(rows):
 
 @torch.no_grad()
 def grow_texts(llm, instruction, rests, room):
-    """Branches ready to grow behind `rests` (token id lists) of an instruction that is read once; without one, behind
-    each text itself."""
+    """Branches ready to grow behind `rests` (token id lists) of an instruction that is read once; without
+    one, behind each text itself."""
     if not instruction:
         prefix = read_prompts(llm, [{"input_ids": torch.tensor([rest])} for rest in rests])
         return grow(llm, prefix, list(range(len(rests))), room)
     prefix = read(llm, [{"input_ids": torch.tensor([instruction])}])
     return SharedRows(llm, prefix, [0] * len(rests), max(map(len, rests)) + room, rests)
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #bc7011e2
 class TextQueue:
-    "Greedy answers to texts of similar length, `n_rows` at a time, behind an instruction that all share (or none)."
+    """Greedy answers to texts of similar length, `n_rows` at a time, behind an instruction that all share (or
+    none)."""
 
     def __init__(self, llm, instruction, answers, n_rows, max_new_tokens):
         self.llm = llm
@@ -824,13 +852,13 @@ class TextQueue:
             next_ones = waiting if self.instruction else deque()
             yield from sample_rows(branches, sampler, next_ones, at_least=1 + len(rests) // 8)
 
-
+# %% ../../nbs/engine/05_prefix.ipynb #b6a49eb1
 def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
     """Greedy answers of a chat model to several prompts, as (text, `stop` or `length`) pairs in their order.
 
-    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an instruction that
-    all begin with does not count.
-    `limits` may say `{"rows": n}`, no more than n at a time; where memory runs out, it then says how many fitted."""
+    As many go together as have about `max_tokens` tokens, prompt and answer, padded to the longest; an
+    instruction that all begin with does not count. `limits` may say `{"rows": n}`, no more than n at a time;
+    where memory runs out, it then says how many fitted."""
     limits = {} if limits is None else limits
     texts = [prompt_text(llm, prompt, image=None) for prompt in prompts]
     rows = [llm.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
@@ -857,9 +885,17 @@ def generate_texts(llm, prompts, max_new_tokens, max_tokens=65536, limits=None):
     return [(llm.tokenizer.decode(a.tokens, skip_special_tokens=True).strip(), a.reason) for a in answers]
 
 # %% ../../nbs/engine/05_prefix.ipynb #b548dab8
+def first_tokens(inputs: dict, n: int) -> dict:
+    "A prompt's tensors with its first `n` tokens only; those of its picture as they are."
+    of_tokens = ("input_ids", "attention_mask", *PER_TOKEN)
+    return {key: tensor[:, :n] if key in of_tokens else tensor for key, tensor in inputs.items()}
+
+
 def yes_no_asker(vlm, max_tokens=16384):
-    "A function from (pictures, a list of yes/no questions for each) to lists of (P(yes), P(no)). Raises ValueError without such tokens."
-    yes, no = surface_ids(vlm.tokenizer, "yes"), surface_ids(vlm.tokenizer, "no")
+    """A function from (pictures, a list of yes/no questions for each) to lists of (P(yes), P(no)). Raises
+    ValueError without such tokens."""
+    yes = surface_ids(vlm.tokenizer, "yes")
+    no = surface_ids(vlm.tokenizer, "no")
     if not yes or not no:
         raise ValueError(f"{vlm.name}: the vocabulary has no single token for yes or for no")
 
@@ -869,16 +905,13 @@ def yes_no_asker(vlm, max_tokens=16384):
             inputs = prompt_inputs(vlm, picture, texts[0] + YES_NO_SUFFIX)
             rows = [sibling_ids(vlm, text + YES_NO_SUFFIX, inputs) for text in texts]
             n = common_prefix_length(rows)
-            heads.append(
-                {
-                    key: v[:, :n] if key in ("input_ids", "attention_mask", *PER_TOKEN) else v
-                    for key, v in inputs.items()
-                }
-            )
+            heads.append(first_tokens(inputs, n))
             branches += [row[n:] for row in rows]
             index += [k] * len(rows)
         p_yes, p_no = next_token_sums(vlm, read_prompts(vlm, heads), index, branches, (yes, no), max_tokens)
-        pairs = list(zip(p_yes.tolist(), p_no.tolist()))
-        return [[pair for pair, at in zip(pairs, index) if at == k] for k in range(len(pictures))]
+        found = [[] for _ in pictures]
+        for k, pair in zip(index, zip(p_yes.tolist(), p_no.tolist())):
+            found[k].append(pair)
+        return found
 
     return ask
