@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
            'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS', 'WORKING_PARAMETERS',
-           'EXPORT', 'DIRECTIVE', 'RELATIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge',
+           'EXPORT', 'DIRECTIVE', 'RELATIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'require_name', 'typed', 'merge',
            'changed', 'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'source_of', 'inherit',
            'count_source', 'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of',
            'options_of', 'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text',
@@ -128,7 +128,7 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def known(name, names, where):
+def require_name(name, names, where):
     "The name, if it is one of `names`. Raises RecipeError with the nearest of them."
     if name not in names:
         near = difflib.get_close_matches(str(name), names, cutoff=0.5)
@@ -181,7 +181,7 @@ def find_recipe(name, folder="."):
         if not path.is_file():
             raise RecipeError(f"no recipe file {path}")
         return path
-    return packaged_recipes()[known(name, packaged_recipes(), "recipes of this package")]
+    return packaged_recipes()[require_name(name, packaged_recipes(), "recipes of this package")]
 
 
 def localise(raw, folder):
@@ -289,7 +289,7 @@ def make_recipe(raw, where):
     "The recipe in a dict, its own keys checked: names, types, ranges. Raises RecipeError that starts with `where`."
     raw = DEFAULTS | raw
     for key in raw:
-        known(key, RECIPE_KEYS, where)
+        require_name(key, RECIPE_KEYS, where)
     for key, kind in RECIPE_KEYS.items():
         if key not in raw:
             raise RecipeError(f"{where}: the key {key!r} is missing")
@@ -301,21 +301,21 @@ def make_recipe(raw, where):
         PROMPT_KEYS | ({} if drawn else INPUT_KEYS),
     )
     for key in prompts:
-        typed(prompts[known(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
+        typed(prompts[require_name(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
     takes_all = prompts.get("n_per_round") == 0 and count_source(prompts["source"]) is not None
     most = math.inf if takes_all else prompts.get("n_per_round", 1)
     for options in ("policy_options", "labeler_options"):
         for key, value in raw[options].items():
             typed(
                 value,
-                OPTION_KEYS[known(key, OPTION_KEYS, f"{where}, {options}")],
+                OPTION_KEYS[require_name(key, OPTION_KEYS, f"{where}, {options}")],
                 f"{where}: {options}.{key}",
             )
         if raw[options].get("max_pixels", 0) < 0:
             raise RecipeError(
                 f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not {raw[options]['max_pixels']}"
             )
-    known(raw["device"], DEVICES, f"{where}, device")
+    require_name(raw["device"], DEVICES, f"{where}, device")
     for failed, message in (
         (not re.fullmatch(r"[\w.-]+(/[\w-]+)?", raw["name"]), "name: only letters, digits, `_`, `-` and `.`"),
         (not 1 <= raw["rounds"] <= MAX_ROUNDS, f"rounds: from 1 to {MAX_ROUNDS}, not {raw['rounds']}"),
@@ -336,11 +336,13 @@ def make_recipe(raw, where):
         if failed:
             raise RecipeError(f"{where}: {message}")
     for kind in raw["feedback"]:
-        known(kind, FEEDBACK, f"{where}, feedback")
+        require_name(kind, FEEDBACK, f"{where}, feedback")
     for notebook in raw["evaluate"]:
-        known(notebook, FINAL_STAGES, f"{where}, evaluate")
+        require_name(notebook, FINAL_STAGES, f"{where}, evaluate")
     for notebook, parameters in raw["parameters"].items():
-        typed(parameters, dict, f"{where}: parameters.{known(notebook, STAGES, f'{where}, parameters')}")
+        typed(
+            parameters, dict, f"{where}: parameters.{require_name(notebook, STAGES, f'{where}, parameters')}"
+        )
     return Recipe(**raw, where=where)
 
 
@@ -452,7 +454,7 @@ def first_remade(steps, notebook, round):
     "The place in the plan from which `--from notebook --round round` makes everything again; the end without it. Raises RecipeError."
     if not notebook:
         return len(steps)
-    known(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
+    require_name(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
     places = [i for i, s in enumerate(steps) if s.notebook == notebook]
     places = [i for i in places if steps[i].round == round] or places * (round == 0)
     if len(places) != 1:
@@ -534,7 +536,7 @@ def check_recipe(recipe, notebooks):
         kinds = notebook_parameters(Path(notebooks) / f"{notebook}.ipynb")
         where, free = f"{recipe.where}, parameters.{notebook}", [name for name in kinds if name not in own]
         for name in own:
-            known(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
+            require_name(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
         for name, value in recipe.parameters.get(notebook, {}).items():
             if name in kinds and name in (*OPTION_KEYS, "device"):
                 hint = "the key `device`" if name == "device" else "`policy_options` and `labeler_options`"
@@ -546,7 +548,7 @@ def check_recipe(recipe, notebooks):
                     f"{where}: {name!r} is set by the chain itself, from the keys outside of `parameters`"
                 )
             checked.setdefault(notebook, {})[name] = typed(
-                value, kinds[known(name, free, where)], f"{where}.{name}"
+                value, kinds[require_name(name, free, where)], f"{where}.{name}"
             )
     return replace(
         recipe,
