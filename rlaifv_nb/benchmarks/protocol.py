@@ -60,10 +60,10 @@ def rows_by_id(rows, key: str, *fields: str, source: str = "the file") -> dict:
             raise ValueError(f"{source}, row {number} has no {key!r}")
         if row[key] in found:
             raise ValueError(f"{source}, row {number}: {key} {row[key]!r} appears twice")
-        for field in fields:
-            if not isinstance(row.get(field), str):
+        for name in fields:
+            if not isinstance(row.get(name), str):
                 raise ValueError(
-                    f"{source}, {key} {row[key]!r}: {field!r} must be a string, not {row.get(field)!r}"
+                    f"{source}, {key} {row[key]!r}: {name!r} must be a string, not {row.get(name)!r}"
                 )
         found[row[key]] = row
     return found
