@@ -199,6 +199,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'rlaifv_nb/benchmarks/judges.py'),
                                              'rlaifv_nb.benchmarks.judges.Budget.take': ( 'benchmarks/judges.html#budget.take',
                                                                                           'rlaifv_nb/benchmarks/judges.py'),
+                                             'rlaifv_nb.benchmarks.judges.Budget.take_up_to': ( 'benchmarks/judges.html#budget.take_up_to',
+                                                                                                'rlaifv_nb/benchmarks/judges.py'),
                                              'rlaifv_nb.benchmarks.judges.BudgetSpent': ( 'benchmarks/judges.html#budgetspent',
                                                                                           'rlaifv_nb/benchmarks/judges.py'),
                                              'rlaifv_nb.benchmarks.judges.Judge': ( 'benchmarks/judges.html#judge',

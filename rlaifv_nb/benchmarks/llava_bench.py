@@ -44,7 +44,9 @@ from rlaifv_nb.benchmarks.reviews import (
 
 # %% ../../nbs/benchmarks/13_llava_bench.ipynb #3785eb8c
 def read_points(text: str, mode: str = "clean") -> list[float] | None:
-    "The two numbers on a text's first line, or None; `clean` wants exactly two from 1 to 10 and skips what is not a number."
+    """The two numbers on a text's first line, or None.
+
+    The clean mode wants exactly two from 1 to 10, and skips what is not a number."""
     check_mode(mode)
     line = text.strip().split("\n")[0]
     if mode == "official":
@@ -66,16 +68,17 @@ def count_points(reviews: list[dict]) -> dict:
         points, category = row.get("tuple"), row.get("category")
         is_pair = isinstance(points, list) and len(points) == 2
         if not (is_pair and all(isinstance(p, int | float) for p in points) and isinstance(category, str)):
-            raise ValueError(
-                f"review {number}: category {category!r} and tuple {points!r} must be a string and two numbers"
-            )
+            found = f"category {category!r} and tuple {points!r}"
+            raise ValueError(f"review {number}: {found} must be a string and two numbers")
         row = {"failed": 1} if points[0] == -1 else {"n": 1, "reference": points[0], "model": points[1]}
         counts[number] = {(category, name): value for name, value in row.items()}
     return counts
 
 
 def point_figures(sums: dict, mode: str = "clean") -> dict:
-    "`all` and every category: the model's points in percent of the reference's; `clean` adds `failed`, in percent of reviews."
+    """`all` and every category: the model's points in percent of the reference's.
+
+    The clean mode adds `failed`, in percent of reviews."""
     check_mode(mode)
     rows = {"all": Counter()}
     for (category, name), value in sums.items():
@@ -97,8 +100,9 @@ def point_figures(sums: dict, mode: str = "clean") -> dict:
 
 # %% ../../nbs/benchmarks/13_llava_bench.ipynb #da26e554
 def read_llava_bench_items(questions, contexts, references) -> dict:
-    """`{question_id: {question, category, context, reference, image}}` of `questions.jsonl`, `context.jsonl` and
-    `answers_gpt4.jsonl`. Raises ValueError naming an id that one of them lacks."""
+    """`{question_id: {question, category, context, reference, image}}` of the three files.
+
+    Raises ValueError naming an id that one of them lacks."""
     rows = rows_by_id(
         read_json_rows(questions), "question_id", "text", "category", "image", source=str(questions)
     )
@@ -143,7 +147,7 @@ def review_llava_bench(
     repeats: int = 1,
     retries: int = 2,
 ) -> dict:
-    """LLaVA-Bench: `all` and every category, the model's points in percent of the reference's, with intervals; clean mode adds failed.
+    """`point_figures` by a judge, with intervals.
 
     Raises JudgeError when judgements are missing: the same call resumes."""
     asked = repeats_of(judge, repeats)

@@ -38,7 +38,9 @@ from rlaifv_nb.benchmarks.reviews import (
 
 # %% ../../nbs/benchmarks/11_mmhal.ipynb #cfd2ae78
 def read_rating(text: str, mode: str = "clean") -> int | None:
-    "The rating 0 to 6 of a judge's text, or None for none or several; `clean` allows markdown and wants whole numbers."
+    """The rating 0 to 6 of a judge's text, or None for none or several.
+
+    The clean mode allows markdown and wants whole numbers."""
     check_mode(mode)
     if mode == "official":
         found = {s for s in range(7) if f"rating: {s}" in text.lower()}
@@ -61,10 +63,10 @@ MMHAL_TYPES = (
 
 
 def count_ratings(texts: list[str], types=None, mode: str = "clean") -> dict:
-    """Counts per item, `{index: {(type, name): number}}` with names n, score, hallucinating, informative and unread.
+    """Counts per item, `{index: {(type, name): number}}`.
 
-    `texts` in the order of the items; `types` name the item types, by default the template's, 96 items.
-    Raises ValueError when the numbers differ."""
+    Names are n, score, hallucinating, informative and unread. `texts` in the order of the items; `types`
+    name the item types, by default the template's, 96 items. Raises ValueError when the numbers differ."""
     check_mode(mode)
     types = MMHAL_TYPES * 12 if types is None else list(types)
     if len(texts) != len(types):
@@ -87,9 +89,10 @@ def count_ratings(texts: list[str], types=None, mode: str = "clean") -> dict:
 
 # %% ../../nbs/benchmarks/11_mmhal.ipynb #64edf50a
 def rating_figures(sums: dict, mode: str = "clean") -> dict:
-    """Score, hallucination, informativeness and `score: type`; `clean` adds `unread`, in percent of all texts.
+    """Score, hallucination, informativeness, `score: type`, and in clean mode `unread`.
 
-    `official` rounds as the scripts print: score 2 digits, hallucination a fraction of 3, informativeness percent of 2, types 2."""
+    `official` rounds as the scripts print: score 2 digits, hallucination a fraction of 3, informativeness
+    percent of 2, types 2."""
     check_mode(mode)
     total = Counter()
     for (_, name), value in sums.items():
@@ -122,9 +125,8 @@ def read_mmhal_items(path) -> dict:
     for number, row in enumerate(read_json_rows(path)):
         bad = [key for key in ("question", "gt_answer", "question_type", "image_content") if not row.get(key)]
         if bad:
-            raise ValueError(
-                f"{path}, row {number + 1} has no {', '.join(bad)}: take response_template.json of MMHal-Bench"
-            )
+            where = f"{path}, row {number + 1}"
+            raise ValueError(f"{where} has no {', '.join(bad)}: take response_template.json of MMHal-Bench")
         items[number] = {
             "question": row["question"],
             "contents": ", ".join(row["image_content"]),
@@ -136,7 +138,9 @@ def read_mmhal_items(path) -> dict:
 
 
 def read_mmhal_answers(path) -> dict:
-    "`{number: answer}` in the order of the rows (`answer`, `text` or `model_answer`). Raises ValueError naming a row without one."
+    """`{number: answer}` in the order of the rows (`answer`, `text` or `model_answer`).
+
+    Raises ValueError naming a row without one."""
     answers = {}
     for number, row in enumerate(read_json_rows(path)):
         text = next((row[key] for key in ("answer", "text", "model_answer") if key in row), None)
@@ -167,7 +171,7 @@ def review_mmhal(
     repeats: int = 1,
     retries: int = 2,
 ) -> dict:
-    """MMHal-Bench: score, hallucination, informativeness and `score: type`, with intervals; clean mode adds unread.
+    """`rating_figures` by a judge, with intervals.
 
     Raises JudgeError when judgements are missing: the same call resumes."""
     asked = repeats_of(judge, repeats)

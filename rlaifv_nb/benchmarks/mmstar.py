@@ -37,7 +37,7 @@ def official_choice(prediction: str, answer: str) -> bool:
 
 
 def read_choice(prediction: str) -> str | None:
-    "The letter A to D of a multiple-choice answer, or None: alone, bracketed, or after `answer is` or `option`."
+    "The letter A to D, alone, bracketed, or after `answer is` or `option`; None without one."
     alone = re.match(r"\W*([A-D])(?![\w'])(?!\s+[a-z])", prediction)
     alone = alone or re.fullmatch(r"\W*([a-d])\W*", prediction)
     if alone:
@@ -71,7 +71,8 @@ def count_mmstar_answers(rows: list[dict], mode: str = "clean") -> dict:
 def mmstar_figures(sums: dict, mode: str = "clean") -> dict:
     """`final score`, every category and `category(sub-category)`.
 
-    Fractions over 1,500 and 250 (`official`), or percent of the questions that are there, with the share of unread answers."""
+    Fractions over 1,500 and 250 (`official`), or percent of the questions that are there, with the share
+    of unread answers."""
     check_mode(mode)
     scores = Counter()
     for (category, part, name), value in sums.items():

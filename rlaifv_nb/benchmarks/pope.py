@@ -24,10 +24,11 @@ from .reading import always_no, yes_or_no
 
 # %% ../../nbs/benchmarks/08_pope.ipynb #068e994a
 def read_pope(answers_path, labels_path) -> tuple[dict, dict]:
-    """`({question_id: answer}, {question_id: label})` of POPE files; answers are in the order of the questions.
+    """`({question_id: answer}, {question_id: label})` of POPE files.
 
-    `labels_path` may also be the rows themselves, when only some questions were asked. Raises ValueError that names the row
-    where the answers' question or number of rows does not fit, or a label that is not yes or no."""
+    `labels_path` may also be the rows themselves, when only some questions were asked. Raises ValueError
+    that names the row where the answers' question or number of rows does not fit, or a label that is not
+    yes or no."""
     if isinstance(labels_path, list):
         rows, source = labels_path, "the questions"
     else:
@@ -77,7 +78,7 @@ def count_pope_answers(answers: dict, labels: dict, mode: str = "clean") -> dict
 
 # %% ../../nbs/benchmarks/08_pope.ipynb #219f056e
 def pope_figures(sums: dict, mode: str = "clean") -> dict:
-    """Accuracy, precision, recall, F1 and yes ratio: fractions (`official`), or percent with the share of unread answers.
+    """Accuracy, precision, recall, F1 and yes ratio: fractions (`official`), or percent and unread answers.
 
     An answer that cannot be read is wrong."""
     check_mode(mode)
