@@ -42,6 +42,7 @@ from rlaifv_nb.records import (
     StageFolder,
     read_manifest,
     read_table,
+    require_one_of,
     resolve_path,
     sha256_of,
     write_rows,
@@ -143,8 +144,7 @@ def check_request(r: Request) -> None:
     "Raises ValueError for an unknown benchmark or a combination that has no meaning."
     check_mode(r.mode)
     check_tools(r.finder)
-    if r.bench != ICONWORLD and r.bench not in BENCHMARKS:
-        raise ValueError(f"bench={r.bench!r}: choose one of {', '.join((ICONWORLD, *BENCHMARKS))}")
+    require_one_of(r.bench, (ICONWORLD, *BENCHMARKS), "bench")
     problem = _source_problem(r) or (_icon_problem(r) if r.bench == ICONWORLD else _benchmark_problem(r))
     if problem:
         raise ValueError(problem)
