@@ -43,6 +43,7 @@ demo: $(STAMP)  ## run the whole chain on the tiny recipe, on a CPU (RECIPE=...,
 test: $(STAMP)  ## all checks: clean notebooks, library = notebooks, README, tests, every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --dist loadfile tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(N_WORKERS) --do-print --timing
+	$(BIN)/python scripts/check_notebooks.py
 
 check: $(STAMP)  ## the quick part of the checks: clean notebooks, library = notebooks, README
 	$(BIN)/python scripts/check_notebooks.py

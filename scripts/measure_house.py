@@ -146,7 +146,7 @@ def is_stored(node: ast.AST) -> bool:
 
 
 def names_in(source: str) -> set[str]:
-    "All names that a source mentions: variables, attributes, imports; the words of a cell that is not Python."
+    "All names that a source mentions: variables, attributes, imports; all words of other cells."
     tree = parse(source)
     if tree is None:
         return set(re.findall(r"\w+", source))

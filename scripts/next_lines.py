@@ -3,8 +3,8 @@
 python scripts/next_lines.py           write the lines that are missing or wrong
 python scripts/next_lines.py --check   list them
 
-The order is that of the file list: the index and the numbered notebooks on top, then one wing after the other. A line
-that leads to the right notebook is left as it is, so what follows the link can be written by hand.
+The order is that of the file list: the index, the numbered notebooks on top, then one wing after the other. A
+line that leads to the right notebook is left alone, so what follows the link can be written by hand.
 """
 
 import json
@@ -20,7 +20,7 @@ CELL_ID = "next"
 
 
 def reading_order(root: Path = ROOT) -> list[Path]:
-    "All notebooks in the order in which they are read. Raises ValueError naming a folder that is in no order."
+    "All notebooks in reading order. Raises ValueError naming a folder that is not in `WINGS`."
     notebooks = root / "nbs"
     unknown = {path.parent.name for path in notebooks.glob("*/*.ipynb")} - set(WINGS)
     if unknown:

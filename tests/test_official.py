@@ -1,4 +1,6 @@
-"""Files of the official scripts: written by hand as those scripts write them, read into our tables, and our tables there and back."""
+"""Files of the official scripts: written by hand as those scripts write them, read into our tables, and our
+tables there and back.
+"""
 
 import json
 import shutil
