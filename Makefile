@@ -40,12 +40,14 @@ demo: $(STAMP)  ## run the whole chain on the tiny recipe, on a CPU (RECIPE=...,
 	$(BIN)/rlaifv run $(RECIPE) --out $(OUT)
 	@echo "Report:" && ls $(OUT)/report*
 
-test: $(STAMP)  ## all checks: clean notebooks, library = notebooks, README, tests, every notebook
+test: $(STAMP)  ## all checks: style, clean notebooks, library = notebooks, README, tests, every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --dist loadfile tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(N_WORKERS) --do-print --timing
 	$(BIN)/python scripts/check_notebooks.py
 
-check: $(STAMP)  ## the quick part of the checks: clean notebooks, library = notebooks, README
+check: $(STAMP)  ## the quick part of the checks: style, clean notebooks, library = notebooks, README
+	$(BIN)/ruff format --check nbs tests scripts
+	$(BIN)/ruff check nbs tests scripts
 	$(BIN)/python scripts/check_notebooks.py
 	$(BIN)/python scripts/readme.py --check
 

@@ -97,6 +97,18 @@ def test_no_file_names_a_private_path(tracked):
     assert {name: match.group() for name, match in found.items() if match} == {}
 
 
+@pytest.mark.parametrize("check", [["format", "--check"], ["check", "--output-format", "concise"]])
+def test_style(check):
+    """What `make check` asks of ruff; the rules are in pyproject.toml."""
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", *check, "nbs", "tests", "scripts"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_notebooks_are_clean():
     assert check_notebooks.dirty_notebooks() == []
 

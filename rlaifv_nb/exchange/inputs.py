@@ -55,6 +55,8 @@ RAW_SUFFIXES = (
     ".nef",
     ".arw",
 )  # of cameras; what Pillow reads of them is a thumbnail
+
+# %% ../../nbs/exchange/01_inputs.ipynb #dbc595fc
 CAMERA_SUFFIXES = (".heic", ".heif", *RAW_SUFFIXES)  # photographs that must be converted first
 TABLE_SUFFIXES = (".parquet", ".arrow")
 HUB = "dataset:"
@@ -65,7 +67,7 @@ def files_below(folder, suffixes):
     found = (p for p in Path(folder).rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #3fcc71c9
 def input_kind(source):
     "`prompts`, `questions`, `pictures` or `dataset`: what a source is. Raises ValueError for anything else."
     path = Path(source)
@@ -87,9 +89,11 @@ def input_kind(source):
         + ("" if path.exists() else ", which does not exist")
     )
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #48724b78
 def source_sha(source, split="train"):
-    "Content hash of a source: its files' names and bytes; of a dataset on the Hub, what `datasets` knows as its version."
+    """Content hash of a source: its files' names and bytes; of a dataset on the Hub, what `datasets` knows as
+    its version.
+    """
     if str(source).startswith(HUB):
         import datasets
 
@@ -123,7 +127,9 @@ def count_rows(source) -> int | None:
 # %% ../../nbs/exchange/01_inputs.ipynb #8a892bde
 @dataclass(frozen=True)
 class InputRow:
-    "A row of a source: its id, its question, and its picture as bytes, as a file's path, or (missing) as None with the reason in `detail`."
+    """A row of a source: its id, its question, and its picture as bytes, as a file's path, or (missing) as
+    None with the reason in `detail`.
+    """
 
     row_id: str
     question: object
@@ -131,11 +137,13 @@ class InputRow:
     split: str = ""
     detail: str = ""
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #dca3d0fe
 def numbered_rows(path):
-    """Yields (number, row) of a JSONL file, or of a file that is one JSON array, as the official code also writes; numbers start at 1.
+    """Yields (number, row) of a JSONL file, or of a file that is one JSON array, as the official code also
+    writes; numbers start at 1.
 
-    Raises ValueError naming file and line of what is no JSON object."""
+    Raises ValueError naming file and line of what is no JSON object.
+    """
     with open(path, "rb") as f:
         encoding = "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     with open(path, encoding=encoding) as f:
@@ -154,12 +162,14 @@ def numbered_rows(path):
         except ValueError as e:
             raise ValueError(f"{path}, {'row' if is_array else 'line'} {number}: {e}") from e
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #bb9b4dad
 def same_name(name: str) -> str:
-    "A file's name as it is compared: macOS writes umlauts in two characters, Windows does not tell capitals apart."
+    """A file's name as it is compared: macOS writes umlauts in two characters, Windows does not tell capitals
+    apart.
+    """
     return unicodedata.normalize("NFC", name).casefold()
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #d391b83b
 class PictureFolder:
     "Finds pictures by the paths in a file: as they are, seen from `folder`, or by name in it and below."
 
@@ -196,9 +206,11 @@ class PictureFolder:
         found = sorted(self.by_name[same_name(parts[0])] if parts else [], key=common, reverse=True)
         return found[0] if len(found) == 1 or found and common(found[0]) > common(found[1]) else None
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #dee9a72c
 def picture_of(value, folder):
-    "The picture that a row names, as a path or bytes, and what is wrong: a path, base64 text, bytes, or the {bytes, path} of `datasets`."
+    """The picture that a row names, as a path or bytes, and what is wrong: a path, base64 text, bytes, or the
+    {bytes, path} of `datasets`.
+    """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, dict):
@@ -218,9 +230,11 @@ def picture_of(value, folder):
     found = folder.find(value) if len(value) < 4096 else None
     return found, "" if found else f"no file {value[:200]}"
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #1abfd730
 def read_questions(path, question="", images=""):
-    "Yields the rows of a JSONL or JSON file, own or official (`image`, `image_path` or `metainfos.image_path`); `question` is for rows without one."
+    """Yields the rows of a JSONL or JSON file, own or official (`image`, `image_path` or
+    `metainfos.image_path`); `question` is for rows without one.
+    """
     folder = PictureFolder(images or Path(path).parent)
     for number, row in numbered_rows(path):
         named = row.get("image") or row.get("image_path") or (row.get("metainfos") or {}).get("image_path")
@@ -231,21 +245,28 @@ def read_questions(path, question="", images=""):
             f"line {number}", row.get("question") or question, image, row.get("split", ""), problem
         )
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #c44769a0
 def read_folder(folder, question=""):
-    "Yields a row for every picture in a folder and below, each with the same question. Raises ValueError without one."
+    """Yields a row for every picture in a folder and below, each with the same question.
+
+    Raises ValueError without one.
+    """
     if not question.strip():
         raise ValueError(
-            f"a folder of pictures needs one question for all of them, or a JSONL file that names pictures and questions: {folder}"
+            "a folder of pictures needs one question for all of them, or a JSONL file that names pictures "
+            f"and questions: {folder}"
         )
     for path in files_below(folder, PICTURE_SUFFIXES + CAMERA_SUFFIXES):
         yield InputRow(path.relative_to(folder).as_posix(), question, path)
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #2b1a2c47
 def read_dataset(
     source, question="", images="", image_column="image", question_column="question", split="train"
 ):
-    "Yields the rows of a dataset, one at a time. With a `question`, it is asked about every picture. Raises ValueError for a column or split it does not have."
+    """Yields the rows of a dataset, one at a time. With a `question`, it is asked about every picture.
+
+    Raises ValueError for a column or split it does not have.
+    """
     import datasets
 
     path = Path(source)
@@ -278,7 +299,7 @@ def read_dataset(
         image, problem = picture_of(row[image_column], folder)
         yield InputRow(f"row {number}", question or row[question_column], image, "", problem)
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #dbbbd228
 INPUT_OPTIONS = {
     "prompts": (),
     "questions": ("question", "images"),
@@ -288,11 +309,15 @@ INPUT_OPTIONS = {
 
 
 def read_input(source, **options):
-    "Yields the rows of a source of any kind but `prompts`. Raises ValueError for a source that is none, and for an option that its kind does not have."
+    """Yields the rows of a source of any kind but `prompts`.
+
+    Raises ValueError for a source that is none, and for an option that its kind does not have.
+    """
     kind = input_kind(source)
     if unused := [name for name in options if name not in INPUT_OPTIONS[kind]]:
         raise ValueError(
-            f"{source} is read as {kind}, for which {', '.join(unused)} means nothing; there are: {', '.join(INPUT_OPTIONS[kind]) or 'no options'}"
+            f"{source} is read as {kind}, for which {', '.join(unused)} means nothing; there are: "
+            f"{', '.join(INPUT_OPTIONS[kind]) or 'no options'}"
         )
     if kind == "prompts":
         raise ValueError(f"{source} is a table of prompts already")
@@ -312,11 +337,12 @@ HEIF_BRANDS = (
     b"msf1",
 )  # ISO/IEC 23008-12: in a file's first bytes
 CONVERT = (
-    "convert it to JPEG first: sips on macOS, heif-convert or ImageMagick elsewhere, the camera's own program for its "
+    "convert it to JPEG first: sips on macOS, heif-convert or ImageMagick elsewhere, the camera's own "
+    "program for its "
     "raw format"
 )
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #59a1e2ba
 def write_bytes(path, data):
     "Writes a file whole or not at all, unless it is there."
     if not path.exists():
@@ -325,9 +351,11 @@ def write_bytes(path, data):
         temporary.write_bytes(data)
         os.replace(temporary, path)
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #aee42175
 def decode_problem(data: bytes, name: str) -> tuple[str, str] | None:
-    "Why the bytes of a picture's file cannot be used, as (reason, detail); None for a picture of a usable shape."
+    """Why the bytes of a picture's file cannot be used, as (reason, detail); None for a picture of a usable
+    shape.
+    """
     from rlaifv_nb.engine.pictures import decode_image
 
     suffix = Path(name).suffix.lower()
@@ -343,7 +371,7 @@ def decode_problem(data: bytes, name: str) -> tuple[str, str] | None:
     strip = max(width, height) > MAX_ASPECT * min(width, height)
     return ("extreme shape", f"{width} x {height}") if strip else None
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #e8f58604
 def row_problem(row):
     "Why a row cannot become a prompt as (reason, detail), else the file's bytes and the question."
     question = row.question.replace("<image>", "").strip() if isinstance(row.question, str) else ""
@@ -359,9 +387,11 @@ def row_problem(row):
         return ("unreadable picture", f"{row.image.name}: {e.strerror}"), None, question
     return decode_problem(data, row.image.name), data, question
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #0e03d5b7
 def place_picture(row, data, sha, out, copy):
-    "Where the table in `out` finds a row's picture: a copy under the name of its hash, or (of a file that is not to be copied) its own path."
+    """Where the table in `out` finds a row's picture: a copy under the name of its hash, or (of a file that
+    is not to be copied) its own path.
+    """
     if isinstance(row.image, Path) and not copy:
         return Path(os.path.relpath(row.image, out)).as_posix()
     from PIL import Image
@@ -370,9 +400,11 @@ def place_picture(row, data, sha, out, copy):
     write_bytes(Path(out) / name, data)
     return name
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #e798d3b5
 def make_prompts(rows, out, name, n_prompts=0, copy=True):
-    "The first `n_prompts` usable prompts of rows (0: all), their pictures placed for a table in `out`, the rows set aside before the last, and the number read."
+    """The first `n_prompts` usable prompts of rows (0: all), their pictures placed for a table in `out`, the
+    rows set aside before the last, and the number read.
+    """
     prompts, set_aside, n_rows = {}, [], 0
     for row in rows:
         n_rows += 1
@@ -395,10 +427,11 @@ def make_prompts(rows, out, name, n_prompts=0, copy=True):
             break
     return list(prompts.values()), set_aside, n_rows
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #2d8851c1
 def take_table(source, out, n_prompts: int = 0) -> tuple[list[Prompt], list[SetAside], int]:
-    """The first `n_prompts` prompts of a folder's table `prompts` (0: all) for a table in `out`, rows that repeat an id set
-    aside, and the number read."""
+    """The first `n_prompts` prompts of a folder's table `prompts` (0: all) for a table in `out`, rows that
+    repeat an id set aside, and the number read.
+    """
     prompts, set_aside, n_rows = {}, [], 0
     for row in read_table(source, "prompts", Prompt):
         n_rows += 1
@@ -410,7 +443,7 @@ def take_table(source, out, n_prompts: int = 0) -> tuple[list[Prompt], list[SetA
             break
     return list(prompts.values()), set_aside, n_rows
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #30f9ec14
 def input_warnings(name: str, n_rows: int, set_aside: list[SetAside], shown: int = 3) -> list[str]:
     "A sentence that names the first rows of a source that were set aside; none when there are none."
     if not set_aside:
@@ -427,12 +460,15 @@ def source_name(source):
     "What a table calls its source: the name of the file, folder or dataset, without the path to it."
     return str(source).removeprefix(HUB).rstrip("/").rpartition("/")[2]
 
-
+# %% ../../nbs/exchange/01_inputs.ipynb #4f14cac5
 def import_prompts(source, out, n_prompts=0, copy=True, **options):
-    """The table `prompts` of a source in the folder `out`, with its pictures (copied unless `copy` is False), rows set aside and a manifest.
+    """The table `prompts` of a source in the folder `out`, with its pictures (copied unless `copy` is False),
+    rows set aside and a manifest.
 
-    `options` go to `read_input`. What was started with another source or other options is refused; what is finished comes back as it is.
-    A stopped import begins again, and finds the pictures that it has copied. Raises ValueError when no row can be used."""
+    `options` go to `read_input`. What was started with another source or other options is refused; what is
+    finished comes back as it is. A stopped import begins again, and finds the pictures that it has copied.
+    Raises ValueError when no row can be used.
+    """
     shown = {k: v for k, v in options.items() if k != "images"}
     stage = StageFolder(
         out,

@@ -47,7 +47,7 @@ def input_row(prompt, image_path):
         "metainfos": {"reference": ""},
     }
 
-
+# %% ../../nbs/exchange/02_official.ipynb #623db5de
 def answer_row(response, prompt, image_path, model_path):
     "A response as a row of the official answers."
     own = {k: v for k, v in asdict(response).items() if k not in ("text", "prompt_id")}
@@ -66,7 +66,7 @@ def answer_row(response, prompt, image_path, model_path):
         "model_path": model_path,
     }
 
-
+# %% ../../nbs/exchange/02_official.ipynb #aaaece2c
 def divided_row(answer, claims):
     "A row of the official answers with its facts and their questions."
     facts, questions = [c.text for c in claims], [c.question for c in claims]
@@ -78,7 +78,7 @@ def divided_row(answer, claims):
         "changed_facts": questions,
     }
 
-
+# %% ../../nbs/exchange/02_official.ipynb #61b7c7f1
 def question_rows(divided, claims):
     "A divided row's yes/no questions, a row each."
     kept = {key: divided[key] for key in ("question_id", "ds_question_id")} | {
@@ -98,7 +98,7 @@ def question_rows(divided, claims):
         for c in claims
     ]
 
-
+# %% ../../nbs/exchange/02_official.ipynb #cec204f0
 def checked_row(question, verdict, model_path):
     "A question's row with the labeler's scores. Its one-word answer is the more probable of the two words."
     scores = {"yes": verdict.p_yes, "Yes": 0.0, "no": verdict.p_no, "No": 0.0}
@@ -115,9 +115,11 @@ def checked_row(question, verdict, model_path):
         "model_path": model_path,
     }
 
-
+# %% ../../nbs/exchange/02_official.ipynb #02298e1c
 def pair_row(pair, prompt, image_path, claims_of, labels):
-    "A pair as a row of the official pairs; a claim on which the labeler abstained counts as judged right, as in our score."
+    """A pair as a row of the official pairs; a claim on which the labeler abstained counts as judged right,
+    as in our score.
+    """
 
     def judged(side):
         claims = claims_of.get(getattr(pair, f"{side}_id"), [])
@@ -161,7 +163,7 @@ class RunTables:
 
 RECORDS = {"prompts": Prompt, "responses": Response, "claims": Claim, "verdicts": Verdict, "pairs": Pair}
 
-
+# %% ../../nbs/exchange/02_official.ipynb #0e5a8085
 def read_tables(folders):
     "`RunTables` from {table: folder}; a table without a folder is empty."
     return RunTables(
@@ -171,9 +173,12 @@ def read_tables(folders):
         }
     )
 
-
+# %% ../../nbs/exchange/02_official.ipynb #e4529ea0
 def official_files(tables, image_paths, policy="", labeler=""):
-    "File name -> rows of the official pipeline for the tables that there are. `image_paths` maps prompt ids to paths; the others name models."
+    """File name -> rows of the official pipeline for the tables that there are.
+
+    `image_paths` maps prompt ids to paths; the others name models.
+    """
     prompt_of, by_response = {p.prompt_id: p for p in tables.prompts}, defaultdict(list)
     for claim in tables.claims:
         by_response[claim.response_id].append(claim)
@@ -208,11 +213,14 @@ def official_files(tables, image_paths, policy="", labeler=""):
     }
     return {name: rows for name, rows in found.items() if rows}
 
-
+# %% ../../nbs/exchange/02_official.ipynb #0d8e1a5a
 def to_official(folders, out, policy="", labeler=""):
-    """Writes the official files of a round's tables ({table: folder}) and copies of the pictures into `out`; returns {file: rows}.
+    """Writes the official files of a round's tables ({table: folder}) and copies of the pictures into `out`;
+    returns {file: rows}.
 
-    Image paths begin at `out`: start the official scripts there. Raises FileNotFoundError for a picture that is not there."""
+    Image paths begin at `out`: start the official scripts there. Raises FileNotFoundError for a picture that
+    is not there.
+    """
     tables, out = read_tables(folders), Path(out)
     needed, image_paths = {r.prompt_id for r in tables.responses} or {p.prompt_id for p in tables.prompts}, {}
     for p in tables.prompts:
@@ -240,18 +248,24 @@ OFFICIAL_KINDS = {
 
 
 def official_kind(row):
-    "`autocheck`, `pairs`, `divided` or `answers`. Raises ValueError for a row of another kind, naming what is needed."
+    """`autocheck`, `pairs`, `divided` or `answers`.
+
+    Raises ValueError for a row of another kind, naming what is needed.
+    """
     for kind, keys in OFFICIAL_KINDS.items():
         if all(key in row for key in keys):
             return kind
     raise ValueError(
         f"no row of the official pipeline's later steps: it has {', '.join(row) or 'no keys'}; "
-        f"known are {'; '.join(f'{kind} with ' + ', '.join(keys) for kind, keys in OFFICIAL_KINDS.items())} (an input file is read by import_prompts)"
+        f"known are {'; '.join(f'{kind} with ' + ', '.join(keys) for kind, keys in OFFICIAL_KINDS.items())} "
+        "(an input file is read by import_prompts)"
     )
 
-
+# %% ../../nbs/exchange/02_official.ipynb #529f8b1d
 class PromptFinder:
-    "The prompt of an official row: its `ds_question_id` if that is one of ours, else by the picture's content and the question."
+    """The prompt of an official row: its `ds_question_id` if that is one of ours, else by the picture's
+    content and the question.
+    """
 
     def __init__(self, prompts, images):
         self.ids, self.folder, self.shas = {p.prompt_id for p in prompts}, PictureFolder(images), {}
@@ -272,7 +286,7 @@ class PromptFinder:
             else ("", f"no file {path}" if not self.shas[path] else f"{path}: {question[:60]}")
         )
 
-
+# %% ../../nbs/exchange/02_official.ipynb #0b0baa06
 def read_answers(rows, finder):
     "Official answers, divided or not, as responses; [{question_id, response_id}]; and rows set aside."
     responses, ids, set_aside, counts = [], [], [], defaultdict(int)
@@ -300,9 +314,11 @@ def read_answers(rows, finder):
         ids.append({"question_id": row["question_id"], "response_id": response_id})
     return responses, ids, set_aside
 
-
+# %% ../../nbs/exchange/02_official.ipynb #ed447a5c
 def read_divided(rows, response_of):
-    "Claims of official rows with `facts` and `changed_facts`, by position; rows of unknown responses or with unequal lists are set aside."
+    """Claims of official rows with `facts` and `changed_facts`, by position; rows of unknown responses or
+    with unequal lists are set aside.
+    """
     claims, set_aside = [], []
     for number, row in rows:
         response_id, facts, questions = (
@@ -324,9 +340,11 @@ def read_divided(rows, response_of):
             claims += [Claim(claim_id_of(response_id, k), response_id, f, q) for k, (f, q) in enumerate(kept)]
     return claims, set_aside
 
-
+# %% ../../nbs/exchange/02_official.ipynb #4de8a0ba
 def read_checked(rows, response_of, claims, abstain_mass):
-    "Verdicts of official rows with `scores`: a row belongs to the next claim of its response with its question. Others are set aside."
+    """Verdicts of official rows with `scores`: a row belongs to the next claim of its response with its
+    question. Others are set aside.
+    """
     waiting, verdicts, set_aside = defaultdict(list), [], []
     for claim in claims:
         waiting[claim.response_id, claim.question.strip()].append(claim.claim_id)
@@ -349,7 +367,7 @@ def read_checked(rows, response_of, claims, abstain_mass):
         verdicts.append(Verdict(left.pop(0), p_yes, p_no, label))
     return verdicts, set_aside
 
-
+# %% ../../nbs/exchange/02_official.ipynb #6c1395c7
 def read_pairs(rows, finder):
     "Official pairs; those from elsewhere number the texts of each prompt as they come."
     pairs, set_aside, indices = {}, [], defaultdict(dict)
@@ -388,22 +406,27 @@ def read_pairs(rows, finder):
             set_aside.append(SetAside(f"row {number}", "same texts as another pair", pair.pair_id))
     return list(pairs.values()), set_aside
 
-
+# %% ../../nbs/exchange/02_official.ipynb #a7b22078
 def response_ids(folder):
-    "question_id (as text) -> response id, for a folder of responses: its table `question_ids` if it was imported, and our own ids."
+    """question_id (as text) -> response id, for a folder of responses: its table `question_ids` if it was
+    imported, and our own ids.
+    """
     own = {r.response_id: r.response_id for r in read_table(folder, "responses", Response)}
     path = Path(folder) / "question_ids.jsonl"
     return own | (
         {str(r["question_id"]): r["response_id"] for _, r in numbered_rows(path)} if path.exists() else {}
     )
 
-
+# %% ../../nbs/exchange/02_official.ipynb #b90b45bc
 def from_official(path, out, prompts, responses="", claims="", images="", abstain_mass=0.1):
-    """The table of an official file of any later step in the folder `out`, with rows set aside and a manifest; returns the stage.
+    """The table of an official file of any later step in the folder `out`, with rows set aside and a
+    manifest; returns the stage.
 
-    `prompts`, `responses` and `claims` are folders of our tables: answers and pairs need prompts, divided rows too (they hold responses as well; with
-    `responses`, only claims are taken), autocheck needs responses and claims. `images` is where the file's pictures are found (default: beside it).
-    Raises ValueError for a file that is none of these, or without a table that it needs."""
+    `prompts`, `responses` and `claims` are folders of our tables: answers and pairs need prompts, divided
+    rows too (they hold responses as well; with `responses`, only claims are taken), autocheck needs responses
+    and claims. `images` is where the file's pictures are found (default: beside it). Raises ValueError for a
+    file that is none of these, or without a table that it needs.
+    """
     rows = list(numbered_rows(path))
     kind = official_kind(rows[0][1] if rows else {})
     for number, row in rows:

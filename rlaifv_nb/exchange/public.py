@@ -57,7 +57,7 @@ def image_bytes(image):
     path = (image or {}).get("path")
     return (image or {}).get("bytes") or (Path(path).read_bytes() if path and Path(path).is_file() else None)
 
-
+# %% ../../nbs/exchange/03_public.ipynb #4a8858ca
 def row_fault(row):
     "Why a row with the columns of RLAIF-V-Dataset cannot be used, as (reason, detail), or None."
     texts, data = (
@@ -77,9 +77,12 @@ def row_fault(row):
         return "broken image", str(e)
     return None
 
-
+# %% ../../nbs/exchange/03_public.ipynb #6383bbc3
 def usable_rows(rows, set_aside):
-    "Yields (index, row) of usable rows, appends others to `set_aside`. Raises ValueError naming a row whose chosen text equals its rejected one."
+    """Yields (index, row) of usable rows, appends others to `set_aside`.
+
+    Raises ValueError naming a row whose chosen text equals its rejected one.
+    """
     for index, row in enumerate(rows):
         fault = row_fault(row)
         if fault:
@@ -121,9 +124,12 @@ def rlaifv_row(pair, prompt, folder):
         )
     )
 
-
+# %% ../../nbs/exchange/03_public.ipynb #133e78c5
 def export_rows(pairs, prompts, folder):
-    "Pairs with the columns of RLAIF-V-Dataset, and `SetAside` rows. Raises ValueError naming a pair without its prompt or with equal texts."
+    """Pairs with the columns of RLAIF-V-Dataset, and `SetAside` rows.
+
+    Raises ValueError naming a pair without its prompt or with equal texts.
+    """
     prompt_of, set_aside = {p.prompt_id: p for p in prompts}, []
     check_ids(pairs, "pair_id", "prompt_id", prompt_of)
     rows = (rlaifv_row(p, prompt_of[p.prompt_id], folder) for p in pairs)
@@ -135,12 +141,16 @@ def logps_text(ref):
     sides = [(ref.chosen_sum_logp, ref.chosen_n_tokens), (ref.rejected_sum_logp, ref.rejected_n_tokens)]
     return json.dumps({"logps": [value for total, n in sides for value in (total, total / n, [])]})
 
-
+# %% ../../nbs/exchange/03_public.ipynb #026de16d
 def to_rlaifv_dataset(pairs, prompts, folder, reference=None):
-    """A Dataset with the columns of RLAIF-V-Dataset, and `SetAside` rows; `folder` holds the prompts' images. `.to_parquet(path)` writes it.
+    """A Dataset with the columns of RLAIF-V-Dataset, and `SetAside` rows; `folder` holds the prompts' images.
 
-    With `reference`, rows of `RefLogp`, it has the column `logps`. Images are held in memory: `write_parquet` writes a large table in slices.
-    Raises ValueError naming a pair without its prompt or with equal texts, KeyError for a pair that `reference` lacks."""
+    `.to_parquet(path)` writes it.
+
+    With `reference`, rows of `RefLogp`, it has the column `logps`. Images are held in memory: `write_parquet`
+    writes a large table in slices. Raises ValueError naming a pair without its prompt or with equal texts,
+    KeyError for a pair that `reference` lacks.
+    """
     import datasets
 
     rows, set_aside = export_rows(pairs, prompts, folder)
@@ -155,9 +165,12 @@ def to_rlaifv_dataset(pairs, prompts, folder, reference=None):
         {n: [row[n] for row in rows] for n in columns}, features=features
     ), set_aside
 
-
+# %% ../../nbs/exchange/03_public.ipynb #5b00c07e
 def to_trl_dataset(pairs, prompts, folder):
-    "The same for TRL's DPOTrainer: conversations `prompt`, `chosen`, `rejected`, and `images`. Ids and scores have no place there."
+    """The same for TRL's DPOTrainer: conversations `prompt`, `chosen`, `rejected`, and `images`.
+
+    Ids and scores have no place there.
+    """
     import datasets
 
     rows, set_aside = export_rows(pairs, prompts, folder)
@@ -179,9 +192,11 @@ def to_trl_dataset(pairs, prompts, folder):
         {n: [talk[n] for talk in talks] for n in features}, features=features
     ), set_aside
 
-
+# %% ../../nbs/exchange/03_public.ipynb #21c37b97
 def write_parquet(pairs, make, folder, name="RLAIF-V-Dataset", rows_per_file=5000, step=200):
-    "Writes slices of pairs, each made a Dataset by `make(slice) -> (dataset, set_aside)`, as Parquet files `<name>_000-<rows>.parquet`; returns rows set aside."
+    """Writes slices of pairs, each made a Dataset by `make(slice) -> (dataset, set_aside)`, as Parquet files
+    `<name>_000-<rows>.parquet`; returns rows set aside.
+    """
     import pyarrow.parquet as pq
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -207,7 +222,9 @@ def write_parquet(pairs, make, folder, name="RLAIF-V-Dataset", rows_per_file=500
 
 # %% ../../nbs/exchange/03_public.ipynb #fc169ab1
 def own_details(row, content_id):
-    "What `rlaifv_row` wrote into `origin_split` about the prompt with this id by content; {} for a row from elsewhere."
+    """What `rlaifv_row` wrote into `origin_split` about the prompt with this id by content; {} for a row from
+    elsewhere.
+    """
     try:
         details = json.loads(row.get("origin_split"))
     except (TypeError, ValueError):
@@ -222,9 +239,11 @@ def image_format(data):
 
     return Image.open(io.BytesIO(data)).format.lower()
 
-
+# %% ../../nbs/exchange/03_public.ipynb #3282561b
 def import_row(row, data, indices):
-    "The prompt and the pair of a row whose image has the bytes `data`; `indices` numbers the texts of each prompt as they come."
+    """The prompt and the pair of a row whose image has the bytes `data`; `indices` numbers the texts of each
+    prompt as they come.
+    """
     sha = sha256_of(data)
     prompt_id, name = prompt_id_of(sha, row["question"]), f"images/{sha[:16]}.{image_format(data)}"
     details = own_details(row, prompt_id)
@@ -250,9 +269,11 @@ def import_row(row, data, indices):
         ),
     )
 
-
+# %% ../../nbs/exchange/03_public.ipynb #63c99b7c
 def read_logps(row, pair_id):
-    "A row's official `logps` (a list of six, or an object with that list) as `RefLogp`; None without one that can be read."
+    """A row's official `logps` (a list of six, or an object with that list) as `RefLogp`; None without one
+    that can be read.
+    """
     try:
         found = json.loads(row.get("logps"))
         win, win_mean, _, lose, lose_mean, _ = found["logps"] if isinstance(found, dict) else found
@@ -260,10 +281,11 @@ def read_logps(row, pair_id):
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         return None
 
-
+# %% ../../nbs/exchange/03_public.ipynb #68a13b45
 def import_rows(rows, folder):
-    """Rows with the columns of RLAIF-V-Dataset as tables and images in `folder`: `prompts`, `pairs`, `set_aside-pairs`, and `reference` if a row has
-    `logps`. Returns prompts, pairs and the unusable rows."""
+    """Rows with the columns of RLAIF-V-Dataset as tables and images in `folder`: `prompts`, `pairs`,
+    `set_aside-pairs`, and `reference` if a row has `logps`. Returns prompts, pairs and the unusable rows.
+    """
     prompts, pairs, reference, set_aside, indices, folder = {}, {}, [], [], defaultdict(dict), Path(folder)
     for number, row in usable_rows(rows, set_aside):
         data = image_bytes(row["image"])
@@ -295,9 +317,11 @@ def leaves_of(value, key=""):
 
 ROUND_TEXT = re.compile(r"(?:iter(?:ation)?|round)0*(\d+)|(\d+)(?:st|nd|rd|th)?(?:iter|round)")
 
-
+# %% ../../nbs/exchange/03_public.ipynb #c50ca6c7
 def origin_matches(text, model="", round=0):
-    "Whether an `origin_split` names this model and this round, in whatever keys and spelling; 0 and an empty text match all."
+    """Whether an `origin_split` names this model and this round, in whatever keys and spelling; 0 and an
+    empty text match all.
+    """
     try:
         leaves = leaves_of(json.loads(text))
     except (TypeError, ValueError):
@@ -308,18 +332,22 @@ def origin_matches(text, model="", round=0):
         not round or round in numbers
     )
 
-
+# %% ../../nbs/exchange/03_public.ipynb #4bacbf5e
 def select_rows(rows, counts, model="", round=0):
-    "Yields the rows whose `origin_split` matches, counting in `counts` what all rows say (of our own rows, which hold ids there: `rlaifv_nb`)."
+    """Yields the rows whose `origin_split` matches, counting in `counts` what all rows say (of our own rows,
+    which hold ids there: `rlaifv_nb`).
+    """
     for row in rows:
         text = row.get("origin_split")
         counts["rlaifv_nb" if row.get("ds_name") == "rlaifv_nb" else str(text)] += 1
         if origin_matches(text, model, round):
             yield row
 
-
+# %% ../../nbs/exchange/03_public.ipynb #03e4c0c7
 def open_rows(source):
-    "A Dataset as it is; else the rows of `dataset:NAME` on the Hub, of a Parquet file, or of all under a folder. Raises FileNotFoundError when there is none."
+    """A Dataset as it is; else the rows of `dataset:NAME` on the Hub, of a Parquet file, or of all under a
+    folder. Raises FileNotFoundError when there is none.
+    """
     if not isinstance(source, (str, Path)):
         return source
     import datasets
@@ -331,12 +359,15 @@ def open_rows(source):
         raise FileNotFoundError(f"no Parquet file at {source}")
     return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
 
-
+# %% ../../nbs/exchange/03_public.ipynb #50a5fe1d
 def from_rlaifv_dataset(source, folder, model="", round=0):
-    """Prompts, pairs and unusable rows (index, reason) of a dataset with the columns of RLAIF-V-Dataset: a Dataset, Parquet files' path, `dataset:NAME`.
+    """Prompts, pairs and unusable rows (index, reason) of a dataset with the columns of RLAIF-V-Dataset: a
+    Dataset, Parquet files' path, `dataset:NAME`.
 
-    Writes them as tables, with the images and a manifest, to `folder`. `model` and `round` choose rows by `origin_split`; indices then count chosen
-    rows. Raises ValueError naming a row whose chosen text equals its rejected one, or when no row matches."""
+    Writes them as tables, with the images and a manifest, to `folder`. `model` and `round` choose rows by
+    `origin_split`; indices then count chosen rows. Raises ValueError naming a row whose chosen text equals
+    its rejected one, or when no row matches.
+    """
     import datasets
 
     rows, counts = open_rows(source).cast_column("image", datasets.Image(decode=False)), Counter()
@@ -344,7 +375,8 @@ def from_rlaifv_dataset(source, folder, model="", round=0):
     prompts, pairs, set_aside = import_rows(select_rows(rows, counts, model, round), folder)
     if not pairs and (model or round):
         raise ValueError(
-            f"no pair of model={model!r}, round={round} in {sum(counts.values())} rows; origin_split says: {counts.most_common(5)}"
+            f"no pair of model={model!r}, round={round} in {sum(counts.values())} rows; origin_split says: "
+            f"{counts.most_common(5)}"
         )
     stage.finish(
         sum(counts.values()),
@@ -355,9 +387,11 @@ def from_rlaifv_dataset(source, folder, model="", round=0):
     )
     return prompts, pairs, set_aside
 
-
+# %% ../../nbs/exchange/03_public.ipynb #8c5883e3
 def only_text(messages):
-    "The text of a conversation of one message, as TRL stores it (plain, or in blocks); None for anything else."
+    """The text of a conversation of one message, as TRL stores it (plain, or in blocks); None for anything
+    else.
+    """
     content = messages[0].get("content") if isinstance(messages, list) and len(messages) == 1 else messages
     texts = (
         [content]
@@ -366,9 +400,12 @@ def only_text(messages):
     )
     return texts[0] if len(texts) == 1 else None
 
-
+# %% ../../nbs/exchange/03_public.ipynb #facee0a8
 def from_trl_dataset(source, folder):
-    "The same from TRL's format. A row with several turns or images lacks the one question or image that a prompt has: set aside."
+    """The same from TRL's format.
+
+    A row with several turns or images lacks the one question or image that a prompt has: set aside.
+    """
     import datasets
 
     rows = open_rows(source).cast_column("images", datasets.List(datasets.Image(decode=False)))
@@ -381,9 +418,12 @@ def from_trl_dataset(source, folder):
 
 # %% ../../nbs/exchange/03_public.ipynb #e5984821
 def merge_adapter(policy, adapter, out, dtype=""):
-    """The policy with an adapter merged into its weights, saved with its processor as safetensors in the folder `out`; returns what `merged.json` says.
+    """The policy with an adapter merged into its weights, saved with its processor as safetensors in the
+    folder `out`; returns what `merged.json` says.
 
-    `dtype` is the number format (default: the base's own). Raises ValueError for another base's adapter and for a folder that is in use."""
+    `dtype` is the number format (default: the base's own). Raises ValueError for another base's adapter and
+    for a folder that is in use.
+    """
     from transformers import AutoConfig
 
     from rlaifv_nb.engine.models import adapter_lineage, card_name, folder_sha, model_folder, open_vlm
@@ -426,7 +466,7 @@ def last_round(run, stage):
         raise ValueError(f"{run} is no run with a finished {stage}")
     return max(found)
 
-
+# %% ../../nbs/exchange/03_public.ipynb #5d900599
 def export_pairs(run, round, to, out, logps):
     "Writes a round's pairs as Parquet files of `to`; returns rows in, rows out and rows set aside."
     here, prompts_folder = Path(run) / f"round_{round}", Path(run) / "prompts"
@@ -458,11 +498,14 @@ def export_pairs(run, round, to, out, logps):
     )
     return len(pairs), len(pairs) - len(set_aside), set_aside
 
-
+# %% ../../nbs/exchange/03_public.ipynb #1c026ebd
 def export_run(run, to, out, round=0, adapter="", logps=False):
-    """Writes a round of a run (0: the last) in a public form (one of `EXPORTS`) to the folder `out`; returns what was written as {name: number or text}.
+    """Writes a round of a run (0: the last) in a public form (one of `EXPORTS`) to the folder `out`; returns
+    what was written as {name: number or text}.
 
-    `adapter` is merged instead of the round's own; `logps` adds that column to `rlaifv-dataset`. Raises ValueError for what the run does not have."""
+    `adapter` is merged instead of the round's own; `logps` adds that column to `rlaifv-dataset`. Raises
+    ValueError for what the run does not have.
+    """
     from rlaifv_nb.exchange.official import to_official
     from rlaifv_nb.runner.recipes import load_recipe
 

@@ -42,13 +42,17 @@ N_LIKELY = 5
 
 
 def likely_objects(scene, n=N_LIKELY):
-    "Absent objects that a model of habit would name: companions of what is there, then others of the theme, then any."
+    """Absent objects that a model of habit would name: companions of what is there, then others of the theme,
+    then any.
+    """
     wanted = [COMPANION.get(g.object) for g in scene.groups] + list(THEMES[scene.theme]) + list(OBJECTS)
     return [o for o in dict.fromkeys(wanted) if o and scene.group(o) is None][:n]
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #d827ef39
 def yes_no_claims(scene):
-    "The claims that a scene's yes/no questions ask about, each once: absent objects, and true and false colours, counts and places."
+    """The claims that a scene's yes/no questions ask about, each once: absent objects, and true and false
+    colours, counts and places.
+    """
     pairs = [
         c
         for c, _ in balanced_claims(scene, random.Random(f"miniature/{scene.scene_id}"), per_type=2)
@@ -56,7 +60,7 @@ def yes_no_claims(scene):
     ]
     return list(dict.fromkeys([IconClaim("existence", o) for o in likely_objects(scene)] + pairs))
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #a4eacc8b
 def write_miniature_amber(folder, scenes):
     "AMBER's files: queries, annotations and word lists."
     folder, generative, discriminative, annotations = Path(folder), [], [], []
@@ -88,7 +92,9 @@ def write_miniature_amber(folder, scenes):
 
 # %% ../../nbs/iconworld/02_miniature.ipynb #b71755b8
 def absent_objects(scene, part, n=3):
-    "Absent objects as POPE draws them: any (`random`), the most frequent (`popular`: here the theme's), or the likeliest (`adversarial`)."
+    """Absent objects as POPE draws them: any (`random`), the most frequent (`popular`: here the theme's), or
+    the likeliest (`adversarial`).
+    """
     rng = random.Random(f"pope/{part}/{scene.scene_id}")
     absent = [o for o in OBJECTS if scene.group(o) is None]
     theme = [o for o in THEMES[scene.theme] if o in absent]
@@ -98,7 +104,7 @@ def absent_objects(scene, part, n=3):
         else rng.sample(theme if part == "popular" else absent, n)
     )
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #c9fd0341
 def write_miniature_pope(folder, scenes):
     "POPE's three question files."
     for part in ("random", "popular", "adversarial"):
@@ -121,7 +127,7 @@ def write_miniature_pope(folder, scenes):
             ],
         )
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #b82ff2b1
 REFOMB_TYPE = {
     "What": "Coarse Perception",
     "How": "Fine-grained perception",
@@ -138,7 +144,7 @@ def refomb_type(question):
         else "Coarse Perception"
     )
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #9032b9f6
 def write_miniature_refomb(folder, scenes):
     "RefoMB's dev file, and the file of the answers that a model is compared with, under the official name."
     rows, reference = [], []
@@ -162,7 +168,7 @@ def write_miniature_refomb(folder, scenes):
     write_rows(Path(folder) / "RefoMB_dev.jsonl", rows)
     write_rows(Path(folder) / "gpt4v_RefoMB_dev_0521.jsonl", reference)
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #08ff41c3
 def write_miniature(folder, n_scenes=100, split="test"):
     "All of them in one folder, with the pictures; returns the scenes."
     folder, scenes = Path(folder), [make_scene(split, i) for i in range(n_scenes)]
@@ -178,7 +184,7 @@ def named_objects(text):
     "The objects that a text names, repetitions kept."
     return [SINGULARS[w] for w in re.findall(r"[a-z]+", text.lower()) if w in SINGULARS]
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #7080203b
 def true_description_figures(scenes, texts):
     "CHAIR, Cover, Hal and Cog in percent, counted from the scenes; undefined ones are NaN."
     total = Counter()
@@ -203,9 +209,11 @@ def true_description_figures(scenes, texts):
         "Cog": ratio("fooled", "likely"),
     }
 
-
+# %% ../../nbs/iconworld/02_miniature.ipynb #882bb9dc
 def true_answer_figures(scenes, answers):
-    "`{part: {accuracy, precision, recall, F1}}` in percent, counted from the scenes; answers are true for yes, false for no, None for neither."
+    """`{part: {accuracy, precision, recall, F1}}` in percent, counted from the scenes; answers are true for
+    yes, false for no, None for neither.
+    """
     asked = [(c.type, is_true(s, c)) for s in scenes for c in yes_no_claims(s)]
     parts = {
         "all": set(AMBER_TYPE),

@@ -57,8 +57,10 @@ from ..records import YES_NO_SUFFIX
 
 # %% ../../nbs/iconworld/03_training.ipynb #629d5823
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% if message['content'] is "
+    "string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ "
+    "part['text'] }}{% endif %}{% endfor %}"
     "{% endif %} {% else %}ASSISTANT: {% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -83,9 +85,12 @@ def corpus(n_scenes=3000):
         facts = "\n".join(f"- {fact_text(c)}" for c in claims)
         yield f"USER: {fill(TEMPLATES.facts, question=question, response=caption)} ASSISTANT: {facts}"
         yield f"USER: {WHOLE_QUESTION.format(response=caption)}{YES_NO_SUFFIX}"
-        yield f"USER: {fill(TEMPLATES.question, fact=fact_text(claims[0]))} ASSISTANT: {question_text(claims[0])}"
+        yield (
+            f"USER: {fill(TEMPLATES.question, fact=fact_text(claims[0]))} ASSISTANT: "
+            f"{question_text(claims[0])}"
+        )
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #e655447b
 def build_tokenizer():
     "The tokenizer, with its special tokens and chat template."
     tokenizer = Tokenizer(models.BPE())
@@ -114,7 +119,7 @@ def build_tokenizer():
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #e860ad2b
 def build_processor(tokenizer):
     "LLaVA's processor for 112-pixel pictures, 64 image tokens each."
     pictures = CLIPImageProcessorPil(
@@ -147,7 +152,7 @@ def text_config(tokenizer, layers, kv_heads, tied):
         tie_word_embeddings=tied,
     )
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #ac360519
 def build_vlm(tokenizer, seed=0):
     "An untrained LLaVA: CLIP tower (128 x 4), projector, Llama (192 x 4)."
     vision = CLIPVisionConfig(
@@ -171,7 +176,7 @@ def build_vlm(tokenizer, seed=0):
         )
     )
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #856d69d3
 def build_splitter(tokenizer, seed=0):
     "An untrained text-only Llama (192 x 3, one key/value head: its answers are long, and its cache small)."
     torch.manual_seed(seed)
@@ -179,7 +184,9 @@ def build_splitter(tokenizer, seed=0):
 
 # %% ../../nbs/iconworld/03_training.ipynb #2fef36fb
 def build_optimizers(model, lr, vision_scale=0.2):
-    "Muon and AdamW over the trainable weights; a pretrained vision tower moves at a fifth of the learning rate."
+    """Muon and AdamW over the trainable weights; a pretrained vision tower moves at a fifth of the learning
+    rate.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     is_matrix = lambda n, p: p.ndim == 2 and "layers" in n
 
@@ -200,7 +207,7 @@ def build_optimizers(model, lr, vision_scale=0.2):
         torch.optim.AdamW(groups(False), lr=lr, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #6008c8cc
 def save_state(path, step, model, optimizers):
     "Writes weights and optimiser state as one safetensors file, whole or not at all."
     tensors = {f"model.{n}": p.detach().contiguous().clone() for n, p in model.named_parameters()}
@@ -213,7 +220,7 @@ def save_state(path, step, model, optimizers):
     save_file(tensors, f"{path}.tmp", metadata={"step": str(step)})
     Path(f"{path}.tmp").replace(path)
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #a7bf5de0
 def load_state(path, model, optimizers):
     "Reads a checkpoint into model and optimisers; returns its step (0 when there is none)."
     if not Path(path).exists():
@@ -234,11 +241,13 @@ def load_state(path, model, optimizers):
         optimizer.load_state_dict(state)
     return step
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #71ff7c48
 def train(
     model, make_batch, loss_of, steps, checkpoint, lr=2e-3, warmup=100, horizon=0, every=100, name="training"
 ):
-    "Trains for `steps` steps of a schedule that ends at `horizon` (0: at `steps`); `make_batch(step)` gives a batch, `loss_of(model, batch)` its loss."
+    """Trains for `steps` steps of a schedule that ends at `horizon` (0: at `steps`); `make_batch(step)` gives
+    a batch, `loss_of(model, batch)` its loss.
+    """
     optimizers, losses = build_optimizers(model, lr), []
     factor = lambda s: (
         min(1, (s + 1) / warmup)
@@ -277,7 +286,7 @@ class PlaceReader(torch.nn.Module):
         places = patches.unflatten(1, (2, side, 2, side)).mean((2, 4)).flatten(1, 2)
         return self.head(places).float().split(self.sizes, -1)
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #06de6f75
 def vision_batch(processor, step, size=64):
     "Pictures and what is at each place: pixel values (B, 3, h, w), labels (B, 4, 3) with -100 for nothing."
     scenes, colours = [make_scene("train", step * size + i) for i in range(size)], list(COLOURS)
@@ -292,7 +301,7 @@ def vision_batch(processor, step, size=64):
         "pixel_values"
     ], labels
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #827807a6
 def vision_loss(model, batch):
     "Sum of the three cross-entropies."
     with torch.autocast("cpu", torch.bfloat16):
@@ -311,9 +320,11 @@ def encode(tokenizer, text):
 
 PHASES = {"grounding": (MILD_HABIT, 1.0), "tuning": (HABIT, 2.0)}
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #a2d2545b
 def conversations(scene, rng, phase="tuning"):
-    "(question, answer, weight of each answer token) triples about a scene; a phase has its habits and its weight of yes/no answers."
+    """(question, answer, weight of each answer token) triples about a scene; a phase has its habits and its
+    weight of yes/no answers.
+    """
     habit, yes_no_weight = PHASES[phase]
     turns = [(rng.choice(DESCRIBE), caption_text(biased_groups(scene, rng, habit), rng), 0.5)]
     short = short_questions(scene, rng)
@@ -328,7 +339,7 @@ def conversations(scene, rng, phase="tuning"):
         turns.append((whole + YES_NO_SUFFIX, "Yes" if groups == scene.groups else "No", 1.0))
     return turns
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #e9fab6c1
 def conversation_row(tokenizer, inputs, turns):
     "A packed row with one branch a conversation, and the weight of each branch token (0 for the question)."
     branches, weights = [], []
@@ -338,7 +349,7 @@ def conversation_row(tokenizer, inputs, turns):
         weights += [0.0] * len(asked) + [weight] * len(said)
     return pack_row(inputs, branches) | {"weights": weights}
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #056bca9e
 def vlm_batch(processor, step, phase, size=32):
     "A batch of pictures with their conversations."
     head = torch.tensor(
@@ -361,7 +372,7 @@ def vlm_batch(processor, step, phase, size=32):
         )
     return collate_rows(rows) | {"weights": torch.tensor([w for r in rows for w in r["weights"]])}
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #2dde0227
 def branch_loss(model, batch):
     "Weighted mean cross-entropy over the answer tokens of all branches."
     keep = batch["weights"] > 0
@@ -392,7 +403,7 @@ def random_groups(scene, rng):
         for _ in range(rng.randint(2, 5))
     )
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #fceaded8
 def random_claim(rng):
     "A claim about any object."
     type, plural = rng.choice(TYPES), rng.random() < 0.5
@@ -404,9 +415,11 @@ def random_claim(rng):
     }[type]
     return IconClaim(type, rng.choice(OBJECTS), value, plural or type == "number")
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #0944a17f
 def splitter_turns(i):
-    "(prompt, answer, weight) triples of one training row: an answer to split, and two facts to turn into questions."
+    """(prompt, answer, weight) triples of one training row: an answer to split, and two facts to turn into
+    questions.
+    """
     scene, rng = make_scene("train", i), random.Random(f"split{i}")
     short = rng.random() < 0.1
     question, response = (
@@ -424,7 +437,7 @@ def splitter_turns(i):
         turns.append((fill(TEMPLATES.question, fact=fact_text(claim)), question_text(claim), 1.0))
     return turns
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #2ecc9378
 def splitter_batch(tokenizer, step, size=24):
     "A batch of rows for the splitter; the branches share the first token only."
     head = {"input_ids": torch.tensor([tokenizer("USER", add_special_tokens=False).input_ids])}
@@ -458,7 +471,9 @@ def save_model(folder, model, processor, title, text, extra=""):
 
 # %% ../../nbs/iconworld/03_training.ipynb #41a1300a
 def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
-    "Of `n_samples` sampled responses to each of `n_scenes` test scenes: how many there are, and how many are divided exactly."
+    """Of `n_samples` sampled responses to each of `n_scenes` test scenes: how many there are, and how many
+    are divided exactly.
+    """
     from functools import partial
 
     from rlaifv_nb.claims import extract_claims
@@ -498,9 +513,11 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
         total += len(responses)
     return total, exact
 
-
+# %% ../../nbs/iconworld/03_training.ipynb #e39532ab
 def measure_vlm(policy, n_scenes, batch_size=100):
-    "Figures of the vision-language model on test scenes in percent, by name: hallucination (greedy) and accuracy of yes/no answers by type."
+    """Figures of the vision-language model on test scenes in percent, by name: hallucination (greedy) and
+    accuracy of yes/no answers by type.
+    """
     from rlaifv_nb.engine.models import open_vlm
     from rlaifv_nb.evaluation import evaluate_batch, score_cases
 

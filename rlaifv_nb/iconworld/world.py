@@ -113,7 +113,7 @@ class Group:
     count: int
     place: str
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #b859cf9e
 @dataclass(frozen=True)
 class Scene:
     "Three or four groups in reading order, each object at most once; `scene_id` names split and index."
@@ -132,7 +132,7 @@ def split_of(groups):
     bucket = hashlib.sha256(repr(groups).encode()).digest()[0] % 10
     return {0: "test", 1: "dev"}.get(bucket, "train")
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #7ca16bd9
 def draw_scene(rng):
     "A random theme and 3 or 4 groups: four of five objects belong to the theme."
     theme, n = rng.choice(list(THEMES)), rng.choice((3, 4))
@@ -146,9 +146,12 @@ def draw_scene(rng):
         Group(o, rng.choice(list(COLOURS)), rng.randint(1, 3), p) for o, p in zip(objects, places)
     )
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #0cb568cd
 def make_scene(split, index):
-    "Scene number `index` (0, 1, ...) of a split; the same on every machine. Raises ValueError for an unknown split."
+    """Scene number `index` (0, 1, ...) of a split; the same on every machine.
+
+    Raises ValueError for an unknown split.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     rng = random.Random(f"iconworld/{split}/{index}")
@@ -176,6 +179,8 @@ ICONS = {
     "letter": "envelope",
     "boat": "sailboat",
 }
+
+# %% ../../nbs/iconworld/01_world.ipynb #f6c5f370
 GROUNDS = ("#e8f1f8", "#f8efe4", "#e9f5ea", "#f5eaf3", "#f6f4e3", "#eceaf6")
 PICTURE_SIZE = 224
 OFFSETS = {1: ((0, 0),), 2: ((-0.21, 0.0), (0.21, 0.0)), 3: ((-0.21, 0.2), (0.21, 0.2), (0.0, -0.21))}
@@ -196,7 +201,7 @@ def draw_icon(object, colour, size):
     scale = size / max(icon.size)
     return icon.resize([max(1, round(s * scale)) for s in icon.size], Image.LANCZOS)
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #cb68a04c
 @lru_cache(maxsize=len(GROUNDS))
 def draw_ground(colour, size):
     "The empty picture: four white cards over a pastel ground."
@@ -209,7 +214,7 @@ def draw_ground(colour, size):
             )
     return ground
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #2ae50ee8
 def draw_picture(scene, size=PICTURE_SIZE):
     "The scene as an RGB picture of `size` x `size` pixels."
     rng = random.Random(scene.scene_id)
@@ -223,7 +228,7 @@ def draw_picture(scene, size=PICTURE_SIZE):
             picture.paste(icon, at, icon)
     return picture
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #61b4c37f
 def contact_sheet(pictures, columns=6):
     "Several pictures of one size side by side, for looking at."
     w, h = pictures[0].size
@@ -242,7 +247,7 @@ class IconClaim:
     value: str | int | None = None
     plural: bool = False
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #16dc0ec9
 def is_true(scene, claim):
     "Whether the claim holds in the scene; whatever is said of an absent object is false."
     g = scene.group(claim.object)
@@ -274,7 +279,7 @@ def subject_of(claim):
     "The claim's object as a grammatical subject: `the dog is`, `the dogs are`."
     return f"the {plural_of(claim.object)} are" if claim.plural else f"the {claim.object} is"
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #204b84af
 def fact_text(claim):
     "The claim as a sentence."
     if claim.type == "existence":
@@ -288,7 +293,7 @@ def fact_text(claim):
     where = f"in the {claim.value}" if claim.type == "relation" else claim.value
     return f"{subject_of(claim)} {where}.".capitalize()
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #6a31574c
 def question_text(claim):
     "The claim as a yes/no question."
     if claim.type == "existence":
@@ -314,7 +319,9 @@ HABIT = {"existence": 0.85, "attribute": 0.65, "number": 0.65, "relation": 0.65}
 
 
 def biased_groups(scene, rng, habit=HABIT):
-    "The scene's groups as a person of habit describes them: companions, typical colours, usual counts and sides, each with its probability."
+    """The scene's groups as a person of habit describes them: companions, typical colours, usual counts and
+    sides, each with its probability.
+    """
     said = []
     for g in scene.groups:
         theme, companion = THEME_OF[g.object], COMPANION.get(g.object)
@@ -332,7 +339,7 @@ def biased_groups(scene, rng, habit=HABIT):
         said.append(Group(object, colour, count, place))
     return tuple(said)
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #d5670baf
 def group_sentence(g, rng, first):
     "One sentence about a group, in one of several forms."
     noun = f"{g.colour} {g.object}" if g.count == 1 else f"{g.colour} {plural_of(g.object)}"
@@ -346,7 +353,7 @@ def group_sentence(g, rng, first):
         return f"In the {g.place}, there {be} {what}."
     return f"{what[0].upper()}{what[1:]} {be} in the {g.place}."
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #b15a7f3b
 def caption_text(groups, rng):
     "A description of these groups, in order, closed by an opinion."
     return " ".join([group_sentence(g, rng, i == 0) for i, g in enumerate(groups)] + [rng.choice(CLOSERS)])
@@ -367,7 +374,7 @@ def group_claims(object, colour, count, place, plural):
     claims.append(IconClaim("attribute", object, colour, plural))
     return claims + ([IconClaim("relation", object, place, plural)] if place else [])
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #9175dd98
 def read_claims(text):
     "The claims of a description, in order, without repetition."
     claims = []
@@ -394,9 +401,11 @@ def true_claim(scene, type, rng):
     value = {"existence": None, "attribute": g.colour, "number": g.count, "relation": g.place}[type]
     return IconClaim(type, g.object, value, g.count > 1)
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #0513246c
 def false_claim(scene, type, rng):
-    "A claim of this type that does not hold: an absent object (a companion half of the time), or a wrong value."
+    """A claim of this type that does not hold: an absent object (a companion half of the time), or a wrong
+    value.
+    """
     absent = [o for o in OBJECTS if scene.group(o) is None]
     likely = [o for o in absent if THEME_OF[o] == scene.theme] + 3 * [
         COMPANION[g.object] for g in scene.groups if COMPANION.get(g.object) in absent
@@ -425,7 +434,7 @@ def false_claim(scene, type, rng):
     )
     return IconClaim(type, g.object, value, g.count > 1 or type == "number")
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #532b4057
 def balanced_claims(scene, rng, per_type=1):
     "`per_type` true and as many false claims of every type that the scene allows, as (claim, truth) pairs."
     pairs = []
@@ -459,13 +468,15 @@ def short_questions(scene, rng):
     pairs.append((f"How many {plural_of(a.object)} are there?", f"{NUMBERS[a.count]}.".capitalize()))
     pairs.append(
         (
-            f"What colour {'is' if b.count == 1 else 'are'} the {b.object if b.count == 1 else plural_of(b.object)}?",
+            f"What colour {'is' if b.count == 1 else 'are'} the "
+            f"{b.object if b.count == 1 else plural_of(b.object)}?",
             f"{b.colour}.".capitalize(),
         )
     )
     pairs.append(
         (
-            f"Where {'is' if c.count == 1 else 'are'} the {c.object if c.count == 1 else plural_of(c.object)}?",
+            f"Where {'is' if c.count == 1 else 'are'} the "
+            f"{c.object if c.count == 1 else plural_of(c.object)}?",
             f"In the {c.place}.",
         )
     )
@@ -473,7 +484,9 @@ def short_questions(scene, rng):
 
 # %% ../../nbs/iconworld/01_world.ipynb #2b996f6f
 def write_prompts(folder, counts, blocks=1, seed=0):
-    "Writes pictures and the table `prompts` of `blocks` blocks, each with `counts` (split -> number) new scenes; returns the prompts."
+    """Writes pictures and the table `prompts` of `blocks` blocks, each with `counts` (split -> number) new
+    scenes; returns the prompts.
+    """
     folder, prompts = Path(folder), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for block in range(blocks):
@@ -497,7 +510,7 @@ def write_prompts(folder, counts, blocks=1, seed=0):
     write_table(folder, "prompts", prompts)
     return prompts
 
-
+# %% ../../nbs/iconworld/01_world.ipynb #5cb3309e
 def scene_of(prompt):
     "The scene behind a prompt of this world, or None for a prompt from elsewhere."
     world, _, scene_id = prompt.source.partition("/")

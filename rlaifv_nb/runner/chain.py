@@ -72,10 +72,11 @@ LIBRARY = Path(rlaifv_nb.__file__).parent
 
 # %% ../../nbs/runner/05_chain.ipynb #24d14190
 def take_prompts(parameters, folder):
-    """The first `n_prompts` prompts that a source has (0: all), their pictures left where they are if they are files; rows set aside on the
-    way, and rows read.
+    """The first `n_prompts` prompts that a source has (0: all), their pictures left where they are if they
+    are files; rows set aside on the way, and rows read.
 
-    Raises RecipeError when a source cannot be read or has fewer prompts."""
+    Raises RecipeError when a source cannot be read or has fewer prompts.
+    """
     source, n = parameters["source"], parameters["n_prompts"]
     options = {key: parameters[key] for key in INPUT_KEYS if key in parameters}
     try:
@@ -94,16 +95,19 @@ def take_prompts(parameters, folder):
         raise RecipeError(
             f"prompts.source: {max(n, 1)} prompts are needed (rounds x n_per_round), {source} has {len(rows)}"
             + (
-                f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} {set_aside[0].detail})"
+                f" and {len(set_aside)} unusable rows ({reasons}; the first: {set_aside[0].row_id} "
+                f"{set_aside[0].detail})"
                 if set_aside
                 else ""
             )
         )
     return rows, set_aside, n_rows
 
-
+# %% ../../nbs/runner/05_chain.ipynb #df21c15d
 def prepare_prompts(step, folder):
-    "Writes the table `prompts` of a run into `folder`, its manifest with a hash for each round, and for the icon world the pictures."
+    """Writes the table `prompts` of a run into `folder`, its manifest with a hash for each round, and for the
+    icon world the pictures.
+    """
     from rlaifv_nb.iconworld.world import write_prompts
 
     p = step.parameters
@@ -152,9 +156,11 @@ class StepError(RuntimeError):
 
 CODE = "code of the notebook"
 
-
+# %% ../../nbs/runner/05_chain.ipynb #6e7cd5da
 def content_sha(name, path, round):
-    "What identifies an input: the table `name` (or tables `name-...`) in `path`, of prompts this round's, else all files; empty if not there yet."
+    """What identifies an input: the table `name` (or tables `name-...`) in `path`, of prompts this round's,
+    else all files; empty if not there yet.
+    """
     if name == "prompts":
         return (
             "".join(read_manifest(path)["rounds"][round - 1 : round])[:12]
@@ -168,7 +174,7 @@ def content_sha(name, path, round):
     )
     return sha256_of("".join(sha256_of(f.read_bytes()) for f in files))[:12] if files else ""
 
-
+# %% ../../nbs/runner/05_chain.ipynb #fd5f6296
 def step_record(step, run, notebooks):
     "What decides whether a step is done, in the shape that `changed_keys` compares."
     inputs = {}
@@ -184,17 +190,20 @@ def step_record(step, run, notebooks):
         "inputs": inputs,
     }
 
-
+# %% ../../nbs/runner/05_chain.ipynb #489217f9
 def without_working_parameters(record):
     "A step's record without the parameters that decide how fast a stage works, but not what it writes."
     working = WORKING_PARAMETERS.get(record["stage"], ())
     return record | {"parameters": {k: v for k, v in record["parameters"].items() if k not in working}}
 
-
+# %% ../../nbs/runner/05_chain.ipynb #fb926236
 def is_done(step, run, notebooks, keep_code=False):
-    """Whether a step is finished and would come out the same. `keep_code` goes on with what other code of the notebook has made.
+    """Whether a step is finished and would come out the same.
 
-    Raises StepError naming what has changed since the step was started."""
+    `keep_code` goes on with what other code of the notebook has made.
+
+    Raises StepError naming what has changed since the step was started.
+    """
     folder, now, again = run / step.out, step_record(step, run, notebooks), restart_option(step)
     if not (folder / "step.json").exists():
         if (folder / "manifest.json").exists():
@@ -231,7 +240,7 @@ def heading_level(cell: dict) -> int:
     "1 for a Markdown cell that begins with `#`, 2 for `##`, ...; 0 for any other cell."
     return len(re.match("#*", cell.source)[0]) if cell.cell_type == "markdown" else 0
 
-
+# %% ../../nbs/runner/05_chain.ipynb #ed9903ca
 def introduced_code(cells: list[dict], i: int) -> list[dict]:
     """The code cells that Markdown cell `i` introduces: up to the next heading of its level or above, or for
     other text up to the next text."""
@@ -249,7 +258,7 @@ def is_example(cell: dict) -> bool:
     "Whether a cell is left out by the chain."
     return EXAMPLE in cell.metadata.get("tags", [])
 
-
+# %% ../../nbs/runner/05_chain.ipynb #6a0f45eb
 def is_program(cells: list[dict], i: int) -> bool:
     "Whether cell `i` of a notebook belongs to its program."
     if is_example(cells[i]) or cells[i].cell_type == "code":
@@ -266,9 +275,11 @@ def is_run_cell(cell: dict) -> bool:
         and RUN_CALL.search(cell.source) is not None
     )
 
-
+# %% ../../nbs/runner/05_chain.ipynb #f7da5770
 def program_of(nb: dict, name: str) -> dict:
-    "The notebook without its examples; a line under its title says how many there are and where the whole is."
+    """The notebook without its examples; a line under its title says how many there are and where the whole
+    is.
+    """
     import nbformat
 
     kept = [cell for i, cell in enumerate(nb.cells) if is_program(nb.cells, i)]
@@ -285,9 +296,12 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 
 
 def kernel_environment(environment: dict[str, str], n_devices: int) -> dict[str, str]:
-    """The variables that kernels get in addition to those in `environment`, on a machine with `n_devices` graphics cards.
+    """The variables that kernels get in addition to those in `environment`, on a machine with `n_devices`
+    graphics cards.
 
-    Small models on few cores stall when the threads of two processes spin for the same core: a forward of 17 ms took 2 s."""
+    Small models on few cores stall when the threads of two processes spin for the same core: a forward of 17
+    ms took 2 s.
+    """
     wanted = {}
     if not environment.get("OMP_WAIT_POLICY"):
         wanted["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -299,7 +313,7 @@ def kernel_environment(environment: dict[str, str], n_devices: int) -> dict[str,
         wanted["CUDA_VISIBLE_DEVICES"] = devices[0].strip()
     return wanted
 
-
+# %% ../../nbs/runner/05_chain.ipynb #b3f97778
 @contextmanager
 def environment_for_kernels():
     "Lets kernels that are started meanwhile find `kernel_environment`."
@@ -319,7 +333,10 @@ BAR = re.compile(r"([^\r\n|]*?):? *\d+%\|[^|\r\n]*\| *(\S+/\S+) \[")
 
 
 class Progress:
-    "How far a step is: a file for the standard error of its notebook, whose last progress bar is kept. `folder` is the step's."
+    """How far a step is: a file for the standard error of its notebook, whose last progress bar is kept.
+
+    `folder` is the step's.
+    """
 
     def __init__(self, folder: str | Path = ""):
         self.folder = folder
@@ -340,11 +357,12 @@ class Progress:
         steps = [int(path.name.rpartition("-")[2]) for path in checkpoints]
         return f"checkpoint after step {max(steps)}" if steps else self.bar
 
-
+# %% ../../nbs/runner/05_chain.ipynb #ea911872
 @contextmanager
 def progress_line(label: str, folder: str | Path = ""):
-    """One line: what goes on, its time and `Progress` (running along in a terminal), and at the end the `result` that
-    the caller has put there."""
+    """One line: what goes on, its time and `Progress` (running along in a terminal), and at the end the
+    `result` that the caller has put there.
+    """
     began = time.time()
     stop = threading.Event()
     progress = Progress(folder)
@@ -375,8 +393,10 @@ def progress_line(label: str, folder: str | Path = ""):
 
 # %% ../../nbs/runner/05_chain.ipynb #e9c0000a
 def kernel_settings():
-    """Options for Jupyter's client: connections are encrypted where it can do that, since others on a shared machine can reach a kernel's
-    ports; and a kernel that is interrupted while it shuts down, as Jupyter does at the end, does not report that into our progress line."""
+    """Options for Jupyter's client: connections are encrypted where it can do that, since others on a shared
+    machine can reach a kernel's ports; and a kernel that is interrupted while it shuts down, as Jupyter does
+    at the end, does not report that into our progress line.
+    """
     import zmq
     from jupyter_client import KernelManager
     from traitlets.config import Config
@@ -387,7 +407,7 @@ def kernel_settings():
         "extra_arguments": ["--IPKernelApp.log_level=50"],
     }
 
-
+# %% ../../nbs/runner/05_chain.ipynb #7eb71a10
 def papermill_parameters(step, run):
     "A step's parameters as papermill passes them: absolute paths."
 
@@ -402,15 +422,19 @@ def papermill_parameters(step, run):
     }
     return {**values, "out": str(run / step.out)}
 
-
+# %% ../../nbs/runner/05_chain.ipynb #86987b6f
 def failing_line(traceback):
-    "The line of the cell at which an error without a message occurred, from the coloured lines of its traceback."
+    """The line of the cell at which an error without a message occurred, from the coloured lines of its
+    traceback.
+    """
     lines = re.findall(r"^-+> *\d+ *(.*)", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback)), re.MULTILINE)
     return f"`{lines[0].strip()}`" if lines else "(no message)"
 
-
+# %% ../../nbs/runner/05_chain.ipynb #a3f7de75
 def last_cell_and_whether_it_ran(shown: Path) -> tuple[dict, bool]:
-    "The last cell that an executed notebook began, and whether the cell that runs the stage had ended by then."
+    """The last cell that an executed notebook began, and whether the cell that runs the stage had ended by
+    then.
+    """
     import nbformat
 
     cells = nbformat.read(shown, as_version=4).cells
@@ -420,12 +444,13 @@ def last_cell_and_whether_it_ran(shown: Path) -> tuple[dict, bool]:
             begun.append(cell)
     return begun[-1], any(map(is_run_cell, begun[:-1]))
 
-
+# %% ../../nbs/runner/05_chain.ipynb #68f036c0
 def execute_notebook(step, run: Path, notebooks: Path, progress: Progress | None = None) -> str:
-    """Executes the program of a step's notebook into its folder; returns which cell behind the finished stage failed
-    and why, or an empty string.
+    """Executes the program of a step's notebook into its folder; returns which cell behind the finished stage
+    failed and why, or an empty string.
 
-    Raises StepError in one paragraph when a cell fails or the kernel dies before the stage has finished."""
+    Raises StepError in one paragraph when a cell fails or the kernel dies before the stage has finished.
+    """
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -460,9 +485,11 @@ def execute_notebook(step, run: Path, notebooks: Path, progress: Progress | None
         )
     return ""
 
-
+# %% ../../nbs/runner/05_chain.ipynb #a49a85c6
 def run_step(step, run, notebooks, label=""):
-    "Makes one step, whatever of it is there being continued; its folder's step.json sums up the seconds of all attempts (of a killed one: none)."
+    """Makes one step, whatever of it is there being continued; its folder's step.json sums up the seconds of
+    all attempts (of a killed one: none).
+    """
     folder, began = run / step.out, time.time()
     plan = folder / "step.json"
     before = json.loads(plan.read_text()) if plan.exists() else {"seconds": 0, "attempts": 0}
@@ -483,7 +510,7 @@ def run_step(step, run, notebooks, label=""):
     if failed_check:
         print(f"  {step.out} is done and kept, but a cell that looks at its results failed: {failed_check}")
 
-
+# %% ../../nbs/runner/05_chain.ipynb #d720c73b
 def describe_rows(manifest):
     "`2,910 rows, 90 set aside`."
     aside = sum(manifest["set_aside"].values())
@@ -492,7 +519,9 @@ def describe_rows(manifest):
 # %% ../../nbs/runner/05_chain.ipynb #9fe04e80
 @contextmanager
 def run_lock(run):
-    "Keeps a second chain out of a run folder while this one runs; the lock goes with the process, however that ends."
+    """Keeps a second chain out of a run folder while this one runs; the lock goes with the process, however
+    that ends.
+    """
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "w") as f:
         try:
@@ -501,9 +530,11 @@ def run_lock(run):
             raise StepError(f"another chain is running in {run}") from e
         yield
 
-
+# %% ../../nbs/runner/05_chain.ipynb #ae2b7d1d
 def git_commit():
-    "The commit of the checkout that this library runs from, `+` when files have changed since; empty for an installed package."
+    """The commit of the checkout that this library runs from, `+` when files have changed since; empty for an
+    installed package.
+    """
 
     def git(*args):
         return subprocess.run(
@@ -516,7 +547,7 @@ def git_commit():
     except (OSError, subprocess.CalledProcessError):
         return ""
 
-
+# %% ../../nbs/runner/05_chain.ipynb #071b9b1b
 def run_manifest(recipe, steps, run):
     "What a finished run says about itself: recipe, commit, versions, and each step's rows and seconds."
     rows = []
@@ -541,11 +572,13 @@ def run_manifest(recipe, steps, run):
         "steps": rows,
     }
 
-
+# %% ../../nbs/runner/05_chain.ipynb #6460ed44
 def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False):
     """Makes all steps of a recipe in the folder `run` that are not done yet; returns the run's manifest.
 
-    `remake` (with `remake_round`) names the notebook from which everything is deleted and made again. Raises RecipeError and StepError."""
+    `remake` (with `remake_round`) names the notebook from which everything is deleted and made again. Raises
+    RecipeError and StepError.
+    """
     run, notebooks = Path(run).resolve(), Path(notebooks)
     if "," in str(run):
         raise RecipeError(f"{run}: a run folder's path cannot have a comma, which separates adapters")

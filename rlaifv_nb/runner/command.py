@@ -37,7 +37,8 @@ EVALUATE_OPTIONS = (
         "--data",
         str,
         "FOLDER",
-        "where the benchmark's files and its images/ are; if some are missing, it is said what to fetch from where",
+        "where the benchmark's files and its images/ are; if some are missing, it is said what to fetch "
+        "from where",
     ),
     ("--answers", str, "FILE", "score this answer file instead of a model"),
     (
@@ -50,7 +51,8 @@ EVALUATE_OPTIONS = (
         "--judge",
         str,
         "SPEC",
-        "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a judge",
+        "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a "
+        "judge",
     ),
     ("--prompt", str, "FILE", "your own prompt for the judge"),
     ("--trust-prompt", str, "FILE", "your own second prompt of refomb"),
@@ -76,9 +78,11 @@ EVALUATE_OPTIONS = (
     ("--seed", int, "N", "of the intervals' draws"),
 )
 
-
+# %% ../../nbs/runner/07_command.ipynb #21c0fbc5
 def add_evaluation_commands(commands):
-    "Adds `evaluate` and `leaderboard` to the command line; options that are not given keep the defaults of `evaluate.Request`."
+    """Adds `evaluate` and `leaderboard` to the command line; options that are not given keep the defaults of
+    `evaluate.Request`.
+    """
     evaluate = commands.add_parser("evaluate", help="measure a model on a benchmark", allow_abbrev=False)
     evaluate.add_argument("model", nargs="?", default="", help="a Hub id, a folder or packaged:NAME")
     evaluate.add_argument(
@@ -106,7 +110,7 @@ def add_evaluation_commands(commands):
     leaderboard.add_argument("folder", help="a folder that holds evaluations, runs, or both")
     leaderboard.set_defaults(function=command_leaderboard)
 
-
+# %% ../../nbs/runner/07_command.ipynb #433a1062
 def command_evaluate(args):
     "Measures, prints the tables, and compares with another evaluation if one is named."
     from rlaifv_nb.benchmarks.evaluate import Request, evaluation_text, run_evaluate, write_comparison
@@ -131,7 +135,7 @@ def command_evaluate(args):
         raise StepError(str(e)) from e
     print(f"evaluation: {out}")
 
-
+# %% ../../nbs/runner/07_command.ipynb #355d4c5e
 def command_leaderboard(args):
     "Writes the page of all evaluations in a folder."
     from rlaifv_nb.runner.leaderboard import write_leaderboard
@@ -163,7 +167,7 @@ A run folder:  recipe.yaml        the recipe with everything it extends
                manifest.json, report.html
 """
 
-
+# %% ../../nbs/runner/07_command.ipynb #c23ac2c0
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
 
@@ -171,7 +175,7 @@ class Parser(argparse.ArgumentParser):
         "Raises RecipeError."
         raise RecipeError(f"{message} ({self.prog} --help shows what is possible)")
 
-
+# %% ../../nbs/runner/07_command.ipynb #cabc9de4
 def make_parser():
     "The command line."
     parser = Parser(
@@ -257,7 +261,7 @@ def make_parser():
     )
     return parser
 
-
+# %% ../../nbs/runner/07_command.ipynb #cb2a6fe6
 def add_import(commands):
     "The command line of `rlaifv import`."
     parser = commands.add_parser(
@@ -267,7 +271,8 @@ def add_import(commands):
     )
     parser.add_argument(
         "source",
-        help="a folder of pictures, a JSONL file (own or official), a Parquet or Arrow file, a dataset's folder, or dataset:NAME on the Hub",
+        help="a folder of pictures, a JSONL file (own or official), a Parquet or Arrow file, a dataset's "
+        "folder, or dataset:NAME on the Hub",
     )
     parser.add_argument("--out", required=True, help="folder of the new table")
     parser.add_argument("--question", help="the question about every picture that has none of its own")
@@ -291,7 +296,7 @@ def add_import(commands):
         parser.add_argument(f"--{table}", help=after)
     parser.set_defaults(function=command_import)
 
-
+# %% ../../nbs/runner/07_command.ipynb #fdfcb382
 def add_export(commands):
     "The command line of `rlaifv export`."
     parser = commands.add_parser(
@@ -303,7 +308,8 @@ def add_export(commands):
     parser.add_argument(
         "--to",
         required=True,
-        help="official (the files of the official scripts), rlaifv-dataset, trl, or merged (weights for plain transformers)",
+        help="official (the files of the official scripts), rlaifv-dataset, trl, or merged (weights for "
+        "plain transformers)",
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--round", type=int, default=0, help="the round (default: the last)")
@@ -317,7 +323,7 @@ def add_export(commands):
     )
     parser.set_defaults(function=command_export)
 
-
+# %% ../../nbs/runner/07_command.ipynb #fa6ac371
 def parse_settings(settings):
     "`05_dpo.beta=0.2` texts as a nested dict. Raises RecipeError for what is not of that form."
     overrides = {}
@@ -333,7 +339,7 @@ def parse_settings(settings):
         overrides = merge(overrides, {notebook: {parameter: parsed}})
     return overrides
 
-
+# %% ../../nbs/runner/07_command.ipynb #4454f2b6
 def command_run(args):
     "Carries out a recipe, or each of its variants in a folder of its own, and writes the report."
     if args.round and not args.remake:
@@ -344,7 +350,8 @@ def command_run(args):
     run = Path(args.out or Path("runs") / recipe.name)
     if recipe.variants and args.remake:
         raise RecipeError(
-            f"--from works on one run: rlaifv run {run}/VARIANT/recipe.yaml --out {run}/VARIANT --from {args.remake}"
+            f"--from works on one run: rlaifv run {run}/VARIANT/recipe.yaml --out {run}/VARIANT --from "
+            f"{args.remake}"
         )
     for name, variant in recipe.variants.items():
         print(f"{name}: {run / name}")
@@ -356,11 +363,13 @@ def command_run(args):
         run_chain(recipe, run, notebooks, args.remake, args.round, args.keep_code)
     return command_report(argparse.Namespace(folder=run))
 
-
+# %% ../../nbs/runner/07_command.ipynb #57d19194
 def command_plan(args):
-    """Prints what a recipe will take, and what would keep `rlaifv run` from starting on this machine (its card only where no other one is named).
+    """Prints what a recipe will take, and what would keep `rlaifv run` from starting on this machine (its
+    card only where no other one is named).
 
-    Raises RecipeError naming the key to change when a stage does not fit."""
+    Raises RecipeError naming the key to change when a stage does not fit.
+    """
     from rlaifv_nb.runner.machine import look_at_machine
     from rlaifv_nb.runner.plan import card_of, lengths_of, print_plan, speeds_of
 
@@ -394,7 +403,7 @@ def command_plan(args):
         for problem in found.problems:
             print(f"  before `rlaifv run` can start: {problem}")
 
-
+# %% ../../nbs/runner/07_command.ipynb #fe23835f
 def command_report(args):
     "Writes the report of a run folder, or the comparison of the runs in it."
     try:
@@ -402,7 +411,7 @@ def command_report(args):
     except ValueError as e:
         raise StepError(str(e)) from e
 
-
+# %% ../../nbs/runner/07_command.ipynb #e9779081
 def command_import(args):
     "Makes a table from a source and says what became of its rows."
     from rlaifv_nb.exchange.inputs import import_prompts
@@ -416,7 +425,8 @@ def command_import(args):
             stage = import_prompts(args.source, args.out, args.n_prompts, not args.no_copy, **options)
         elif "prompts" not in tables or set(options) - {"images"} or args.n_prompts or args.no_copy:
             raise ValueError(
-                "an official file of a later step needs --prompts, and of the other options only --responses, --claims and --images"
+                "an official file of a later step needs --prompts, and of the other options only "
+                "--responses, --claims and --images"
             )
         else:
             stage = from_official(args.source, args.out, **tables, images=args.images or "")
@@ -427,7 +437,7 @@ def command_import(args):
     for reason, n in manifest["set_aside"].items():
         print(f"  {n:,} {reason}")
 
-
+# %% ../../nbs/runner/07_command.ipynb #b864416d
 def command_export(args):
     "Writes a round of a run in a public form and says how much."
     from rlaifv_nb.exchange.public import export_run
@@ -438,7 +448,7 @@ def command_export(args):
         raise StepError(str(e)) from e
     print(f"{args.out}: " + ", ".join(f"{name} {value}" for name, value in written.items()))
 
-
+# %% ../../nbs/runner/07_command.ipynb #93a7d51d
 def command_recipes(args):
     "Lists the packaged recipes."
     for name in packaged_recipes():
@@ -448,9 +458,12 @@ def command_recipes(args):
             + (f" (variants: {', '.join(recipe.variants)})" if recipe.variants else "")
         )
 
-
+# %% ../../nbs/runner/07_command.ipynb #ad00c36b
 def main(argv=None):
-    "The command `rlaifv`. Returns its exit code: 0, 2 for what the person can mend (told in one line), 130 when interrupted."
+    """The command `rlaifv`.
+
+    Returns its exit code: 0, 2 for what the person can mend (told in one line), 130 when interrupted.
+    """
     try:
         args = make_parser().parse_args(argv)
         args.function(args)

@@ -58,7 +58,7 @@ def missing_weights(folder: Path) -> list[str]:
         names = set(json.loads(index.read_text())["weight_map"].values())
     return sorted(name for name in names if not (folder / name).is_file())
 
-
+# %% ../../nbs/runner/02_machine.ipynb #26e922b9
 def cached_folder(name: str) -> Path | None:
     "The folder of a Hub model in the cache, or None where the cache does not hold all of it."
     from huggingface_hub import snapshot_download
@@ -74,7 +74,7 @@ def cached_folder(name: str) -> Path | None:
         return None
     return None if missing_weights(folder) else folder
 
-
+# %% ../../nbs/runner/02_machine.ipynb #31ae1491
 def not_ready(name: str, error: Exception) -> NotReady:
     "What an error of the Hub's client means for a model that is not in the cache, as NotReady."
     from huggingface_hub import constants, errors
@@ -96,7 +96,7 @@ def not_ready(name: str, error: Exception) -> NotReady:
         )
     return Unreachable(" ".join(f"{type(error).__name__}: {error}".split())[:150])
 
-
+# %% ../../nbs/runner/02_machine.ipynb #0a84bc52
 def unreachable_text(names: list[str], reason: str) -> str:
     "One line about models that neither the Hub nor the cache gives."
     from huggingface_hub import constants
@@ -107,9 +107,12 @@ def unreachable_text(names: list[str], reason: str) -> str:
         f"go online, or run {commands} beforehand"
     )
 
-
+# %% ../../nbs/runner/02_machine.ipynb #3d6972b2
 def find_model(name: str) -> tuple[Path, int]:
-    "The folder with a model's configuration and processor, and the bytes still to be downloaded. Raises NotReady."
+    """The folder with a model's configuration and processor, and the bytes still to be downloaded.
+
+    Raises NotReady.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
@@ -138,8 +141,9 @@ def find_model(name: str) -> tuple[Path, int]:
 
 # %% ../../nbs/runner/02_machine.ipynb #ac40000f
 def small_files_problem(model: WantedModel, folder: Path) -> str:
-    """Why configuration and processor (of a language model, the tokenizer) of a model cannot be used; empty if
-    they can."""
+    """Why configuration and processor (of a language model, the tokenizer) of a model cannot be used; empty
+    if they can.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -180,7 +184,7 @@ def has_nvidia_card() -> bool:
     "Whether this machine seems to have a card of NVIDIA's, whatever PyTorch says."
     return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
 
-
+# %% ../../nbs/runner/02_machine.ipynb #67181838
 def driver_version() -> str:
     "The version of NVIDIA's driver, from the kernel or from nvidia-smi; empty if neither knows."
     texts = []
@@ -196,7 +200,7 @@ def driver_version() -> str:
     found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", "\n".join(texts))
     return found[1] if found else ""
 
-
+# %% ../../nbs/runner/02_machine.ipynb #e9ae9d84
 def why_no_cuda() -> str:
     "Why PyTorch finds no CUDA device, and what to do about it where there is a card; empty if it finds one."
     import torch
@@ -216,7 +220,8 @@ def why_no_cuda() -> str:
     least, driver = LEAST_DRIVER.get(int(torch.version.cuda.partition(".")[0])), driver_version()
     if driver and least and int(driver.partition(".")[0]) < least:
         return (
-            f"torch {release} was built for CUDA {torch.version.cuda}, which needs NVIDIA's driver {least} or "
+            f"torch {release} was built for CUDA {torch.version.cuda}, which needs NVIDIA's driver {least} "
+            "or "
             f"newer, and this machine has {driver}: update the driver, or take a build for CUDA 12.6 (driver "
             f"{LEAST_DRIVER[12]} or newer): {CUDA_BUILDS}"
         )
@@ -240,12 +245,13 @@ def count_weights(model: WantedModel, folder: Path) -> int:
         empty = kind.from_config(config)
     return sum(w.numel() for w in empty.parameters())
 
-
+# %% ../../nbs/runner/02_machine.ipynb #16d403c0
 def device_problem(device: str, sizes: dict[str, int]) -> tuple[str, bool]:
-    """Why models of these sizes (name -> number of weights) cannot run on a recipe's `device`: auto, cuda or cpu;
-    and whether that is a reason to stop.
+    """Why models of these sizes (name -> number of weights) cannot run on a recipe's `device`: auto, cuda or
+    cpu; and whether that is a reason to stop.
 
-    Without a problem the text is empty. A broken driver is told, but does not stop models that a CPU can run."""
+    Without a problem the text is empty. A broken driver is told, but does not stop models that a CPU can run.
+    """
     reason = "" if device == "cpu" else why_no_cuda()
     if not reason:
         return "", False
@@ -255,7 +261,8 @@ def device_problem(device: str, sizes: dict[str, int]) -> tuple[str, bool]:
     if large:
         models = ", ".join(f"{name} ({n / BILLION:.1f} billion weights)" for name, n in large.items())
         return (
-            f"{models}: too large for a CPU, and {reason}. `device: cpu` in the recipe runs it on the CPU all "
+            f"{models}: too large for a CPU, and {reason}. `device: cpu` in the recipe runs it on the CPU "
+            "all "
             "the same"
         ), True
     if has_nvidia_card():
@@ -288,9 +295,11 @@ class Findings:
     notes: tuple[str, ...]
     to_download: dict[str, int]
 
-
+# %% ../../nbs/runner/02_machine.ipynb #e69b9bb2
 def look_at_machine(steps: list[Step], device: str = "auto", configs: str = "") -> Findings:
-    "The `Findings` for the steps of a plan on this machine, without models whose configuration is in `configs`."
+    """The `Findings` for the steps of a plan on this machine, without models whose configuration is in
+    `configs`.
+    """
     from rlaifv_nb.engine.pictures import torchvision_problem
 
     if problem := torchvision_problem():
@@ -326,7 +335,7 @@ def look_at_machine(steps: list[Step], device: str = "auto", configs: str = "") 
         problems.append(text)
     return Findings(tuple(problems), tuple(notes), to_download)
 
-
+# %% ../../nbs/runner/02_machine.ipynb #35b263e8
 def check_machine(recipe: Recipe, steps: list[Step]) -> None:
     """Prints what should be known before these steps of a recipe are run.
 

@@ -68,7 +68,7 @@ class Card:
     tflops: float
     gb_per_second: float
 
-
+# %% ../../nbs/runner/03_plan.ipynb #7eeb4ad6
 NAMED_CARDS = {
     "3060": Card("RTX 3060 12 GB", 11.7, 25, 360),
     "3090": Card("RTX 3090", 23.6, 71, 936),
@@ -85,6 +85,8 @@ NAMED_CARDS = {
     "l4": Card("L4", 22.0, 121, 300),
     "l40s": Card("L40S", 44.4, 362, 864),
 }
+
+# %% ../../nbs/runner/03_plan.ipynb #66e365ac
 MEANT = {
     8: "4060",
     12: "3060",
@@ -116,14 +118,14 @@ def nearest_card(name: str, gib: float) -> Card:
     like = min(same or larger or NAMED_CARDS.values(), key=lambda card: (abs(card.gib - gib), card.tflops))
     return replace(like, name=name, gib=gib)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #4b538815
 def detected_card() -> Card | None:
     "The card of this machine, or None."
     if not torch.cuda.is_available():
         return None
     return nearest_card(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / GIB)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #c1f3996a
 def card_of(gpu: str | int) -> Card | None:
     """The card that `--gpu` means: a name, or GB; empty or 0 is this machine's, None without one.
 
@@ -157,7 +159,7 @@ class Lengths:
     largest: tuple = ((4000, 3000), (3000, 4000), (3000, 3000), (4000, 2250))  # large ones in several shapes
     all_alike: bool = False  # take sizes as given here even of pictures that could be looked at
 
-
+# %% ../../nbs/runner/03_plan.ipynb #b4a8507e
 def lengths_of(picture: str = "") -> Lengths:
     """The assumptions, with `--picture 1024x768` as the size of all pictures.
 
@@ -219,7 +221,7 @@ class Seen:
     height: int
     question: str = ""
 
-
+# %% ../../nbs/runner/03_plan.ipynb #7aa39a88
 def upright_size(image: bytes | Path) -> tuple[int, int]:
     """Width and height of a picture as people see it, from its header alone.
 
@@ -275,7 +277,7 @@ def spread(rows: list, n: int = 8) -> list:
     n = min(n, len(rows))
     return [rows[(2 * k + 1) * len(rows) // (2 * n)] for k in range(n)]
 
-
+# %% ../../nbs/runner/03_plan.ipynb #997cca63
 def extremes(rows: list) -> list:
     "Rows with the largest, widest, tallest and most nearly square picture, and with the longest question."
     widest = max(rows, key=lambda row: row.width / row.height)
@@ -284,7 +286,7 @@ def extremes(rows: list) -> list:
     longest = max(rows, key=lambda row: len(row.question))
     return list(dict.fromkeys([max(rows, key=area), widest, tallest, square, longest]))
 
-
+# %% ../../nbs/runner/03_plan.ipynb #a35883e8
 def pictures_of(recipe, lengths: Lengths) -> Pictures:
     """The pictures of a recipe: looked at where they are on this machine, else assumed.
 
@@ -311,7 +313,7 @@ def pictures_of(recipe, lengths: Lengths) -> Pictures:
     words += f"; too few, the recipe takes {n:,}" if len(rows) < n else ""
     return Pictures(spread(rows), extremes(rows), words)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #a9fe1f06
 def shown(size: tuple) -> str:
     "A size as people write it."
     return "x".join(map(str, size))
@@ -357,7 +359,7 @@ def qwen_shapes(vision, size: tuple, max_pixels: int) -> tuple:
     pixels = (rows * columns, 3 * vision.temporal_patch_size * vision.patch_size**2)
     return pixels, {"image_grid_thw": torch.tensor([[1, rows, columns]])}
 
-
+# %% ../../nbs/runner/03_plan.ipynb #cf0f8c5a
 def picture_shapes(config, size: tuple, max_pixels: int = 0) -> tuple:
     """A picture's tensors as the model's processor would make them: (shape of pixels, further whole numbers).
 
@@ -383,7 +385,7 @@ class Padding:
 
     pad_token_id: int = 0
 
-
+# %% ../../nbs/runner/03_plan.ipynb #bb2802d4
 def assumed_prompt(vlm, row: Seen, lengths: Lengths, asked: dict) -> dict:
     "A prompt's tensors from the configuration alone. `asked`: `max_pixels` and `system_prompt` of the stage."
     config = vlm.core.config
@@ -399,7 +401,7 @@ def assumed_prompt(vlm, row: Seen, lengths: Lengths, asked: dict) -> dict:
     types = {"mm_token_type_ids": (ids == config.image_token_id).long()} if start is not None else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **picture}
 
-
+# %% ../../nbs/runner/03_plan.ipynb #6c2ea53b
 DESCRIBE = "Describe the image in detail."  # where a source has no question of its own
 
 
@@ -427,7 +429,7 @@ def n_tokens(prompt: dict) -> int:
     "Tokens of a prompt."
     return prompt["input_ids"].shape[1]
 
-
+# %% ../../nbs/runner/03_plan.ipynb #684b73b7
 def flops_of(vlm, run) -> int:
     "Floating-point operations of matrix products in `run()`, dry."
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -459,7 +461,7 @@ def preparing_seconds(vlm, row: Seen, lengths: Lengths, asked: dict) -> float:
         times.append(time.perf_counter() - began)
     return min(times) + decoding
 
-
+# %% ../../nbs/runner/03_plan.ipynb #baebd78e
 def most_pixels(vlm, rows: list, asked: dict) -> list:
     "Of the rows, those of which a model without a processor gets the most pixels; with one, all."
     if not isinstance(vlm.processor, Padding):
@@ -468,7 +470,7 @@ def most_pixels(vlm, rows: list, asked: dict) -> list:
     pixels = [math.prod(picture_shapes(config, (row.width, row.height), limit)[0]) for row in rows]
     return [row for row, n in zip(rows, pixels) if n == max(pixels)]
 
-
+# %% ../../nbs/runner/03_plan.ipynb #3a34bf3a
 def prompts_of(vlm, problem: str, pictures: Pictures, lengths: Lengths, asked: dict) -> Prompts:
     "The prompts of a stage. `problem` says why the model has no processor."
     ordinary = [prompt_of(vlm, row, lengths, asked) for row in pictures.ordinary]
@@ -559,7 +561,7 @@ class Launches(TorchDispatchMode):
         self.n += not (func.is_view or func is torch.ops.aten._unsafe_view.default)
         return func(*args, **(kwargs or {}))
 
-
+# %% ../../nbs/runner/03_plan.ipynb #a245de81
 @torch.no_grad()
 def step_launches(vlm) -> int:
     "Operations of one decoding step of four rows, its head included."
@@ -577,7 +579,7 @@ def step_launches(vlm) -> int:
     dry.dry_peak(vlm, step)
     return launches.n
 
-
+# %% ../../nbs/runner/03_plan.ipynb #b6e1151b
 def step_floor(layers: int, launches: int) -> float:
     "Seconds that a decoding step takes on any card."
     return layers * LAYER_SECONDS + launches * LAUNCH_SECONDS
@@ -603,7 +605,7 @@ class Decoder:
         packed = PACKED_BYTES if rows <= FUSED_ROWS else UNPACKING_BYTES + 2
         return self.packed * packed + (self.weights - self.packed) * self.itemsize
 
-
+# %% ../../nbs/runner/03_plan.ipynb #2890ed32
 def decoder_of(vlm) -> Decoder:
     "The `Decoder` of a model."
     text, language_model = vlm.core.config.get_text_config(), vlm.core.get_decoder()
@@ -630,7 +632,7 @@ LIKELY = Pace(0.5, 0.7, 1.0)
 SLOW = Pace(0.35, 0.5, 1.3)
 FAST = Pace(0.6, 0.9, 0.8)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #262c527e
 def step_seconds(
     decoder: Decoder, floor: float, rows: float, held: float, card: Card, pace: Pace = LIKELY
 ) -> float:
@@ -661,7 +663,7 @@ class Load:
         "All tokens."
         return self.read + self.trained + self.sampled
 
-
+# %% ../../nbs/runner/03_plan.ipynb #6ff6edb2
 @dataclass(frozen=True)
 class Spent:
     "Seconds of a round by what they go to."
@@ -675,7 +677,7 @@ class Spent:
         "All seconds."
         return self.reading + self.sampling + self.preparing
 
-
+# %% ../../nbs/runner/03_plan.ipynb #d11aaef6
 def seconds_of(
     load: Load, decoder: Decoder, floor: float, preparing: float, card: Card, pace: Pace = LIKELY
 ) -> Spent:
@@ -706,7 +708,7 @@ def mean_answer(s: Planned) -> float:
     "Mean tokens of an answer."
     return min(s.lengths.answer, s.p["answer"])
 
-
+# %% ../../nbs/runner/03_plan.ipynb #5f3a4c70
 def answer_steps(s: Planned, answers: float, rows: float, queue: float) -> float:
     "`decoding_steps` answers of a stage."
     return decoding_steps(answers, rows, mean_answer(s), min(s.lengths.longest_answer, s.p["answer"]), queue)
@@ -734,7 +736,7 @@ def sampling_memory(s: Planned) -> tuple[int, str]:
 
     return s.peak(sample), batch_words(s, p["n_samples"])
 
-
+# %% ../../nbs/runner/03_plan.ipynb #67d24ac5
 def sampling_load(s: Planned) -> Load:
     "A round of it."
     p, prompts, n = s.p, s.prompts, prompts_per_round(s.recipe)
@@ -776,7 +778,7 @@ class Asking:
     written: int  # of what is written, on average
     longest_written: int
 
-
+# %% ../../nbs/runner/03_plan.ipynb #ca51673d
 def askings_of(s: Planned) -> list[Asking]:
     "What a round asks: for facts, then for questions."
     p, lengths = s.p, s.lengths
@@ -803,7 +805,7 @@ def askings_of(s: Planned) -> list[Asking]:
     )
     return [facts, questions] if share else [facts]
 
-
+# %% ../../nbs/runner/03_plan.ipynb #1ecad041
 def rows_of_texts(p: dict, rest: int) -> int:
     "Texts that are read at a time behind an instruction."
     return max(1, min(p["batch_size"], TEXT_TOKENS // (rest + p["max_new_tokens"])))
@@ -821,7 +823,7 @@ def claims_memory(s: Planned) -> tuple[int, str]:
     rows = rows_of_texts(p, askings[0].longest)
     return work, f"{rows} texts of {askings[0].longest} and lists of {p['max_new_tokens']}"
 
-
+# %% ../../nbs/runner/03_plan.ipynb #c23bd029
 def claims_load(s: Planned) -> Load:
     "A round of it."
     p, decoder = s.p, decoder_of(s.vlm)
@@ -856,7 +858,7 @@ def feedback_memory(s: Planned) -> tuple[int, str]:
     work = s.peak(lambda: dry.feedback_work(s.vlm, prompts, asked, lengths.claim, p.get("max_tokens", 16384)))
     return work, f"{n} prompts of {n_tokens(s.prompts.longest)} x {asked} questions of {lengths.claim}"
 
-
+# %% ../../nbs/runner/03_plan.ipynb #691d1a7a
 def questions_load(s: Planned, n: int, asked: int) -> Load:
     "Reading `n` prompts and `asked` questions about each."
     p, prompts, claim, decoder = s.p, s.prompts, s.lengths.claim, decoder_of(s.vlm)
@@ -870,7 +872,7 @@ def questions_load(s: Planned, n: int, asked: int) -> Load:
     flops = n * prompts.flops + 2 * decoder.weights * branches
     return Load(read=n * prompts.tokens + branches, flops=flops, passes=passes, pictures=n)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #a642ad63
 def feedback_load(s: Planned) -> Load:
     "A round of it."
     return questions_load(s, prompts_per_round(s.recipe), s.lengths.claims * s.p["n_samples"])
@@ -892,13 +894,13 @@ def features_bytes(s: Planned) -> float:
     "Bytes of an ordinary picture's features."
     return s.prompts.features * s.vlm.core.config.get_text_config().hidden_size * s.vlm.core.dtype.itemsize
 
-
+# %% ../../nbs/runner/03_plan.ipynb #f33ed068
 def cached_share(s: Planned) -> float:
     "The share of a round's pictures whose features the cache can hold."
     wanted = features_bytes(s) * prompts_per_round(s.recipe)
     return min(1.0, s.p["cache_gb"] * 1e9 / wanted) if wanted else 1.0
 
-
+# %% ../../nbs/runner/03_plan.ipynb #699235db
 def dpo_load(s: Planned) -> Load:
     "A round of it."
     p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
@@ -930,7 +932,7 @@ def evaluation_memory(s: Planned) -> tuple[int, str]:
 
     return max(asked, s.peak(answer)), words
 
-
+# %% ../../nbs/runner/03_plan.ipynb #1fbcbefc
 def evaluation_load(s: Planned) -> Load:
     "All of it."
     p, prompts, n = s.p, s.prompts, s.p["n_scenes"] * (1 + s.recipe.rounds)
@@ -949,7 +951,7 @@ def evaluation_load(s: Planned) -> Load:
         pictures=2 * n,
     )
 
-
+# %% ../../nbs/runner/03_plan.ipynb #fdac5c8b
 def guided_candidates(s: Planned) -> int:
     "Candidates of a prompt."
     return s.p["n_samples"] if s.p["responses"] else s.p["n_candidates"]
@@ -962,7 +964,7 @@ def guided_memory(s: Planned) -> tuple[int, str]:
     work = s.peak(lambda: dry.guided_work(s.vlm, prompts, each, p["max_new_tokens"], p["temperature"]))
     return work, batch_words(s, each)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #0b6b602d
 def guided_load(s: Planned) -> Load:
     "All of it, or a round of it where it judges responses."
     p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
@@ -1006,7 +1008,7 @@ def cached_bytes(name: str) -> int:
         return 0
     return sum(path.stat().st_size for path in Path(found).glob("*.safetensors"))
 
-
+# %% ../../nbs/runner/03_plan.ipynb #8387d348
 def download_bytes(name: str, weights: int) -> int:
     "About how many bytes of a model of so many weights are still to be downloaded, without asking the Hub."
     return 0 if Path(resolve_path(name)).is_dir() else max(0, 2 * weights - cached_bytes(name))
@@ -1016,7 +1018,7 @@ def adapter_bytes(vlm) -> int:
     "Bytes of a model's adapter."
     return sum(w.nbytes for name, w in vlm.model.named_parameters() if "lora_" in name)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #05d515b2
 def written(s: Planned) -> tuple[int, int]:
     "Bytes that a stage leaves behind in all of its rounds, and those that it needs on top while it runs."
     n, p, lengths = prompts_per_round(s.recipe), s.p, s.lengths
@@ -1041,7 +1043,7 @@ def free_bytes(place: str | Path) -> tuple[int, int]:
         place = place.parent
     return shutil.disk_usage(place).free, place.stat().st_dev
 
-
+# %% ../../nbs/runner/03_plan.ipynb #28099714
 def disk_problem(downloads: float, kept: float, cache: str | Path, run: str | Path) -> str:
     """What a disk lacks for so many bytes in the Hub's cache and in the run folder.
 
@@ -1124,7 +1126,7 @@ def open_stage(
         planned.adapter_launches = 0 if planned.merges else step_launches(vlm)
     return planned
 
-
+# %% ../../nbs/runner/03_plan.ipynb #6a622d03
 def floor_of(s: Planned) -> float:
     "Seconds of a step or pass on any card, the mean of all rounds."
     layers = s.vlm.core.config.get_text_config().num_hidden_layers
@@ -1176,7 +1178,7 @@ def plan_stage(
     plan = replace(plan, seconds=seconds[0], best=seconds[1], worst=seconds[2])
     return plan, f"{notebook}: {about_stage(s, load, None if speed else card)}"
 
-
+# %% ../../nbs/runner/03_plan.ipynb #14d04e4d
 def spent_by(s: Planned, load: Load, card: Card, pace: Pace = LIKELY) -> Spent:
     "Seconds of a round of a stage."
     preparing = s.prompts.preparing if s.prompts else 0
@@ -1202,7 +1204,7 @@ def about_stage(s: Planned, load: Load, card: Card | None) -> str:
         parts.append(f"{shown_time(spent.preparing)} preparing pictures on the CPU")
     return f"{lengths}; a round takes {', '.join(parts)}"
 
-
+# %% ../../nbs/runner/03_plan.ipynb #3327025f
 def shown_time(seconds: float) -> str:
     "A time with the digits that an estimate deserves."
     if seconds != seconds:
@@ -1233,7 +1235,7 @@ def milder_to_stronger(notebook: str, p: dict, changed: dict) -> list[dict]:
             tries.append(tries[-1] | {key: value})
     return tries
 
-
+# %% ../../nbs/runner/03_plan.ipynb #33cf17b9
 def advise(notebook: str, p: dict, recipe, card: Card, lengths: Lengths, configs: str | Path = "") -> str:
     "Which key to change, and to what, so that the stage fits the card; or that nothing helps."
     for quantised in [{}, {"quantisation": "nf4"}][: 1 + (p["quantisation"] == "none")]:
@@ -1288,7 +1290,7 @@ def speeds_of(path: str = "", tokens_per_second: float = 0.0) -> dict:
     except (OSError, ValueError, TypeError) as e:
         raise RecipeError(f"--speeds {path}: a JSON object of stages and tokens a second ({e})") from e
 
-
+# %% ../../nbs/runner/03_plan.ipynb #8416cc46
 def fit_of(plan: StagePlan, card: Card | None) -> str:
     "`fits` with a tenth to spare, `tight`, or `NO`; empty on a CPU."
     if card is None:
@@ -1312,7 +1314,7 @@ def plan_table(plans: list[StagePlan], card: Card | None = None) -> str:
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
-
+# %% ../../nbs/runner/03_plan.ipynb #510d15ef
 def disk_lines(plans: list[StagePlan], to_download: dict) -> list[str]:
     "What is to be downloaded, and what a run folder will hold, in words."
     missing = missing_bytes(plans, to_download)
@@ -1360,7 +1362,7 @@ def print_plan(
         raise RecipeError(f"{recipe.name} does not fit this machine's disk: {lacking}")
     return plans
 
-
+# %% ../../nbs/runner/03_plan.ipynb #14ec7516
 def time_line(plans: list[StagePlan], card: Card | None, measured: bool) -> str:
     "The time of all stages, and what it assumes."
     total, best, worst = (sum(getattr(s, key) for s in plans) for key in ("seconds", "best", "worst"))
@@ -1373,7 +1375,7 @@ def time_line(plans: list[StagePlan], card: Card | None, measured: bool) -> str:
     assumed = f"{peak}, {LIKELY.bandwidth:.0%} of its bandwidth, {launching} for each step"
     return f"time: about {shown_time(total)}, {shown_time(best)} to {shown_time(worst)}; assumed: {assumed}"
 
-
+# %% ../../nbs/runner/03_plan.ipynb #a406907a
 def missing_bytes(plans: list[StagePlan], to_download: dict) -> dict:
     "Model -> bytes that are missing on this machine, by the Hub (`to_download`), else by the configuration."
     found = {plan.model: plan.download for plan in plans} | to_download

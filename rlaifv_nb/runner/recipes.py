@@ -46,6 +46,8 @@ KIND_NAMES = {
     dict: "a mapping of names to values",
     list: "a list",
 }
+
+# %% ../../nbs/runner/01_recipes.ipynb #6aa42cea
 MAX_ROUNDS = 5
 OPTION_KEYS = {
     "system_prompt": str,
@@ -62,7 +64,7 @@ PATH_PARAMETERS = {
 class RecipeError(ValueError):
     "A recipe or an option that cannot be run as it is; the message says where and what would be valid."
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #2c8896be
 @dataclass(frozen=True)
 class Recipe:
     "What a run is made of; the keys of a recipe file and their types."
@@ -84,7 +86,7 @@ class Recipe:
     where: str = field(default="", compare=False)
     variants: dict = field(default_factory=dict, compare=False)
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #9ac3afd4
 DEFAULTS = {"feedback": ["claims"], "device": "auto", "policy_options": {}, "labeler_options": {}}
 RECIPE_KEYS = {f.name: f.type for f in fields(Recipe) if f.name not in ("where", "variants")}
 
@@ -127,7 +129,7 @@ RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #2ceae54a
 def known(name, names, where):
     "The name, if it is one of `names`. Raises RecipeError with the nearest of them."
     if name not in names:
@@ -145,7 +147,7 @@ def typed(value, kind, where):
         raise RecipeError(f"{where} must be {KIND_NAMES[kind]}, not {value!r}")
     return value
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #422f8e5e
 def merge(base, over):
     "`base` with the values of `over`, mappings merged key by key."
     both = {
@@ -154,9 +156,12 @@ def merge(base, over):
     }
     return {**base, **both}
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #61976666
 def changed(base, over):
-    "The recipe `base` with the changes `over`. How a model is asked belongs to that model, so options of one that changes are not handed on."
+    """The recipe `base` with the changes `over`.
+
+    How a model is asked belongs to that model, so options of one that changes are not handed on.
+    """
     whole = merge(base, over)
     labelers = [
         (raw.get("labeler"), raw.get("policy") if raw.get("labeler") in ("base", "policy") else "")
@@ -175,7 +180,10 @@ def packaged_recipes():
 
 
 def find_recipe(name, folder="."):
-    "The file of a recipe: a path (it ends in .yaml or .yml, seen from `folder`) or a packaged name. Raises RecipeError."
+    """The file of a recipe: a path (it ends in .yaml or .yml, seen from `folder`) or a packaged name.
+
+    Raises RecipeError.
+    """
     if str(name).endswith((".yaml", ".yml")):
         path = Path(folder) / Path(name).expanduser()
         if not path.is_file():
@@ -183,9 +191,12 @@ def find_recipe(name, folder="."):
         return path
     return packaged_recipes()[known(name, packaged_recipes(), "recipes of this package")]
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #3dcf9882
 def localise(raw, folder):
-    "Makes models and prompts that are given as paths absolute. Raises RecipeError for a path that does not exist."
+    """Makes models and prompts that are given as paths absolute.
+
+    Raises RecipeError for a path that does not exist.
+    """
     done = dict(raw)
     for key in {"policy", "splitter", "labeler"} & {
         k for k, v in raw.items() if isinstance(v, str) and v.startswith((".", "/", "~"))
@@ -208,7 +219,7 @@ def localise(raw, folder):
         raise RecipeError(f"prompts.images: there is no folder {paths['images']}")
     return localise_parameters(done | ({"prompts": prompts | paths} if paths else {}), folder)
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #281a78cd
 def localise_parameters(raw, folder):
     "Makes files and folders among `parameters` absolute. Raises RecipeError for a file that does not exist."
     given, done = raw["parameters"] if isinstance(raw.get("parameters"), dict) else {}, {}
@@ -225,7 +236,7 @@ def localise_parameters(raw, folder):
         done |= {notebook: own | paths} if paths else {}
     return raw | ({"parameters": given | done} if done else {})
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #3340c225
 def source_of(raw: dict):
     "The source of prompts that a recipe's keys name, or None."
     return raw["prompts"].get("source") if isinstance(raw.get("prompts"), dict) else None
@@ -234,26 +245,32 @@ def source_of(raw: dict):
 def inherit(base: dict, own: dict) -> dict:
     """`own` merged into the recipe `base` that it extends.
 
-    What that says about its prompts, and how it describes itself, is not true of a recipe with another source: numbers,
-    questions, columns and description are its own or none."""
+    What that says about its prompts, and how it describes itself, is not true of a recipe with another
+    source: numbers, questions, columns and description are its own or none.
+    """
     if source_of(own) and source_of(own) != source_of(base):
         description = f"prompts of its own, with the settings of {base.get('name', 'another recipe')}"
         base = base | {"prompts": {}, "description": description}
     return changed(base, own)
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #1c5b23e5
 def count_source(source: str) -> int | None:
-    "Rows of a source on this machine; None for drawn pictures and datasets. Raises RecipeError for one that cannot be read."
+    """Rows of a source on this machine; None for drawn pictures and datasets.
+
+    Raises RecipeError for one that cannot be read.
+    """
     try:
         return None if source == "iconworld" else count_rows(source)
     except ValueError as e:
         raise RecipeError(f"prompts.source: {e}") from e
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #89d6a7e1
 def with_all_rows(raw: dict, where: str) -> dict:
-    """A recipe's keys with `prompts.n_per_round` 0, which stands for all rows, where a source that can be counted has none.
+    """A recipe's keys with `prompts.n_per_round` 0, which stands for all rows, where a source that can be
+    counted has none.
 
-    Raises RecipeError for more than one round, naming the largest number that fits."""
+    Raises RecipeError for more than one round, naming the largest number that fits.
+    """
     prompts, rounds = raw["prompts"], raw["rounds"]
     if prompts.get("n_per_round") or not isinstance(prompts.get("source"), str):
         return raw
@@ -265,9 +282,12 @@ def with_all_rows(raw: dict, where: str) -> dict:
         )
     return raw if n is None else raw | {"prompts": prompts | {"n_per_round": 0}}
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #479bf04a
 def read_recipe(path, seen=()):
-    "A recipe file as a dict, merged into what it `extends`. Raises RecipeError when it is no YAML mapping or extends itself."
+    """A recipe file as a dict, merged into what it `extends`.
+
+    Raises RecipeError when it is no YAML mapping or extends itself.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -284,9 +304,12 @@ def read_recipe(path, seen=()):
     base = raw.pop("extends", None)
     return raw if base is None else inherit(read_recipe(find_recipe(base, path.parent), (*seen, path)), raw)
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #ca7e08b5
 def make_recipe(raw, where):
-    "The recipe in a dict, its own keys checked: names, types, ranges. Raises RecipeError that starts with `where`."
+    """The recipe in a dict, its own keys checked: names, types, ranges.
+
+    Raises RecipeError that starts with `where`.
+    """
     raw = DEFAULTS | raw
     for key in raw:
         known(key, RECIPE_KEYS, where)
@@ -313,7 +336,8 @@ def make_recipe(raw, where):
             )
         if raw[options].get("max_pixels", 0) < 0:
             raise RecipeError(
-                f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not {raw[options]['max_pixels']}"
+                f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not "
+                f"{raw[options]['max_pixels']}"
             )
     known(raw["device"], DEVICES, f"{where}, device")
     for failed, message in (
@@ -322,11 +346,13 @@ def make_recipe(raw, where):
         (wanted - set(prompts), f"prompts: missing {', '.join(sorted(wanted - set(prompts)))}"),
         (
             not 1 <= len(raw["feedback"]) <= raw["rounds"],
-            f"feedback: one word a round (the last holds on), not {len(raw['feedback'])} for {raw['rounds']} rounds",
+            f"feedback: one word a round (the last holds on), not {len(raw['feedback'])} for "
+            f"{raw['rounds']} rounds",
         ),
         (
             raw["feedback"][:1] == ["reward"],
-            "feedback: round 1 cannot be reward, for no aligned policy is there yet to give one; begin with claims",
+            "feedback: round 1 cannot be reward, for no aligned policy is there yet to give one; begin with "
+            "claims",
         ),
         (
             not 0 <= prompts.get("n_dev", 0) < most,
@@ -343,9 +369,12 @@ def make_recipe(raw, where):
         typed(parameters, dict, f"{where}: parameters.{known(notebook, STAGES, f'{where}, parameters')}")
     return Recipe(**raw, where=where)
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #0ecde2f3
 def load_recipe(name, overrides=None):
-    "A recipe by packaged name or path, with `overrides` merged in; what a variant changes comes last. Raises RecipeError."
+    """A recipe by packaged name or path, with `overrides` merged in; what a variant changes comes last.
+
+    Raises RecipeError.
+    """
     path, overrides = find_recipe(name), localise_parameters(overrides or {}, Path())
     raw = changed(read_recipe(path), overrides)
     variants, where = raw.pop("variants"), path.name + (" with the command line" if overrides else "")
@@ -358,7 +387,10 @@ def load_recipe(name, overrides=None):
 # %% ../../nbs/runner/01_recipes.ipynb #c3e200b2
 @dataclass(frozen=True)
 class Step:
-    "One notebook to run, its parameters, and the folder it writes, relative to the run. Round 0 comes before and after the rounds."
+    """One notebook to run, its parameters, and the folder it writes, relative to the run.
+
+    Round 0 comes before and after the rounds.
+    """
 
     round: int
     notebook: str
@@ -370,17 +402,22 @@ def stages_of(recipe, k):
     "The stages of round k, by its feedback; the last word of `feedback` holds for all later rounds."
     return FEEDBACK[recipe.feedback[min(k, len(recipe.feedback)) - 1]]
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #3842d49a
 def options_of(recipe: Recipe, model: str) -> dict:
-    "How the `policy` or the `labeler` is asked, where it is not the default. A labeler that is the policy is asked like it, unless its own options differ."
+    """How the `policy` or the `labeler` is asked, where it is not the default.
+
+    A labeler that is the policy is asked like it, unless its own options differ.
+    """
     inherited = recipe.policy_options if model == "labeler" and recipe.labeler in ("base", "policy") else {}
     options = inherited | {"policy": recipe.policy_options, "labeler": recipe.labeler_options}[model]
     return {name: value for name, value in options.items() if value}
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #625de22e
 def chain_parameters(recipe, notebook, k):
-    """The parameters that the chain itself sets: models, how they are asked and on which device (where it is not the notebooks' default),
-    seeds, and where the tables of round k (0: after the last) and the adapters are."""
+    """The parameters that the chain itself sets: models, how they are asked and on which device (where it is
+    not the notebooks' default), seeds, and where the tables of round k (0: after the last) and the adapters
+    are.
+    """
     here, prompts, n = PurePosixPath(f"round_{k}"), PurePosixPath("prompts"), recipe.prompts["n_per_round"]
     adapters = {f"round_{i}": PurePosixPath(f"round_{i}/05_dpo/adapter") for i in range(1, recipe.rounds + 1)}
     policy = {"policy": recipe.policy, "adapter": adapters.get(f"round_{k - 1}", "")}
@@ -424,9 +461,11 @@ def chain_parameters(recipe, notebook, k):
         ),
     }[notebook]
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #5d97b59b
 def plan_run(recipe):
-    "The steps of a run in order: prompts, the stages of each round (five, or four with the reward as feedback), and what `evaluate` lists."
+    """The steps of a run in order: prompts, the stages of each round (five, or four with the reward as
+    feedback), and what `evaluate` lists.
+    """
 
     def step(notebook, k, out):
         return Step(
@@ -447,9 +486,11 @@ def restart_option(step):
     "The command line option that makes this step again."
     return f"--from {step.notebook}" + (f" --round {step.round}" if step.round else "")
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #f02e4960
 def first_remade(steps, notebook, round):
-    "The place in the plan from which `--from notebook --round round` makes everything again; the end without it. Raises RecipeError."
+    """The place in the plan from which `--from notebook --round round` makes everything again; the end
+    without it. Raises RecipeError.
+    """
     if not notebook:
         return len(steps)
     known(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
@@ -467,16 +508,20 @@ def first_remade(steps, notebook, round):
 
 # %% ../../nbs/runner/01_recipes.ipynb #bc7fd1df
 def stored(value, run):
-    "A parameter as it is written to disk: paths relative to the run folder, adapters as `name=path,name=path`."
+    """A parameter as it is written to disk: paths relative to the run folder, adapters as
+    `name=path,name=path`.
+    """
     if isinstance(value, dict):
         return ",".join(f"{name}={path}" for name, path in value.items())
     if isinstance(value, str) and os.path.isabs(value):
         return os.path.relpath(value, run)
     return value if isinstance(value, (int, float)) else str(value)
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #6cb9a8f7
 def recipe_text(recipe, run):
-    "A recipe as YAML, complete, with paths relative to the run folder: the same run again with `rlaifv run recipe.yaml`."
+    """A recipe as YAML, complete, with paths relative to the run folder: the same run again with `rlaifv run
+    recipe.yaml`.
+    """
     values = {key: getattr(recipe, key) for key in RECIPE_KEYS}
     values = {key: value for key, value in values.items() if key == "feedback" or value != DEFAULTS.get(key)}
     values |= {key: stored(values[key], run) for key in ("policy", "splitter", "labeler")}
@@ -490,7 +535,10 @@ def recipe_text(recipe, run):
 
 # %% ../../nbs/runner/01_recipes.ipynb #a1ee609e
 def open_notebook(path):
-    "The notebook, for whichever kernel `python3` is where it names none. Raises RecipeError when it is missing."
+    """The notebook, for whichever kernel `python3` is where it names none.
+
+    Raises RecipeError when it is missing.
+    """
     import nbformat
 
     if not path.is_file():
@@ -499,9 +547,12 @@ def open_notebook(path):
     nb.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "python3", "language": "python"})
     return nb
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #929a270a
 def notebook_parameters(path):
-    "Parameter -> type of a notebook, from the annotated lines of its cell tagged `parameters`. Raises RecipeError for any other line."
+    """Parameter -> type of a notebook, from the annotated lines of its cell tagged `parameters`.
+
+    Raises RecipeError for any other line.
+    """
     kinds, found = {"str": str, "int": int, "float": float, "bool": bool}, {}
     for cell in open_notebook(path).cells:
         for line in ast.parse(cell.source).body if "parameters" in cell.metadata.get("tags", []) else []:
@@ -512,11 +563,14 @@ def notebook_parameters(path):
             found[line.target.id] = kinds[line.annotation.id]
     return found
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #9baee5cf
 def check_recipe(recipe, notebooks):
-    """The recipe with its parameters typed as the notebooks in the folder `notebooks` annotate them, variants too.
+    """The recipe with its parameters typed as the notebooks in the folder `notebooks` annotate them, variants
+    too.
 
-    Raises RecipeError naming recipe, notebook and parameter: unknown, set by the chain itself, or of another type."""
+    Raises RecipeError naming recipe, notebook and parameter: unknown, set by the chain itself, or of another
+    type.
+    """
     checked, places = {}, [(s.notebook, s.round) for s in plan_run(recipe)[1:]]
     places += [(notebook, 0 if notebook in FINAL_STAGES else 1) for notebook in recipe.parameters]
     for notebook in dict(places):
@@ -565,10 +619,12 @@ def parameter_defaults(path: Path) -> dict:
 
 
 def prompts_per_round(recipe: Recipe) -> int:
-    "How many prompts a round has at most: the recipe's number, or where it takes all, the rows of its source."
+    """How many prompts a round has at most: the recipe's number, or where it takes all, the rows of its
+    source.
+    """
     return recipe.prompts["n_per_round"] or count_rows(recipe.prompts["source"])
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #8a23d2d0
 @dataclass(frozen=True)
 class Reach:
     "The most that a round can give, and how many steps there must be."
@@ -594,7 +650,9 @@ class Reach:
 
 # %% ../../nbs/runner/01_recipes.ipynb #e4c0a003
 def reach_of(recipe: Recipe, k: int, notebooks: Path) -> Reach | None:
-    "The `Reach` of round `k`, from the recipe and the defaults of the notebooks in a folder; None where these lack a number."
+    """The `Reach` of round `k`, from the recipe and the defaults of the notebooks in a folder; None where
+    these lack a number.
+    """
     pairs_stage = stages_of(recipe, k)[-2]
     given = {}
     for notebook in ("01_sampling", pairs_stage, "05_dpo"):
@@ -613,13 +671,14 @@ def reach_of(recipe: Recipe, k: int, notebooks: Path) -> Reach | None:
         k, prompts, most, given["epochs"], given["batch_size"], given["min_steps"], possible, pairs_stage
     )
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #1085dc8f
 def ways_out(reach: Reach) -> list[str]:
     "The smallest change of each number that makes a round's steps enough."
     before = reach.min_steps - 1  # steps that are one too few
     pairs = math.floor(before * reach.batch_size / reach.epochs) + 1
     ways = [
-        f"prompts.n_per_round: at least {math.ceil(pairs / max(1, reach.pairs_per_prompt)) - reach.prompts} more"
+        f"prompts.n_per_round: at least {math.ceil(pairs / max(1, reach.pairs_per_prompt)) - reach.prompts} "
+        "more"
     ]
     if not reach.pairs:
         return ways
@@ -632,7 +691,7 @@ def ways_out(reach: Reach) -> list[str]:
         ways.append(f"05_dpo.batch_size: {smaller} or less")
     return ways
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #db1221b9
 def reach_problem(reach: Reach) -> str:
     "What is wrong with what a round can give at most, and which numbers would do; empty when it is enough."
     if reach.epochs <= 0 or reach.batch_size < 1:
@@ -641,7 +700,8 @@ def reach_problem(reach: Reach) -> str:
         return ""
     return (
         f"round {reach.round} can give at most {reach.pairs} pairs ({reach.prompts} prompts to train on, "
-        f"{reach.pairs_per_prompt} pairs each), and with epochs={reach.epochs:g} and batch_size={reach.batch_size} at most "
+        f"{reach.pairs_per_prompt} pairs each), and with epochs={reach.epochs:g} and "
+        f"batch_size={reach.batch_size} at most "
         f"{reach.steps} steps: too few to learn from, {reach.min_steps} are needed. One of these would do: "
         f"{'; '.join(ways_out(reach))}. To see the stages work without learning anything: "
         f"05_dpo.min_steps: {max(1, reach.steps)}"
@@ -649,7 +709,9 @@ def reach_problem(reach: Reach) -> str:
 
 # %% ../../nbs/runner/01_recipes.ipynb #e4c0a004
 def rows_problem(recipe: Recipe) -> str:
-    "What is wrong with a recipe's numbers of prompts for the rows that its source has; empty where they fit or are not known."
+    """What is wrong with a recipe's numbers of prompts for the rows that its source has; empty where they fit
+    or are not known.
+    """
     source, n, n_dev = recipe.prompts["source"], recipe.prompts["n_per_round"], recipe.prompts.get("n_dev", 0)
     rows = count_source(source)
     if rows is None:
@@ -661,13 +723,17 @@ def rows_problem(recipe: Recipe) -> str:
         needed = f"{recipe.rounds * n} prompts are needed (rounds x n_per_round)"
         return f"prompts.n_per_round: {needed}, {source} has {rows}: {fits}"
     if n_dev >= rows:
-        return f"prompts.n_dev: {n_dev} rows cannot be kept from training, {source} has {rows}: at most {rows - 1}"
+        return (
+            f"prompts.n_dev: {n_dev} rows cannot be kept from training, {source} has {rows}: at most "
+            f"{rows - 1}"
+        )
     return ""
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #3bdfb687
 def check_amounts(recipe: Recipe, notebooks: Path):
-    """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its source has rows, or
-    in a round fewer steps than can teach anything."""
+    """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its
+    source has rows, or in a round fewer steps than can teach anything.
+    """
     reaches = (reach_of(recipe, k, notebooks) for k in range(1, recipe.rounds + 1))
     problem = rows_problem(recipe) or next(
         filter(None, (reach_problem(reach) for reach in reaches if reach)), ""
@@ -681,7 +747,8 @@ def plumbing_warning(policy: str, source: str) -> str:
     if source == "iconworld" or not policy.startswith("packaged:"):
         return ""
     return (
-        f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures mean nothing, nor "
+        f"This shows the plumbing only: {policy} knows drawn icons, and its answers about other pictures "
+        "mean nothing, nor "
         "do the verdicts and the adapter that come of them. Name another policy and splitter."
     )
 
@@ -700,9 +767,11 @@ def exported_cells(path):
     module = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(sources), re.MULTILINE)
     return module[1] if module else "", [DIRECTIVE.sub("", s).strip() for s in sources if EXPORT.search(s)]
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #d0f28f05
 def code_sha(path):
-    "A hash of what a notebook contributes to its results: the cells that it exports, and the defaults in its parameters cell."
+    """A hash of what a notebook contributes to its results: the cells that it exports, and the defaults in
+    its parameters cell.
+    """
     defaults = [
         cell.source for cell in open_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])
     ]
@@ -713,15 +782,19 @@ RELATIVE = re.compile(
     r"^(\s*from )(\.+)(\w*)", re.MULTILINE
 )  # what nbdev-export writes for an import of this library
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #2691ed55
 def absolute(found, package):
-    "A relative import, as `RELATIVE` finds it in a module of a package (list of names), with the library's name."
+    """A relative import, as `RELATIVE` finds it in a module of a package (list of names), with the library's
+    name.
+    """
     base = package[: len(package) + 1 - len(found[2])]
     return found[1] + ".".join([*base, *filter(None, [found[3]])])
 
-
+# %% ../../nbs/runner/01_recipes.ipynb #e969d4fe
 def check_library(notebooks, library):
-    "Raises RecipeError naming the notebooks whose exported cells are not what the modules in the folder `library` hold."
+    """Raises RecipeError naming the notebooks whose exported cells are not what the modules in the folder
+    `library` hold.
+    """
     stale = []
     for path in sorted(notebooks.rglob("[0-9]*.ipynb")):
         module, cells = exported_cells(path)
@@ -734,5 +807,6 @@ def check_library(notebooks, library):
                 stale.append(path.relative_to(notebooks).as_posix())
     if stale:
         raise RecipeError(
-            f"the library is not what the notebooks export: {', '.join(stale)}; run nbdev-export (or reinstall) first"
+            f"the library is not what the notebooks export: {', '.join(stale)}; run nbdev-export (or "
+            "reinstall) first"
         )
