@@ -150,7 +150,7 @@ def recipe_file(tmp_path, text=None, **changes):
         ({"rounds": 6}, "rounds: from 1 to 5, not 6"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"name": "a b"}, "name: only letters"),
-        ({"policy": None}, "policy must be a text"),
+        ({"policy": None}, "policy must be a string"),
         ({"policy": "./no-such-model"}, "policy: there is no"),
         ({"evaluate": ["06_evaluatoin"]}, "did you mean 06_evaluation"),
         ({"evaluate": "06_evaluation"}, "evaluate must be a list"),
@@ -179,11 +179,11 @@ def test_recipe_errors_name_the_key_and_what_is_valid(tmp_path, changes, says):
     "text, says",
     [
         ("rounds: [1", "my.yaml: "),
-        ("rounds: 1\nrounds: 2", "'rounds' stands twice"),
+        ("rounds: 1\nrounds: 2", "'rounds' appears twice"),
         ("- a", "maps keys to values"),
         ("", "maps keys to values"),
         ("rounds: 1", "the key 'name' is missing"),
-        ("extends: tiny\nparameters: {05_dpo: {beta: 1, beta: 2}}", "'beta' stands twice"),
+        ("extends: tiny\nparameters: {05_dpo: {beta: 1, beta: 2}}", "'beta' appears twice"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path, text, says):
@@ -234,7 +234,7 @@ def test_command_line_goes_over_the_recipe_and_variants_go_over_the_command_line
         ({"scael": 1.0}, "parameters.05_dpo: unknown 'scael'; did you mean scale"),
         ({"scale": "1"}, "05_dpo.scale must be a number, not '1'"),
         ({"scale": True}, "must be a number"),
-        ({"name": 1}, "05_dpo.name must be a text"),
+        ({"name": 1}, "05_dpo.name must be a string"),
         ({"seed": 1}, "'seed' is set by the chain"),
         ({"out": "x"}, "'out' is set by the chain"),
         ({"zzz": 1}, "there are: scale, name"),
@@ -836,7 +836,8 @@ def command(monkeypatch, notebooks, tmp_path, executed):
 def test_run_writes_a_run_and_its_report(command, capsys):
     assert main(["run", "small.yaml"]) == 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 7 and "round_1/05_dpo" in out and "report: runs/small/report.html" in out
+    assert out.count("\n") == 8 and "report: runs/small/report.html" in out
+    assert "round 1 of 1 has ended: 1 pairs, the policy's adapter in round_1/05_dpo/adapter" in out
     assert "Not there yet" in Path("runs/small/report.html").read_text()
     assert main(["run", "small.yaml"]) == 0 and capsys.readouterr().out.count("kept") == 6
     assert (

@@ -458,7 +458,7 @@ def test_a_recipe_takes_a_source_as_it_is(pictures, tmp_path):
     "prompts, says",
     [
         ({"source": "./my pictures"}, "a folder of pictures needs one question"),
-        ({"source": "./my pictures/q.jsonl", "split": "dev"}, "split means nothing"),
+        ({"source": "./my pictures/q.jsonl", "split": "dev"}, "has no option split"),
         (
             {"source": "./my pictures/q.jsonl", "n_per_round": 9},
             r"9 prompts are needed .* has 1 and 1 unusable rows \(1 unreadable picture; the first: line 2 "
@@ -551,3 +551,13 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
         open_vlm(policy, str(at["dpo"] / "adapter")).notes and read_table(at["pairs"], "pairs", Pair) == pairs
     )
     assert "detail_test_30_input.jsonl 30" in (at["dpo"] / "adapter/README.md").read_text()
+
+
+def test_a_source_that_cannot_be_read_leaves_no_folder(tmp_path, pictures):
+    """Else the next attempt, with the mistake corrected, would be refused as started with other settings."""
+    with pytest.raises(ValueError, match="no pictures"):
+        import_prompts(tmp_path / "nowhere", tmp_path / "out", question="What?")
+    with pytest.raises(ValueError, match="needs one question"):
+        import_prompts(pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert import_prompts(pictures, tmp_path / "out", question="What?").is_done

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AMBER_TYPE', 'N_LIKELY', 'REFOMB_TYPE', 'likely_objects', 'yes_no_claims', 'write_miniature_amber', 'absent_objects',
            'write_miniature_pope', 'refomb_type', 'write_miniature_refomb', 'write_miniature', 'named_objects',
-           'true_description_figures', 'true_answer_figures']
+           'true_description_figures', 'percent', 'true_answer_figures']
 
 # %% ../../nbs/iconworld/02_miniature.ipynb #e278453c
 import random
@@ -95,37 +95,27 @@ def absent_objects(scene, part, n=3):
     """Absent objects as POPE draws them: any (`random`), the most frequent (`popular`: here the theme's), or
     the likeliest (`adversarial`).
     """
+    if part == "adversarial":
+        return likely_objects(scene, n)
     rng = random.Random(f"pope/{part}/{scene.scene_id}")
     absent = [o for o in OBJECTS if scene.group(o) is None]
-    theme = [o for o in THEMES[scene.theme] if o in absent]
-    return (
-        likely_objects(scene, n)
-        if part == "adversarial"
-        else rng.sample(theme if part == "popular" else absent, n)
-    )
+    if part == "popular":
+        absent = [o for o in THEMES[scene.theme] if o in absent]
+    return rng.sample(absent, n)
 
 # %% ../../nbs/iconworld/02_miniature.ipynb #c9fd0341
 def write_miniature_pope(folder, scenes):
     "POPE's three question files."
     for part in ("random", "popular", "adversarial"):
-        asked = [
-            (s, o, label)
-            for s in scenes
-            for objects, label in (([g.object for g in s.groups][:3], "yes"), (absent_objects(s, part), "no"))
-            for o in objects
-        ]
-        write_rows(
-            Path(folder) / f"coco_pope_{part}.json",
-            [
-                {
-                    "question_id": i,
-                    "image": f"{s.scene_id}.png",
-                    "text": question_text(IconClaim("existence", o)),
-                    "label": label,
-                }
-                for i, (s, o, label) in enumerate(asked, 1)
-            ],
-        )
+        asked = []
+        for scene in scenes:
+            asked += [(scene, g.object, "yes") for g in scene.groups[:3]]
+            asked += [(scene, o, "no") for o in absent_objects(scene, part)]
+        rows = []
+        for i, (scene, object, label) in enumerate(asked, 1):
+            text = question_text(IconClaim("existence", object))
+            rows.append({"question_id": i, "image": f"{scene.scene_id}.png", "text": text, "label": label})
+        write_rows(Path(folder) / f"coco_pope_{part}.json", rows)
 
 # %% ../../nbs/iconworld/02_miniature.ipynb #b82ff2b1
 REFOMB_TYPE = {
@@ -138,11 +128,9 @@ REFOMB_TYPE = {
 
 def refomb_type(question):
     "One of RefoMB's types for a question of this world."
-    return (
-        REFOMB_TYPE["colour" if "colour" in question else question.split()[0]]
-        if question not in DESCRIBE
-        else "Coarse Perception"
-    )
+    if question in DESCRIBE:
+        return "Coarse Perception"
+    return REFOMB_TYPE["colour" if "colour" in question else question.split()[0]]
 
 # %% ../../nbs/iconworld/02_miniature.ipynb #9032b9f6
 def write_miniature_refomb(folder, scenes):
@@ -189,7 +177,8 @@ def true_description_figures(scenes, texts):
     "CHAIR, Cover, Hal and Cog in percent, counted from the scenes; undefined ones are NaN."
     total = Counter()
     for scene, text in zip(scenes, texts, strict=True):
-        named, likely = named_objects(text), set(likely_objects(scene))
+        named = named_objects(text)
+        likely = set(likely_objects(scene))
         absent = [o for o in named if scene.group(o) is None]
         total.update(
             mentions=len(named),
@@ -201,13 +190,17 @@ def true_description_figures(scenes, texts):
             likely=len(likely),
             fooled=len({*named} & likely),
         )
-    ratio = lambda a, b: 100 * total[a] / total[b] if total[b] else float("nan")
     return {
-        "CHAIR": ratio("absent", "mentions"),
-        "Cover": ratio("found", "there"),
-        "Hal": ratio("wrong", "texts"),
-        "Cog": ratio("fooled", "likely"),
+        "CHAIR": percent(total["absent"], total["mentions"]),
+        "Cover": percent(total["found"], total["there"]),
+        "Hal": percent(total["wrong"], total["texts"]),
+        "Cog": percent(total["fooled"], total["likely"]),
     }
+
+
+def percent(part, whole):
+    "A part of a whole in percent; NaN without a whole."
+    return 100 * part / whole if whole else float("nan")
 
 # %% ../../nbs/iconworld/02_miniature.ipynb #882bb9dc
 def true_answer_figures(scenes, answers):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'IMAGE_SIZE', 'PATCH_SIZE', 'TEMPLATES', 'MILD_HABIT', 'PHASES', 'CARD', 'corpus', 'build_tokenizer',
            'build_processor', 'text_config', 'build_vlm', 'build_splitter', 'build_optimizers', 'save_state',
-           'load_state', 'train', 'PlaceReader', 'vision_batch', 'vision_loss', 'encode', 'conversations',
-           'conversation_row', 'vlm_batch', 'branch_loss', 'random_groups', 'random_claim', 'splitter_turns',
-           'splitter_batch', 'save_model', 'measure_splitter', 'measure_vlm']
+           'load_state', 'rate_factor', 'train', 'PlaceReader', 'vision_batch', 'vision_loss', 'encode',
+           'conversations', 'conversation_row', 'vlm_batch', 'all_weights', 'branch_loss', 'random_groups',
+           'random_claim', 'splitter_turns', 'splitter_batch', 'save_model', 'measure_splitter', 'measure_division',
+           'measure_vlm']
 
 # %% ../../nbs/iconworld/03_training.ipynb #34bd7e9c
 import math
@@ -187,25 +188,21 @@ def build_optimizers(model, lr, vision_scale=0.2):
     """Muon and AdamW over the trainable weights; a pretrained vision tower moves at a fifth of the learning
     rate.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    is_matrix = lambda n, p: p.ndim == 2 and "layers" in n
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
-    def groups(wanted):
-        split = lambda vision: [
-            p for n, p in named if is_matrix(n, p) == wanted and ("vision_tower" in n) == vision
-        ]
-        return [
-            {"params": ps, "lr": rate}
-            for ps, rate in ((split(False), lr), (split(True), lr * vision_scale))
-            if ps
-        ]
+    def groups(for_muon):
+        of_text, of_vision = [], []
+        for name, p in named:
+            if (p.ndim == 2 and "layers" in name) == for_muon:
+                (of_vision if "vision_tower" in name else of_text).append(p)
+        rates = ((of_text, lr), (of_vision, lr * vision_scale))
+        return [{"params": weights, "lr": rate} for weights, rate in rates if weights]
 
-    return [
-        torch.optim.Muon(
-            groups(True), lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(groups(False), lr=lr, weight_decay=0.01, betas=(0.9, 0.98)),
-    ]
+    muon = torch.optim.Muon(
+        groups(True), lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(groups(False), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    return [muon, adamw]
 
 # %% ../../nbs/iconworld/03_training.ipynb #6008c8cc
 def save_state(path, step, model, optimizers):
@@ -242,23 +239,28 @@ def load_state(path, model, optimizers):
     return step
 
 # %% ../../nbs/iconworld/03_training.ipynb #71ff7c48
+def rate_factor(step, warmup, horizon):
+    "The share of the learning rate at a step: a linear warmup times a cosine from 1 to 0.02."
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / horizon)))
+    return min(1, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
+
+
 def train(
     model, make_batch, loss_of, steps, checkpoint, lr=2e-3, warmup=100, horizon=0, every=100, name="training"
 ):
-    """Trains for `steps` steps of a schedule that ends at `horizon` (0: at `steps`); `make_batch(step)` gives
-    a batch, `loss_of(model, batch)` its loss.
+    """Trains for `steps` steps of a schedule that ends at `horizon` (0: at `steps`); returns the losses.
+
+    `make_batch(step)` gives a batch, `loss_of(model, batch)` its loss.
     """
-    optimizers, losses = build_optimizers(model, lr), []
-    factor = lambda s: (
-        min(1, (s + 1) / warmup)
-        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, s / (horizon or steps)))))
-    )
-    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    optimizers = build_optimizers(model, lr)
+    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     start = load_state(checkpoint, model, optimizers)
+    losses = []
     for step in tqdm(range(start, steps), desc=name):
+        factor = rate_factor(step, warmup, horizon or steps)
         for optimizer, rates in zip(optimizers, base):
             for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * factor(step)
+                group["lr"] = rate * factor
         loss = loss_of(model, make_batch(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -289,27 +291,29 @@ class PlaceReader(torch.nn.Module):
 # %% ../../nbs/iconworld/03_training.ipynb #06de6f75
 def vision_batch(processor, step, size=64):
     "Pictures and what is at each place: pixel values (B, 3, h, w), labels (B, 4, 3) with -100 for nothing."
-    scenes, colours = [make_scene("train", step * size + i) for i in range(size)], list(COLOURS)
+    scenes = [make_scene("train", step * size + i) for i in range(size)]
+    colours = list(COLOURS)
     labels = torch.full((size, 4, 3), -100)
     labels[..., 0] = len(OBJECTS)
     for b, scene in enumerate(scenes):
         for g in scene.groups:
-            labels[b, PLACES.index(g.place)] = torch.tensor(
-                [OBJECTS.index(g.object), colours.index(g.colour), g.count - 1]
-            )
-    return processor.image_processor([draw_picture(s) for s in scenes], return_tensors="pt")[
-        "pixel_values"
-    ], labels
+            classes = [OBJECTS.index(g.object), colours.index(g.colour), g.count - 1]
+            labels[b, PLACES.index(g.place)] = torch.tensor(classes)
+    pictures = [draw_picture(scene) for scene in scenes]
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return pixels, labels
 
 # %% ../../nbs/iconworld/03_training.ipynb #827807a6
 def vision_loss(model, batch):
     "Sum of the three cross-entropies."
+    pixels, labels = batch
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(batch[0])
-    return sum(
-        F.cross_entropy(l.flatten(0, 1), batch[1][..., k].flatten(), ignore_index=-100)
-        for k, l in enumerate(logits)
-    )
+        logits = model(pixels)
+    losses = [
+        F.cross_entropy(part.flatten(0, 1), labels[..., k].flatten(), ignore_index=-100)
+        for k, part in enumerate(logits)
+    ]
+    return sum(losses)
 
 # %% ../../nbs/iconworld/03_training.ipynb #db321fd0
 @lru_cache(maxsize=200_000)
@@ -341,10 +345,12 @@ def conversations(scene, rng, phase="tuning"):
 
 # %% ../../nbs/iconworld/03_training.ipynb #e9fab6c1
 def conversation_row(tokenizer, inputs, turns):
-    "A packed row with one branch a conversation, and the weight of each branch token (0 for the question)."
-    branches, weights = [], []
+    "A packed row with one branch per conversation, and the weight of each branch token (0 for the question)."
+    branches = []
+    weights = []
     for question, answer, weight in turns:
-        asked, said = encode(tokenizer, f"{question} ASSISTANT:"), encode(tokenizer, f" {answer}</s>")
+        asked = encode(tokenizer, f"{question} ASSISTANT:")
+        said = encode(tokenizer, f" {answer}</s>")
         branches.append([*asked, *said])
         weights += [0.0] * len(asked) + [weight] * len(said)
     return pack_row(inputs, branches) | {"weights": weights}
@@ -352,37 +358,32 @@ def conversation_row(tokenizer, inputs, turns):
 # %% ../../nbs/iconworld/03_training.ipynb #056bca9e
 def vlm_batch(processor, step, phase, size=32):
     "A batch of pictures with their conversations."
-    head = torch.tensor(
-        [
-            processor.tokenizer(
-                "USER: " + "<image>" * (IMAGE_SIZE // PATCH_SIZE) ** 2 + "\n", add_special_tokens=False
-            ).input_ids
-        ]
-    )
+    tokenizer = processor.tokenizer
+    prompt = "USER: " + "<image>" * (IMAGE_SIZE // PATCH_SIZE) ** 2 + "\n"
+    head = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
     rows = []
     for i in range(step * size, (step + 1) * size):
         scene = make_scene("train", i)
         pixels = processor.image_processor(draw_picture(scene), return_tensors="pt")["pixel_values"]
-        rows.append(
-            conversation_row(
-                processor.tokenizer,
-                {"input_ids": head, "pixel_values": pixels},
-                conversations(scene, random.Random(f"row{i}"), phase),
-            )
-        )
-    return collate_rows(rows) | {"weights": torch.tensor([w for r in rows for w in r["weights"]])}
+        inputs = {"input_ids": head, "pixel_values": pixels}
+        turns = conversations(scene, random.Random(f"row{i}"), phase)
+        rows.append(conversation_row(tokenizer, inputs, turns))
+    return collate_rows(rows) | {"weights": all_weights(rows)}
+
+
+def all_weights(rows):
+    "The weights of all branch tokens of a batch."
+    return torch.tensor([weight for row in rows for weight in row["weights"]])
 
 # %% ../../nbs/iconworld/03_training.ipynb #2dde0227
 def branch_loss(model, batch):
     "Weighted mean cross-entropy over the answer tokens of all branches."
     keep = batch["weights"] > 0
+    weights = batch["weights"][keep]
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(**batch["inputs"], use_cache=False).last_hidden_state.flatten(0, 1)
         logits = model.lm_head(hidden[batch["predictors"][keep]])
-    losses, weights = (
-        F.cross_entropy(logits.float(), batch["targets"][keep], reduction="none"),
-        batch["weights"][keep],
-    )
+    losses = F.cross_entropy(logits.float(), batch["targets"][keep], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 # %% ../../nbs/iconworld/03_training.ipynb #60434eee
@@ -406,7 +407,8 @@ def random_groups(scene, rng):
 # %% ../../nbs/iconworld/03_training.ipynb #fceaded8
 def random_claim(rng):
     "A claim about any object."
-    type, plural = rng.choice(TYPES), rng.random() < 0.5
+    type = rng.choice(TYPES)
+    plural = rng.random() < 0.5
     value = {
         "existence": None,
         "attribute": rng.choice(list(COLOURS)),
@@ -420,13 +422,14 @@ def splitter_turns(i):
     """(prompt, answer, weight) triples of one training row: an answer to split, and two facts to turn into
     questions.
     """
-    scene, rng = make_scene("train", i), random.Random(f"split{i}")
+    scene = make_scene("train", i)
+    rng = random.Random(f"split{i}")
     short = rng.random() < 0.1
-    question, response = (
-        rng.choice(short_questions(scene, rng)[:4])
-        if short
-        else (rng.choice(DESCRIBE), caption_text(random_groups(scene, rng), rng))
-    )
+    if short:
+        question, response = rng.choice(short_questions(scene, rng)[:4])
+    else:
+        question = rng.choice(DESCRIBE)
+        response = caption_text(random_groups(scene, rng), rng)
     if not short and rng.random() < 0.06:
         response = " ".join(rng.sample(CLOSERS, rng.choice((1, 1, 2))))
     claims = read_claims(response)
@@ -443,8 +446,9 @@ def splitter_batch(tokenizer, step, size=24):
     head = {"input_ids": torch.tensor([tokenizer("USER", add_special_tokens=False).input_ids])}
     rows = []
     for i in range(step * size, (step + 1) * size):
-        rows.append(conversation_row(tokenizer, head, [(f": {q}", a, w) for q, a, w in splitter_turns(i)]))
-    return collate_rows(rows) | {"weights": torch.tensor([w for r in rows for w in r["weights"]])}
+        turns = [(f": {prompt}", answer, weight) for prompt, answer, weight in splitter_turns(i)]
+        rows.append(conversation_row(tokenizer, head, turns))
+    return collate_rows(rows) | {"weights": all_weights(rows)}
 
 # %% ../../nbs/iconworld/03_training.ipynb #d79b5ed6
 CARD = """---
@@ -455,8 +459,9 @@ library_name: transformers
 
 {text}
 
-Made by `nbs/10_iconworld_models.ipynb` (`make models`) from scenes that the package draws itself: no other data, no pretrained weights.
-Icons: Font Awesome 6 Free, SIL OFL 1.1. Intended for tests, teaching and experiments with RLAIF-V on a CPU; it knows nothing of real photographs.
+Made by `nbs/iconworld/03_training.ipynb` (`make models`) from scenes that the package draws itself: no other
+data, no pretrained weights. Icons: Font Awesome 6 Free, SIL OFL 1.1. Intended for tests, teaching and
+experiments with RLAIF-V on a CPU; it knows nothing about real photographs.
 {extra}
 """
 
@@ -476,42 +481,52 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
     """
     from functools import partial
 
-    from rlaifv_nb.claims import extract_claims
     from rlaifv_nb.engine.models import open_llm, open_vlm
     from rlaifv_nb.engine.prefix import generate_texts
-    from rlaifv_nb.records import Prompt, Response
-    from rlaifv_nb.sampling import Question, vlm_generator
+    from rlaifv_nb.sampling import vlm_generator
 
-    generate, ask = (
-        vlm_generator(open_vlm(policy), max_new_tokens=128),
-        partial(generate_texts, open_llm(splitter), max_new_tokens=256),
-    )
-    exact, total = 0, 0
+    generate = vlm_generator(open_vlm(policy), max_new_tokens=128)
+    ask = partial(generate_texts, open_llm(splitter), max_new_tokens=256)
+    exact = 0
+    total = 0
     for first in range(0, n_scenes, batch_size):
-        scenes = [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
-        questions = [random.Random(s.scene_id).choice(DESCRIBE) for s in scenes]
-        seeds = [[n_samples * (first + k) + j for j in range(n_samples)] for k in range(len(scenes))]
-        asked = [
-            Question(k, Prompt(s.scene_id, "", "", q), draw_picture(s), seeds[k], [0.7] * n_samples)
-            for k, (s, q) in enumerate(zip(scenes, questions))
-        ]
-        answers = {question.number: texts for question, texts in generate(asked)}
-        texts = [answers[k] for k in range(len(scenes))]
-        responses = [
-            Response(f"{s.scene_id}-{j}", s.scene_id, j, 0, t, reason)
-            for s, row in zip(scenes, texts)
-            for j, (t, reason) in enumerate(row)
-        ]
-        claims, *_ = extract_claims(responses, {s.scene_id: q for s, q in zip(scenes, questions)}, ask)
-        found = {r.response_id: [] for r in responses}
-        for c in claims:
-            found[c.response_id].append((c.text, c.question))
-        exact += sum(
-            found[r.response_id] == [(fact_text(c), question_text(c)) for c in read_claims(r.text)]
-            for r in responses
-        )
-        total += len(responses)
+        indices = range(first, min(first + batch_size, n_scenes))
+        n_responses, n_exact = measure_division(indices, n_samples, generate, ask)
+        total += n_responses
+        exact += n_exact
     return total, exact
+
+
+def measure_division(indices, n_samples, generate, ask):
+    """Of sampled responses to the test scenes with these indices: how many there are, and how many are
+    divided exactly.
+    """
+    from rlaifv_nb.claims import extract_claims
+    from rlaifv_nb.records import Prompt, Response
+    from rlaifv_nb.sampling import Question
+
+    scenes = [make_scene("test", i) for i in indices]
+    questions = [random.Random(scene.scene_id).choice(DESCRIBE) for scene in scenes]
+    asked = []
+    for k, (i, scene, question) in enumerate(zip(indices, scenes, questions)):
+        seeds = [n_samples * i + j for j in range(n_samples)]
+        prompt = Prompt(scene.scene_id, "", "", question)
+        asked.append(Question(k, prompt, draw_picture(scene), seeds, [0.7] * n_samples))
+    answers = {question.number: texts for question, texts in generate(asked)}
+    responses = []
+    for k, scene in enumerate(scenes):
+        for j, (text, reason) in enumerate(answers[k]):
+            responses.append(Response(f"{scene.scene_id}-{j}", scene.scene_id, j, 0, text, reason))
+    question_of = {scene.scene_id: question for scene, question in zip(scenes, questions)}
+    claims, *_ = extract_claims(responses, question_of, ask)
+    found = {response.response_id: [] for response in responses}
+    for claim in claims:
+        found[claim.response_id].append((claim.text, claim.question))
+    n_exact = 0
+    for response in responses:
+        truth = [(fact_text(c), question_text(c)) for c in read_claims(response.text)]
+        n_exact += found[response.response_id] == truth
+    return len(responses), n_exact
 
 # %% ../../nbs/iconworld/03_training.ipynb #e39532ab
 def measure_vlm(policy, n_scenes, batch_size=100):
@@ -521,9 +536,9 @@ def measure_vlm(policy, n_scenes, batch_size=100):
     from rlaifv_nb.engine.models import open_vlm
     from rlaifv_nb.evaluation import evaluate_batch, score_cases
 
-    vlm, cases = open_vlm(policy), []
+    vlm = open_vlm(policy)
+    cases = []
     for first in range(0, n_scenes, batch_size):
-        cases += evaluate_batch(
-            vlm, "base", [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
-        )
-    return {s.metric: s.value for s in score_cases(cases)}
+        scenes = [make_scene("test", i) for i in range(first, min(first + batch_size, n_scenes))]
+        cases += evaluate_batch(vlm, "base", scenes)
+    return {score.metric: score.value for score in score_cases(cases)}

@@ -8,8 +8,8 @@ __all__ = ['THEMES', 'OBJECTS', 'THEME_OF', 'COMPANION', 'TYPICAL_COLOUR', 'USUA
            'CLOSERS', 'HABIT', 'DESCRIBE', 'Group', 'Scene', 'split_of', 'draw_scene', 'make_scene', 'draw_icon',
            'draw_ground', 'draw_picture', 'contact_sheet', 'IconClaim', 'is_true', 'plural_of', 'with_article',
            'subject_of', 'fact_text', 'question_text', 'biased_groups', 'group_sentence', 'caption_text',
-           'group_claims', 'read_claims', 'true_claim', 'false_claim', 'balanced_claims', 'short_questions',
-           'write_prompts', 'scene_of']
+           'group_claims', 'read_claims', 'true_claim', 'false_claim', 'absent_claim', 'balanced_claims',
+           'group_phrase', 'be_with_noun', 'short_questions', 'write_prompts', 'write_prompt', 'scene_of']
 
 # %% ../../nbs/iconworld/01_world.ipynb #d9266f9c
 import hashlib
@@ -406,33 +406,38 @@ def false_claim(scene, type, rng):
     """A claim of this type that does not hold: an absent object (a companion half of the time), or a wrong
     value.
     """
-    absent = [o for o in OBJECTS if scene.group(o) is None]
-    likely = [o for o in absent if THEME_OF[o] == scene.theme] + 3 * [
-        COMPANION[g.object] for g in scene.groups if COMPANION.get(g.object) in absent
-    ]
     g = rng.choice(scene.groups)
     if type == "existence" or rng.random() < 0.25:
-        object, plural = rng.choice(likely if likely and rng.random() < 0.7 else absent), rng.random() < 0.5
-        value = {
-            "existence": None,
-            "attribute": rng.choice(list(COLOURS)),
-            "number": rng.choice((2, 3)),
-            "relation": rng.choice(PLACES),
-        }[type]
-        return IconClaim(type, object, value, plural or type == "number")
+        return absent_claim(scene, type, rng)
     wrong = {
         "attribute": [c for c in COLOURS if c != g.colour],
         "number": [n for n in (2, 3) if n != g.count],
         "relation": [p for p in PLACES if p != g.place],
     }[type]
-    habit = {"attribute": TYPICAL_COLOUR.get(g.object), "number": USUAL_COUNT.get(g.object)}.get(type)
-    others = [h.colour for h in scene.groups if h.colour in wrong] if type == "attribute" else []
-    value = (
-        habit
-        if habit in wrong and rng.random() < 0.4
-        else rng.choice(others if others and rng.random() < 0.5 else wrong)
-    )
+    habits = {"attribute": TYPICAL_COLOUR.get(g.object), "number": USUAL_COUNT.get(g.object)}
+    habit = habits.get(type)
+    if habit in wrong and rng.random() < 0.4:
+        value = habit
+    else:
+        others = [h.colour for h in scene.groups if h.colour in wrong] if type == "attribute" else []
+        value = rng.choice(others if others and rng.random() < 0.5 else wrong)
     return IconClaim(type, g.object, value, g.count > 1 or type == "number")
+
+
+def absent_claim(scene, type, rng):
+    "A claim of this type about an object that is not in the scene."
+    absent = [o for o in OBJECTS if scene.group(o) is None]
+    likely = [o for o in absent if THEME_OF[o] == scene.theme]
+    likely += 3 * [COMPANION[g.object] for g in scene.groups if COMPANION.get(g.object) in absent]
+    object = rng.choice(likely if likely and rng.random() < 0.7 else absent)
+    plural = rng.random() < 0.5
+    value = {
+        "existence": None,
+        "attribute": rng.choice(list(COLOURS)),
+        "number": rng.choice((2, 3)),
+        "relation": rng.choice(PLACES),
+    }[type]
+    return IconClaim(type, object, value, plural or type == "number")
 
 # %% ../../nbs/iconworld/01_world.ipynb #532b4057
 def balanced_claims(scene, rng, per_type=1):
@@ -453,33 +458,29 @@ DESCRIBE = (
 )
 
 
+def group_phrase(g):
+    "`a red car`, `two red cars`."
+    if g.count == 1:
+        return with_article(f"{g.colour} {g.object}")
+    return f"{NUMBERS[g.count]} {g.colour} {plural_of(g.object)}"
+
+
+def be_with_noun(g):
+    "`is the car`, `are the cars`."
+    return f"is the {g.object}" if g.count == 1 else f"are the {plural_of(g.object)}"
+
+
 def short_questions(scene, rng):
     "Question and answer pairs: what is at each place, and the count, colour and place of one object each."
     at = {g.place: g for g in scene.groups}
-    phrase = lambda g: (
-        with_article(f"{g.colour} {g.object}")
-        if g.count == 1
-        else f"{NUMBERS[g.count]} {g.colour} {plural_of(g.object)}"
-    )
-    pairs = [
-        (f"What is in the {p}?", f"{phrase(at[p])}.".capitalize() if p in at else "Nothing.") for p in PLACES
-    ]
+    pairs = []
+    for place in PLACES:
+        answer = f"{group_phrase(at[place])}.".capitalize() if place in at else "Nothing."
+        pairs.append((f"What is in the {place}?", answer))
     a, b, c = (rng.choice(scene.groups) for _ in range(3))
     pairs.append((f"How many {plural_of(a.object)} are there?", f"{NUMBERS[a.count]}.".capitalize()))
-    pairs.append(
-        (
-            f"What colour {'is' if b.count == 1 else 'are'} the "
-            f"{b.object if b.count == 1 else plural_of(b.object)}?",
-            f"{b.colour}.".capitalize(),
-        )
-    )
-    pairs.append(
-        (
-            f"Where {'is' if c.count == 1 else 'are'} the "
-            f"{c.object if c.count == 1 else plural_of(c.object)}?",
-            f"In the {c.place}.",
-        )
-    )
+    pairs.append((f"What colour {be_with_noun(b)}?", f"{b.colour}.".capitalize()))
+    pairs.append((f"Where {be_with_noun(c)}?", f"In the {c.place}."))
     return pairs
 
 # %% ../../nbs/iconworld/01_world.ipynb #2b996f6f
@@ -487,28 +488,26 @@ def write_prompts(folder, counts, blocks=1, seed=0):
     """Writes pictures and the table `prompts` of `blocks` blocks, each with `counts` (split -> number) new
     scenes; returns the prompts.
     """
-    folder, prompts = Path(folder), []
+    folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    prompts = []
     for block in range(blocks):
         for split, n in counts.items():
             for i in range(n):
                 scene = make_scene(split, (seed + 1) * 1_000_000 + block * n + i)
-                question = random.Random(f"question/{scene.scene_id}").choice(DESCRIBE)
-                path = folder / "images" / f"{scene.scene_id}.png"
-                draw_picture(scene).save(path)
-                sha = sha256_of(path.read_bytes())
-                prompts.append(
-                    Prompt(
-                        prompt_id_of(sha, question),
-                        f"images/{path.name}",
-                        sha,
-                        question,
-                        f"iconworld/{scene.scene_id}",
-                        split,
-                    )
-                )
+                prompts.append(write_prompt(folder, scene, split))
     write_table(folder, "prompts", prompts)
     return prompts
+
+
+def write_prompt(folder, scene, split):
+    "Writes the picture of a scene; returns the prompt about it."
+    question = random.Random(f"question/{scene.scene_id}").choice(DESCRIBE)
+    path = folder / "images" / f"{scene.scene_id}.png"
+    draw_picture(scene).save(path)
+    sha = sha256_of(path.read_bytes())
+    source = f"iconworld/{scene.scene_id}"
+    return Prompt(prompt_id_of(sha, question), f"images/{path.name}", sha, question, source, split)
 
 # %% ../../nbs/iconworld/01_world.ipynb #5cb3309e
 def scene_of(prompt):

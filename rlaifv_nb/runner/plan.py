@@ -18,8 +18,8 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
            'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
            'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
-           'milder_to_stronger', 'advise', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines',
-           'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
+           'milder_to_stronger', 'advise', 'fits_with', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table',
+           'disk_lines', 'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../../nbs/runner/03_plan.ipynb #a11e33af
 import inspect
@@ -1239,19 +1239,20 @@ def milder_to_stronger(notebook: str, p: dict, changed: dict) -> list[dict]:
 def advise(notebook: str, p: dict, recipe, card: Card, lengths: Lengths, configs: str | Path = "") -> str:
     "Which key to change, and to what, so that the stage fits the card; or that nothing helps."
     for quantised in [{}, {"quantisation": "nf4"}][: 1 + (p["quantisation"] == "none")]:
-        s = open_stage(notebook, p | quantised, recipe, card, lengths, configs)
-
-        def fits(changed):
-            work, batch = COSTS[notebook][0](replace(s, p=p | changed))
-            plan = StagePlan(notebook, "", dry.weight_bytes(s.vlm.model), work, batch)
-            return plan.gib(card) <= card.gib
-
+        stage = open_stage(notebook, p | quantised, recipe, card, lengths, configs)
         tries = milder_to_stronger(notebook, p, quantised)
-        if fits(tries[-1]):
-            changed = next(changed for changed in tries if fits(changed))
+        if fits_with(tries[-1], stage, notebook, card):
+            changed = next(changed for changed in tries if fits_with(changed, stage, notebook, card))
             keys = [f"{notebook}.{key}={json.dumps(value)}" for key, value in changed.items()]
             return "set " + " and ".join(keys)
-    return "no setting of this stage fits: take a smaller model or a larger card"
+    return "no setting of this stage fits: choose a smaller model or a larger card"
+
+
+def fits_with(changed: dict, stage, notebook: str, card: Card) -> bool:
+    "Whether an opened stage fits a card with changed parameters."
+    work, batch = COSTS[notebook][0](replace(stage, p=stage.p | changed))
+    plan = StagePlan(notebook, "", dry.weight_bytes(stage.vlm.model), work, batch)
+    return plan.gib(card) <= card.gib
 
 # %% ../../nbs/runner/03_plan.ipynb #8f4a6342
 def plan_recipe(
