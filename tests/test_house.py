@@ -6,12 +6,16 @@ Imports inside functions count, too: what runs later leans on its module all the
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import check_notebooks
 import measure_house
 import next_lines
 import pytest
+
+import rlaifv_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
@@ -164,3 +168,43 @@ def test_a_module_says_what_its_notebook_says():
     for module, path in paths_of_modules().items():
         source = (LIBRARY / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(source)) == next_lines.subtitle(ROOT / "nbs" / path), module
+
+
+def test_the_package_shows_what_a_builder_needs():
+    names = [name for name in rlaifv_nb.__all__ if name != "__version__"]
+    assert 20 <= len(names) <= 30
+    for name in names:
+        assert f"`{name}`" in rlaifv_nb.__doc__ and name in dir(rlaifv_nb)
+        assert getattr(rlaifv_nb, name).__name__ == name
+    misspelt = "open_vml"
+    with pytest.raises(AttributeError, match="has no attribute 'open_vml'"):
+        getattr(rlaifv_nb, misspelt)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = """import sys, rlaifv_nb
+heavy = {"torch", "transformers", "datasets", "numpy", "PIL"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+from rlaifv_nb import Prompt, load_recipe
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+from rlaifv_nb import open_vlm
+assert "torch" in sys.modules and open_vlm.__module__ == "rlaifv_nb.engine.models"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_runs_as_a_module():
+    def said(*command):
+        return subprocess.run(
+            [*command, "recipes"], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
+
+    as_module = said(sys.executable, "-m", "rlaifv_nb.runner.command")
+    script = "from rlaifv_nb.runner.command import main; raise SystemExit(main())"
+    assert as_module == said(sys.executable, "-c", script) and "tiny" in as_module
+    wrong = subprocess.run(
+        [sys.executable, "-m", "rlaifv_nb.runner.command", "run", "tinny"], capture_output=True, text=True
+    )
+    assert (
+        wrong.returncode == 2 and wrong.stderr.startswith("rlaifv: ") and "did you mean tiny" in wrong.stderr
+    )
