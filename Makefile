@@ -81,7 +81,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 example: $(STAMP)  ## make data/example again: the small real run that the notebooks use by default
 	$(BIN)/python scripts/make_example.py
 
-# About 50 minutes on two cores; an interrupted training goes on when this is started again.
+# About 50 minutes on two cores; an interrupted training resumes when this is started again.
 MODELS ?= runs/models
 models: $(STAMP)  ## train the small models of the icon world from scratch (MODELS=folder)
 	mkdir -p $(MODELS)
