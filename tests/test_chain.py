@@ -899,13 +899,13 @@ def test_errors_are_one_line_and_exit_code_2(command, capsys, argv, says):
     assert says in err and err.startswith("rlaifv: ") and err.count("\n") == 1
 
 
-def test_interrupt_says_how_to_go_on(command, capsys, monkeypatch):
+def test_interrupt_says_how_to_resume(command, capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chain, "execute_notebook", interrupted)
     assert main(["run", "small.yaml"]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "resumes from here" in capsys.readouterr().err
 
 
 def test_variants_run_side_by_side_and_are_compared(command, capsys):

@@ -23,6 +23,7 @@ from rlaifv_nb.records import (
     resolve_path,
     sha256_of,
 )
+from rlaifv_nb.runner.recipes import load_recipe, recipe_text
 
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
 
@@ -369,7 +370,7 @@ def run(undisturbed, tmp_path):
     """The small run in the shape that the chain gives a run folder."""
     here = tmp_path / "run"
     here.mkdir()
-    (here / "recipe.yaml").write_text("extends: tiny\nrounds: 1\n")
+    (here / "recipe.yaml").write_text(recipe_text(load_recipe("tiny", {"rounds": 1}), here))
     shutil.copytree(undisturbed / "prompts", here / "prompts")
     for stage in ("01_sampling", "02_claims", "03_feedback", "04_pairs", "05_dpo"):
         shutil.copytree(undisturbed / stage, here / "round_1" / stage)

@@ -495,10 +495,17 @@ def last_round(run, stage):
 
 
 def models_of_run(run):
-    "The policy and the labeler of a run, as its recipe.yaml names them; paths there are relative to the run."
+    """The policy and the labeler of a run, as its recipe.yaml names them, with paths relative to the run.
+
+    Raises ValueError for a recipe.yaml that the chain has not written, which lacks them.
+    """
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     found = {}
     for key in ("policy", "labeler"):
+        if key not in recipe:
+            raise ValueError(
+                f"{run}/recipe.yaml lacks {key!r}: it is not the complete recipe that a run writes"
+            )
         name = recipe[key]
         found[key] = str((run / name).resolve()) if name.startswith(".") else name
     return found
@@ -541,13 +548,12 @@ def export_run(run, to, out, round=0, adapter="", logps=False):
     """
     run = Path(run)
     check_export(run, to, adapter, logps)
-    models = models_of_run(run)
     needed = {"merged": "05_dpo", "official": "01_sampling"}.get(to, "04_pairs")
     if not round and not adapter:
         round = last_round(run, "05_dpo" if logps else needed)
     here = run / f"round_{round}"
     if to == "merged":
-        return merge_adapter(models["policy"], adapter or str(here / "05_dpo/adapter"), out)
+        return merge_adapter(models_of_run(run)["policy"], adapter or str(here / "05_dpo/adapter"), out)
     if not (here / needed / "manifest.json").exists():
         raise ValueError(f"{run} has no finished {needed} in round {round}")
     folders = {"prompts": run / "prompts"}
@@ -558,6 +564,7 @@ def export_run(run, to, out, round=0, adapter="", logps=False):
     inputs = {table: table_sha(folder, table) for table, folder in folders.items()}
     stage = StageFolder(out, "export", parameters, inputs)
     if not stage.is_done and to == "official":
+        models = models_of_run(run)
         stage.finish(0, 0, [], files=to_official(folders, out, models["policy"], models["labeler"]))
     elif not stage.is_done:
         n_in, n_out, set_aside = export_pairs(run, round, to, out, logps)
