@@ -53,11 +53,9 @@ FIGURES = ("response", "mention", "any_claim", "cover")
 
 def more_candidates(runs, n_samples):
     """Make the run `reward-<n_samples>` beside the variant `reward`, and list it for the comparison."""
-    source, run, notebooks = (
-        (runs / "reward").resolve(),
-        (runs / f"reward-{n_samples}").resolve(),
-        package_folder("nbs"),
-    )
+    source = (runs / "reward").resolve()
+    run = (runs / f"reward-{n_samples}").resolve()
+    notebooks = package_folder("nbs")
     for folder in ("prompts", "round_1"):
         shutil.copytree(source / folder, run / folder, dirs_exist_ok=True)
     recipe = replace(
@@ -76,17 +74,14 @@ def cpu_seconds(runs, n_prompts, n_samples):
     """CPU seconds of sampling, of claim feedback, and of the reward, for some prompts of round 2, models
     being open.
     """
-    run, took = runs / "reward", {}
-    policy, adapter, prompts = (
-        "packaged:iconworld-vlm",
-        str(run / "round_1/05_dpo/adapter"),
-        str(run / "prompts"),
-    )
-    vlm, labeler, splitter = (
-        open_vlm(policy, adapter),
-        open_vlm(policy),
-        open_llm("packaged:iconworld-splitter"),
-    )
+    run = runs / "reward"
+    policy = "packaged:iconworld-vlm"
+    adapter = str(run / "round_1/05_dpo/adapter")
+    prompts = str(run / "prompts")
+    vlm = open_vlm(policy, adapter)
+    labeler = open_vlm(policy)
+    splitter = open_llm("packaged:iconworld-splitter")
+    took = {}
     with TemporaryDirectory() as room:
         at = {name: f"{room}/{name}" for name in ("sampling", "claims", "feedback", "reward")}
         work = {
@@ -110,11 +105,9 @@ def extremes(runs):
     """Make the run `claims-extremes` beside the finished variant `claims`: the same answers and verdicts,
     other pairs.
     """
-    source, run, notebooks = (
-        (runs / "claims").resolve(),
-        (runs / "claims-extremes").resolve(),
-        package_folder("nbs"),
-    )
+    source = (runs / "claims").resolve()
+    run = (runs / "claims-extremes").resolve()
+    notebooks = package_folder("nbs")
     for folder in (
         "prompts",
         "round_1",
@@ -122,17 +115,10 @@ def extremes(runs):
     ):
         shutil.copytree(source / folder, run / folder, dirs_exist_ok=True)
     shutil.copy(source / "recipe.yaml", run)
-    out, (responses, claims, verdicts) = (
-        run / "round_2/04_pairs",
-        (
-            read_table(run / "round_2" / stage, table, record)
-            for stage, table, record in (
-                ("01_sampling", "responses", Response),
-                ("02_claims", "claims", Claim),
-                ("03_feedback", "verdicts", Verdict),
-            )
-        ),
-    )
+    out = run / "round_2/04_pairs"
+    responses = read_table(run / "round_2/01_sampling", "responses", Response)
+    claims = read_table(run / "round_2/02_claims", "claims", Claim)
+    verdicts = read_table(run / "round_2/03_feedback", "verdicts", Verdict)
     stage = StageFolder(out, "extreme_pairs", {"max_pairs_per_prompt": 2, "length_tolerance": 0.02})
     drawn, spare = sample_pairs(
         candidate_pairs(responses, score_responses(responses, claims, verdicts)[0])[0], 2, 0, 2, "extremes"
@@ -177,7 +163,8 @@ def finish(runs, run, recipe, steps, note):
         runs / "variants.json",
         [*dict.fromkeys([*json.loads((runs / "variants.json").read_text()), run.name])],
     )
-    write_report(run), write_report(runs)
+    write_report(run)
+    write_report(runs)
 
 
 def false_claims(scene, text):
