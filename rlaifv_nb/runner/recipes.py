@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'INPUT_KEYS', 'STAGES', 'OPTION_KEYS', 'DEVICES', 'RECIPE_KEYS', 'MODEL_KEYS',
-           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'require_one_of',
+           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'require_name',
            'typed', 'merge', 'changed', 'packaged_recipes', 'inherit', 'load_recipe', 'Step', 'options_of',
            'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
            'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
@@ -123,7 +123,7 @@ RecipeLoader.add_implicit_resolver(
 )
 
 # %% ../../nbs/runner/01_recipes.ipynb #2ceae54a
-def require_one_of(name, names, where: str):
+def require_name(name, names, where: str):
     "The name, if it is one of `names`. Raises RecipeError with the nearest of them."
     if name in names:
         return name
@@ -186,7 +186,7 @@ def _find_recipe(name, folder="."):
             raise RecipeError(f"no recipe file {path}")
         return path
     recipes = packaged_recipes()
-    return recipes[require_one_of(name, recipes, "recipes of this package")]
+    return recipes[require_name(name, recipes, "recipes of this package")]
 
 
 def _is_path(value) -> bool:
@@ -326,7 +326,7 @@ def _make_recipe(raw, where):
     """
     raw = _DEFAULTS | raw
     for key in raw:
-        require_one_of(key, RECIPE_KEYS, where)
+        require_name(key, RECIPE_KEYS, where)
     for key, kind in RECIPE_KEYS.items():
         if key not in raw:
             raise RecipeError(f"{where}: the key {key!r} is missing")
@@ -334,16 +334,16 @@ def _make_recipe(raw, where):
     raw = _with_all_rows(raw, where)
     _check_prompt_keys(raw["prompts"], where)
     _check_options(raw, where)
-    require_one_of(raw["device"], DEVICES, f"{where}, device")
+    require_name(raw["device"], DEVICES, f"{where}, device")
     if not re.fullmatch(r"[\w.-]+(/[\w-]+)?", raw["name"]):
         raise RecipeError(f"{where}: name: only letters, digits, `_`, `-` and `.`")
     if not 1 <= raw["rounds"] <= _MAX_ROUNDS:
         raise RecipeError(f"{where}: rounds: from 1 to {_MAX_ROUNDS}, not {raw['rounds']}")
     _check_feedback(raw["feedback"], raw["rounds"], where)
     for notebook in raw["evaluate"]:
-        require_one_of(notebook, FINAL_STAGES, f"{where}, evaluate")
+        require_name(notebook, FINAL_STAGES, f"{where}, evaluate")
     for notebook, parameters in raw["parameters"].items():
-        require_one_of(notebook, STAGES, f"{where}, parameters")
+        require_name(notebook, STAGES, f"{where}, parameters")
         typed(parameters, dict, f"{where}: parameters.{notebook}")
     return Recipe(**raw, where=where)
 
@@ -353,7 +353,7 @@ def _check_prompt_keys(prompts, where):
     drawn = prompts.get("source") == "iconworld"
     kinds = _PROMPT_KEYS if drawn else _PROMPT_KEYS | INPUT_KEYS
     for key, value in prompts.items():
-        require_one_of(key, kinds, f"{where}, prompts")
+        require_name(key, kinds, f"{where}, prompts")
         typed(value, kinds[key], f"{where}: prompts.{key}")
     needed = set(_PROMPT_KEYS) if drawn else set(_PROMPT_KEYS) - {"n_dev"}
     if missing := needed - set(prompts):
@@ -370,7 +370,7 @@ def _check_options(raw, where):
     """
     for options in ("policy_options", "labeler_options"):
         for key, value in raw[options].items():
-            require_one_of(key, OPTION_KEYS, f"{where}, {options}")
+            require_name(key, OPTION_KEYS, f"{where}, {options}")
             typed(value, OPTION_KEYS[key], f"{where}: {options}.{key}")
         n_pixels = raw[options].get("max_pixels", 0)
         if n_pixels < 0:
@@ -392,7 +392,7 @@ def _check_feedback(feedback, rounds, where):
             "could give one; begin with claims"
         )
     for kind in feedback:
-        require_one_of(kind, _FEEDBACK, f"{where}, feedback")
+        require_name(kind, _FEEDBACK, f"{where}, feedback")
 
 # %% ../../nbs/runner/01_recipes.ipynb #0ecde2f3
 def load_recipe(name, overrides=None):
@@ -522,7 +522,7 @@ def first_remade(steps, notebook, round):
     """
     if not notebook:
         return len(steps)
-    require_one_of(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
+    require_name(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
     places = [i for i, s in enumerate(steps) if s.notebook == notebook]
     of_round = [i for i in places if steps[i].round == round]
     if not of_round and round == 0:
@@ -612,11 +612,11 @@ def check_recipe(recipe, notebooks):
         own = _chain_keys(recipe, notebook)
         kinds = notebook_parameters(Path(notebooks) / f"{notebook}.ipynb")
         for name in own:
-            require_one_of(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
+            require_name(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
         where = f"{recipe.where}, parameters.{notebook}"
         for name, value in recipe.parameters.get(notebook, {}).items():
             _refuse_chain_keys(name, kinds, own, where)
-            require_one_of(name, [kind for kind in kinds if kind not in own], where)
+            require_name(name, [kind for kind in kinds if kind not in own], where)
             checked.setdefault(notebook, {})[name] = typed(value, kinds[name], f"{where}.{name}")
     variants = {name: check_recipe(variant, notebooks) for name, variant in recipe.variants.items()}
     return replace(recipe, parameters=checked, variants=variants)
