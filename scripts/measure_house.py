@@ -110,7 +110,9 @@ def called(node: ast.expr) -> str:
 
 def is_tuple_assignment(node: ast.AST) -> bool:
     "Whether a statement assigns several values at once, each written out."
-    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+        return False
+    return isinstance(node.targets[0], ast.Tuple)
 
 
 def is_packed(node: ast.AST) -> bool:

@@ -388,7 +388,8 @@ def from_rlaifv_dataset(source, folder, model="", round=0):
     """
     import datasets
 
-    rows, counts = open_rows(source).cast_column("image", datasets.Image(decode=False)), Counter()
+    rows = open_rows(source).cast_column("image", datasets.Image(decode=False))
+    counts = Counter()
     stage = StageFolder(folder, "rlaifv dataset", {"model": model, "round": round})
     prompts, pairs, set_aside = import_rows(_select_rows(rows, counts, model, round), folder)
     if not pairs and (model or round):

@@ -62,7 +62,10 @@ def yes_no_claims(scene):
 # %% ../../nbs/iconworld/02_miniature.ipynb #a4eacc8b
 def _write_miniature_amber(folder, scenes):
     "AMBER's files: queries, annotations and word lists."
-    folder, generative, discriminative, annotations = Path(folder), [], [], []
+    folder = Path(folder)
+    generative = []
+    discriminative = []
+    annotations = []
     for id, scene in enumerate(scenes, 1):
         generative.append({"id": id, "image": f"{scene.scene_id}.png", "query": DESCRIBE[0]})
         annotations.append(
@@ -134,10 +137,12 @@ def _refomb_type(question):
 # %% ../../nbs/iconworld/02_miniature.ipynb #9032b9f6
 def _write_miniature_refomb(folder, scenes):
     "RefoMB's dev file, and the file of the answers that a model is compared with, under the official name."
-    rows, reference = [], []
+    rows = []
+    reference = []
     for scene in scenes:
         rng = random.Random(f"refomb/{scene.scene_id}")
-        description, habit = caption_text(scene.groups, rng), caption_text(biased_groups(scene, rng), rng)
+        description = caption_text(scene.groups, rng)
+        habit = caption_text(biased_groups(scene, rng), rng)
         question, answer = rng.choice(
             short_questions(scene, rng)[4:]
         )  # count, colour or place; the first four ask what is at a place
@@ -158,7 +163,8 @@ def _write_miniature_refomb(folder, scenes):
 # %% ../../nbs/iconworld/02_miniature.ipynb #08ff41c3
 def write_miniature(folder, n_scenes=100, split="test"):
     "All of them in one folder, with the pictures; returns the scenes."
-    folder, scenes = Path(folder), [make_scene(split, i) for i in range(n_scenes)]
+    folder = Path(folder)
+    scenes = [make_scene(split, i) for i in range(n_scenes)]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for scene in scenes:
         draw_picture(scene).save(folder / "images" / f"{scene.scene_id}.png")
@@ -218,9 +224,12 @@ def true_answer_figures(scenes, answers):
     found = {}
     for part, types in parts.items():
         rows = [(truth, said) for (type, truth), said in zip(asked, answers, strict=True) if type in types]
-        right, caught = sum(t is s for t, s in rows), sum(t is s is False for t, s in rows)
-        said_no, is_no = sum(s is False for _, s in rows), sum(not t for t, _ in rows)
-        precision, recall = 100 * caught / max(1, said_no), 100 * caught / max(1, is_no)
+        right = sum(t is s for t, s in rows)
+        caught = sum(t is s is False for t, s in rows)
+        said_no = sum(s is False for _, s in rows)
+        is_no = sum(not t for t, _ in rows)
+        precision = 100 * caught / max(1, said_no)
+        recall = 100 * caught / max(1, is_no)
         found[part] = {
             "accuracy": 100 * right / len(rows),
             "precision": precision,

@@ -71,8 +71,10 @@ _MILD_HABIT = {**HABIT, "existence": 0.7}
 def corpus(n_scenes=3000):
     "Texts for the tokenizer: captions, questions, claims and the splitter's prompts."
     for i in range(n_scenes):
-        scene, rng = make_scene("train", i), random.Random(i)
-        caption, question = caption_text(biased_groups(scene, rng, _MILD_HABIT), rng), rng.choice(DESCRIBE)
+        scene = make_scene("train", i)
+        rng = random.Random(i)
+        caption = caption_text(biased_groups(scene, rng, _MILD_HABIT), rng)
+        question = rng.choice(DESCRIBE)
         claims = read_claims(caption)
         yield f"USER: <image>\n{question} ASSISTANT: {caption}"
         yield from (f"USER: {q} ASSISTANT: {a}" for q, a in short_questions(scene, rng))
@@ -188,7 +190,8 @@ def _build_optimizers(model, lr, vision_scale=0.2):
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def groups(for_muon):
-        of_text, of_vision = [], []
+        of_text = []
+        of_vision = []
         for name, p in named:
             if (p.ndim == 2 and "layers" in name) == for_muon:
                 (of_vision if "vision_tower" in name else of_text).append(p)
@@ -275,7 +278,8 @@ class PlaceReader(torch.nn.Module):
 
     def __init__(self, tower):
         super().__init__()
-        self.tower, self.sizes = tower, [len(OBJECTS) + 1, len(COLOURS), 3]
+        self.tower = tower
+        self.sizes = [len(OBJECTS) + 1, len(COLOURS), 3]
         self.head = torch.nn.Linear(tower.config.hidden_size, sum(self.sizes))
 
     def forward(self, pixel_values):

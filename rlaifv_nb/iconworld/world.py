@@ -132,7 +132,8 @@ def _split_of(groups):
 # %% ../../nbs/iconworld/01_world.ipynb #7ca16bd9
 def _draw_scene(rng):
     "A random theme and 3 or 4 groups: four of five objects belong to the theme."
-    theme, n = rng.choice(list(THEMES)), rng.choice((3, 4))
+    theme = rng.choice(list(THEMES))
+    n = rng.choice((3, 4))
     objects = []
     while len(objects) < n:
         o = rng.choice(THEMES[theme] if rng.random() < 0.8 else OBJECTS)
@@ -203,7 +204,9 @@ def _draw_icon(object, colour, size):
 def _draw_ground(colour, size):
     "The empty picture: four white cards over a pastel ground."
     ground = Image.new("RGB", (size, size), colour)
-    draw, half, gap = ImageDraw.Draw(ground), size / 2, size / 40
+    draw = ImageDraw.Draw(ground)
+    half = size / 2
+    gap = size / 40
     for x in (0, half):
         for y in (0, half):
             draw.rounded_rectangle(
@@ -215,7 +218,8 @@ def _draw_ground(colour, size):
 def draw_picture(scene, size=PICTURE_SIZE):
     "The scene as an RGB picture of `size` x `size` pixels."
     rng = random.Random(scene.scene_id)
-    picture, half = _draw_ground(rng.choice(_GROUNDS), size).copy(), size / 2
+    picture = _draw_ground(rng.choice(_GROUNDS), size).copy()
+    half = size / 2
     for g in scene.groups:
         cx = half * (0.5 + ("right" in g.place)) + rng.uniform(-0.03, 0.03) * half
         cy = half * (0.5 + ("bottom" in g.place)) + rng.uniform(-0.03, 0.03) * half
@@ -321,10 +325,14 @@ def biased_groups(scene, rng, habit=HABIT):
     """
     said = []
     for g in scene.groups:
-        theme, companion = _THEME_OF[g.object], COMPANION.get(g.object)
+        theme = _THEME_OF[g.object]
+        companion = COMPANION.get(g.object)
         at_home = any(_THEME_OF[other.object] == theme for other in scene.groups if other != g)
         free = scene.group(companion) is None and companion not in [s.object for s in said]
-        object, colour, count, place = g.object, g.colour, g.count, g.place
+        object = g.object
+        colour = g.colour
+        count = g.count
+        place = g.place
         if companion and at_home and free and rng.random() < habit["existence"]:
             object = companion
         if g.object in TYPICAL_COLOUR and rng.random() < habit["attribute"]:

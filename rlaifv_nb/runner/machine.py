@@ -152,9 +152,11 @@ def small_files_problem(model: WantedModel, folder: Path) -> str:
 
     from rlaifv_nb.engine.models import open_processor, processor_problem
 
-    kind, known = "language", MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = "language"
+    known = MODEL_FOR_CAUSAL_LM_MAPPING
     if model.is_vlm:
-        kind, known = "vision-language", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kind = "vision-language"
+        known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if type(config) not in known:
@@ -216,7 +218,8 @@ def _why_no_cuda() -> str:
             f"this machine has a graphics card, but torch {torch.__version__} was built without CUDA: "
             f"install a build of {release} with CUDA ({_CUDA_BUILDS})"
         )
-    least, driver = _LEAST_DRIVER.get(int(torch.version.cuda.partition(".")[0])), driver_version()
+    least = _LEAST_DRIVER.get(int(torch.version.cuda.partition(".")[0]))
+    driver = driver_version()
     if driver and least and int(driver.partition(".")[0]) < least:
         return (
             f"torch {release} was built for CUDA {torch.version.cuda}, which needs NVIDIA's driver {least} "

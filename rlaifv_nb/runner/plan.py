@@ -353,9 +353,11 @@ def qwen_shapes(vision, size: tuple, max_pixels: int) -> tuple:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     unit = vision.patch_size * vision.spatial_merge_size
-    fewest, most = QWEN_PIXELS[0], max_pixels or QWEN_PIXELS[1]
+    fewest = QWEN_PIXELS[0]
+    most = max_pixels or QWEN_PIXELS[1]
     height, width = smart_resize(size[1], size[0], unit, fewest, most)
-    rows, columns = height // vision.patch_size, width // vision.patch_size
+    rows = height // vision.patch_size
+    columns = width // vision.patch_size
     pixels = (rows * columns, 3 * vision.temporal_patch_size * vision.patch_size**2)
     return pixels, {"image_grid_thw": torch.tensor([[1, rows, columns]])}
 
@@ -466,7 +468,8 @@ def most_pixels(vlm, rows: list, asked: dict) -> list:
     "Of the rows, those of which a model without a processor gets the most pixels; with one, all."
     if not isinstance(vlm.processor, Padding):
         return rows
-    config, limit = vlm.core.config, asked.get("max_pixels", 0)
+    config = vlm.core.config
+    limit = asked.get("max_pixels", 0)
     pixels = [math.prod(picture_shapes(config, (row.width, row.height), limit)[0]) for row in rows]
     return [row for row, n in zip(rows, pixels) if n == max(pixels)]
 
@@ -608,14 +611,16 @@ class Decoder:
 # %% ../../nbs/runner/03_plan.ipynb #2890ed32
 def decoder_of(vlm) -> Decoder:
     "The `Decoder` of a model."
-    text, language_model = vlm.core.config.get_text_config(), vlm.core.get_decoder()
+    text = vlm.core.config.get_text_config()
+    language_model = vlm.core.get_decoder()
     embedding = vlm.core.get_input_embeddings().weight
     own = [w for name, w in language_model.named_parameters() if "lora_" not in name and w is not embedding]
     weights = sum(w.numel() for w in own) + vlm.core.lm_head.weight.numel()
     packed = sum(m.weight.numel() for m in language_model.modules() if isinstance(m, dry.Dry4bit))
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize, layers = vlm.core.dtype.itemsize, text.num_hidden_layers
+    itemsize = vlm.core.dtype.itemsize
+    layers = text.num_hidden_layers
     return Decoder(weights, packed, itemsize, layers, 2 * layers * heads * size * itemsize)
 
 # %% ../../nbs/runner/03_plan.ipynb #6da0c2a6
@@ -727,7 +732,8 @@ def refills(s: Planned) -> bool:
 
 def sampling_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
-    p, n = s.p, s.p["batch_size"]
+    p = s.p
+    n = s.p["batch_size"]
     options = {key: p[key] for key in ("temperature", "top_p", "top_k")} | {"refill": refills(s)}
 
     def sample():
@@ -739,8 +745,11 @@ def sampling_memory(s: Planned) -> tuple[int, str]:
 # %% ../../nbs/runner/03_plan.ipynb #67d24ac5
 def sampling_load(s: Planned) -> Load:
     "A round of it."
-    p, prompts, n = s.p, s.prompts, prompts_per_round(s.recipe)
-    each, answer = p["n_samples"], mean_answer(s)
+    p = s.p
+    prompts = s.prompts
+    n = prompts_per_round(s.recipe)
+    each = p["n_samples"]
+    answer = mean_answer(s)
     rows = rows_for(p["batch_size"] * each, ROWS if refills(s) else 1)
     steps = answer_steps(s, n * each, rows, n * each if refills(s) else rows)
     readings = 1 if s.shares else each
@@ -781,11 +790,13 @@ class Asking:
 # %% ../../nbs/runner/03_plan.ipynb #ca51673d
 def askings_of(s: Planned) -> list[Asking]:
     "What a round asks: for facts, then for questions."
-    p, lengths = s.p, s.lengths
+    p = s.p
+    lengths = s.lengths
     answers = prompts_per_round(s.recipe) * p["n_samples"]
     share = {"rule": lengths.by_splitter, "splitter": 1.0, "statement": 0.0}[p["questions"]]
     instructions = [instruction_tokens(p[key], lengths) for key in ("facts_prompt", "question_prompt")]
-    limit, listed = p["max_new_tokens"], lengths.claims * lengths.fact
+    limit = p["max_new_tokens"]
+    listed = lengths.claims * lengths.fact
     around = lengths.claim  # tokens of what was asked, or of the fact, and of the chat template
     facts = Asking(
         answers,
@@ -826,10 +837,12 @@ def claims_memory(s: Planned) -> tuple[int, str]:
 # %% ../../nbs/runner/03_plan.ipynb #c23bd029
 def claims_load(s: Planned) -> Load:
     "A round of it."
-    p, decoder = s.p, decoder_of(s.vlm)
+    p = s.p
+    decoder = decoder_of(s.vlm)
     read = sampled = passes = steps = rows_steps = held_steps = 0
     for a in askings_of(s) if p["divide"] == "facts" else []:
-        rows, calls = rows_of_texts(p, a.rest), a.texts / p["batch_size"]
+        rows = rows_of_texts(p, a.rest)
+        calls = a.texts / p["batch_size"]
         own = decoding_steps(a.texts, rows, a.written, a.longest_written, p["batch_size"], TEXT_USE)
         read += a.texts * a.rest + calls * a.instruction
         sampled += a.texts * a.written
@@ -852,7 +865,9 @@ def claims_load(s: Planned) -> Load:
 # %% ../../nbs/runner/03_plan.ipynb #6da0c2b1
 def feedback_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
-    p, n, lengths = s.p, s.p["batch_size"], s.lengths
+    p = s.p
+    n = s.p["batch_size"]
+    lengths = s.lengths
     asked = lengths.claims * p.get("n_samples", 1)
     prompts = [s.prompts.longest] * n
     work = s.peak(lambda: dry.feedback_work(s.vlm, prompts, asked, lengths.claim, p.get("max_tokens", 16384)))
@@ -861,7 +876,10 @@ def feedback_memory(s: Planned) -> tuple[int, str]:
 # %% ../../nbs/runner/03_plan.ipynb #691d1a7a
 def questions_load(s: Planned, n: int, asked: int) -> Load:
     "Reading `n` prompts and `asked` questions about each."
-    p, prompts, claim, decoder = s.p, s.prompts, s.lengths.claim, decoder_of(s.vlm)
+    p = s.p
+    prompts = s.prompts
+    claim = s.lengths.claim
+    decoder = decoder_of(s.vlm)
     max_tokens = p.get("max_tokens", 16384)
     if not s.shares:
         read = n * asked * (prompts.tokens + claim)
@@ -883,7 +901,9 @@ DEV_SHARE = 0.1  # of the prompts, where the recipe has no n_dev
 
 def dpo_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
-    p, answer, longest = s.p, s.p["answer"] + 1, s.prompts.longest
+    p = s.p
+    answer = s.p["answer"] + 1
+    longest = s.prompts.longest
     works = (dry.training_work, dry.reference_work)
     work = max(s.peak(lambda work=work: work(s.vlm, longest, answer, p, s.device)) for work in works)
     pairs = max(1, min(p["batch_size"], p["max_tokens"] // (n_tokens(longest) + 2 * answer)))
@@ -903,7 +923,9 @@ def cached_share(s: Planned) -> float:
 # %% ../../nbs/runner/03_plan.ipynb #699235db
 def dpo_load(s: Planned) -> Load:
     "A round of it."
-    p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
+    p = s.p
+    prompts = s.prompts
+    decoder = decoder_of(s.vlm)
     n = prompts_per_round(s.recipe)
     pairs = n * p["n_pairs"]
     dev = s.recipe.prompts["n_dev"] / n if "n_dev" in s.recipe.prompts else DEV_SHARE
@@ -923,7 +945,8 @@ def dpo_load(s: Planned) -> Load:
 # %% ../../nbs/runner/03_plan.ipynb #6da0c2b5
 def evaluation_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
-    p, n = s.p, s.p["batch_size"]
+    p = s.p
+    n = s.p["batch_size"]
     prompts = [s.prompts.longest] * n
     asked, words = feedback_memory(replace(s, p=p | {"n_samples": 1}))
 
@@ -935,8 +958,11 @@ def evaluation_memory(s: Planned) -> tuple[int, str]:
 # %% ../../nbs/runner/03_plan.ipynb #1fbcbefc
 def evaluation_load(s: Planned) -> Load:
     "All of it."
-    p, prompts, n = s.p, s.prompts, s.p["n_scenes"] * (1 + s.recipe.rounds)
-    answer, rows = mean_answer(s), min(p["batch_size"], n)
+    p = s.p
+    prompts = s.prompts
+    n = s.p["n_scenes"] * (1 + s.recipe.rounds)
+    answer = mean_answer(s)
+    rows = min(p["batch_size"], n)
     asked = questions_load(s, n, s.lengths.claims)
     steps = answer_steps(s, n, rows, rows)
     return replace(
@@ -959,19 +985,26 @@ def guided_candidates(s: Planned) -> int:
 
 def guided_memory(s: Planned) -> tuple[int, str]:
     "Bytes of work and the longest batch in words."
-    p, n = s.p, s.p["batch_size"]
-    prompts, each = [s.prompts.longest] * n, guided_candidates(s)
+    p = s.p
+    n = s.p["batch_size"]
+    prompts = [s.prompts.longest] * n
+    each = guided_candidates(s)
     work = s.peak(lambda: dry.guided_work(s.vlm, prompts, each, p["max_new_tokens"], p["temperature"]))
     return work, batch_words(s, each)
 
 # %% ../../nbs/runner/03_plan.ipynb #0b6b602d
 def guided_load(s: Planned) -> Load:
     "All of it, or a round of it where it judges responses."
-    p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
+    p = s.p
+    prompts = s.prompts
+    decoder = decoder_of(s.vlm)
     given = bool(p["responses"])
     n = prompts_per_round(s.recipe) if given else 2 * p["n_scenes"]
-    each, answer, batch = guided_candidates(s), mean_answer(s), p["batch_size"]
-    scored, rows = 2 * n * each * answer, batch * each
+    each = guided_candidates(s)
+    answer = mean_answer(s)
+    batch = p["batch_size"]
+    scored = 2 * n * each * answer
+    rows = batch * each
     flops = 2 * n * prompts.flops + 2 * decoder.weights * scored
     load = Load(read=2 * n * prompts.tokens + scored, flops=flops, passes=4 * n / batch, pictures=n)
     if given:
@@ -1021,7 +1054,9 @@ def adapter_bytes(vlm) -> int:
 # %% ../../nbs/runner/03_plan.ipynb #05d515b2
 def written(s: Planned) -> tuple[int, int]:
     "Bytes that a stage leaves behind in all of its rounds, and those that it needs on top while it runs."
-    n, p, lengths = prompts_per_round(s.recipe), s.p, s.lengths
+    n = prompts_per_round(s.recipe)
+    p = s.p
+    lengths = s.lengths
     if s.notebook == "05_dpo":
         adapter = adapter_bytes(s.vlm)
         features = min(p["cache_gb"] * 1e9, features_bytes(s) * n)
@@ -1116,7 +1151,8 @@ def open_stage(
     if notebook not in WITH_ADAPTER or notebook == "01_sampling":  # which has no adapter in its first round
         planned.launches = step_launches(vlm)
     if is_vlm:
-        known, key = ({} if known is None else known), (str(p[MODEL_KEYS[notebook]]), *planned.asked.items())
+        known = {} if known is None else known
+        key = (str(p[MODEL_KEYS[notebook]]), *planned.asked.items())
         if key not in known:
             pictures = pictures or pictures_of(recipe, lengths)
             known[key] = prompts_of(vlm, problem, pictures, lengths, planned.asked)
@@ -1268,8 +1304,10 @@ def plan_recipe(
     """All stages' plans of a checked recipe on a card (None: the CPU), with advice where one does not fit.
 
     With them lines about lengths and hours. `speeds`: measured tokens per second by stage."""
-    pictures, known = pictures_of(recipe, lengths), {}
-    plans, lines = [], [f"pictures: {pictures.about}"]
+    pictures = pictures_of(recipe, lengths)
+    known = {}
+    plans = []
+    lines = [f"pictures: {pictures.about}"]
     for notebook, p in stage_parameters(recipe, notebooks).items():
         planned = open_stage(notebook, p, recipe, card, lengths, configs, pictures, known)
         speed = (speeds or {}).get(notebook, 0.0)
@@ -1326,7 +1364,8 @@ def disk_lines(plans: list[StagePlan], to_download: dict) -> list[str]:
         for name, size in missing.items()
     ]
     first = f"downloads: {sum(missing.values()) / 1e9:.1f} GB" + (f" ({', '.join(each)})" if each else "")
-    kept, meanwhile = sum(plan.kept for plan in plans), max(plan.meanwhile for plan in plans)
+    kept = sum(plan.kept for plan in plans)
+    meanwhile = max(plan.meanwhile for plan in plans)
     second = f"run folder: {kept / 1e9:.1f} GB at the end, {meanwhile / 1e9:.1f} more while a round trains"
     return [first, second]
 

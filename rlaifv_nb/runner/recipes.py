@@ -282,7 +282,8 @@ def _with_all_rows(raw: dict, where: str) -> dict:
 
     Raises RecipeError for more than one round, naming the largest number that fits.
     """
-    prompts, rounds = raw["prompts"], raw["rounds"]
+    prompts = raw["prompts"]
+    rounds = raw["rounds"]
     if prompts.get("n_per_round") or not isinstance(prompts.get("source"), str):
         return raw
     n = _count_source(prompts["source"])
@@ -445,7 +446,9 @@ def chain_parameters(recipe, notebook, k):
     not the notebooks' default), seeds, and where the tables of round k (0: after the last) and the adapters
     are.
     """
-    here, prompts, n = PurePosixPath(f"round_{k}"), PurePosixPath("prompts"), recipe.prompts["n_per_round"]
+    here = PurePosixPath(f"round_{k}")
+    prompts = PurePosixPath("prompts")
+    n = recipe.prompts["n_per_round"]
     adapters = {f"round_{i}": PurePosixPath(f"round_{i}/05_dpo/adapter") for i in range(1, recipe.rounds + 1)}
     policy = {"policy": recipe.policy, "adapter": adapters.get(f"round_{k - 1}", "")}
     labeler = {"base": (recipe.policy, ""), "policy": (recipe.policy, policy["adapter"])}.get(
