@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WINGS = ("engine", "iconworld", "benchmarks", "exchange", "runner", "studies")
-NEXT = re.compile(r"Next: \[[^\]]*\]\(([^)]+\.ipynb)\)")
+NEXT = re.compile(r"Next: [^\n]*\]\([^)]+\.ipynb\)")
+LINK = re.compile(r"\]\(([^)]+\.ipynb)\)")
 CELL_ID = "next"
 
 
@@ -47,19 +48,19 @@ def next_cell(cells: list[dict]) -> dict | None:
     return found[-1] if found else None
 
 
-def next_of(path: Path) -> Path | None:
-    "The notebook to which the last `Next:` of another one leads, or None."
+def next_of(path: Path) -> list[Path]:
+    "The notebooks to which the last `Next:` of another one leads; most have one."
     cell = next_cell(read_cells(path))
     if cell is None:
-        return None
-    links = NEXT.findall("".join(cell["source"]))
-    return Path(os.path.normpath(path.parent / links[-1]))
+        return []
+    sentence = "".join(cell["source"]).rpartition("Next: ")[2]
+    return [Path(os.path.normpath(path.parent / link)) for link in LINK.findall(sentence)]
 
 
 def wrong_lines(root: Path = ROOT) -> dict[Path, Path]:
     "Notebook -> the one that should come next, for each that leads elsewhere or nowhere."
     order = reading_order(root)
-    return {path: after for path, after in zip(order, order[1:], strict=False) if next_of(path) != after}
+    return {path: after for path, after in zip(order, order[1:], strict=False) if after not in next_of(path)}
 
 
 def line_to(path: Path, after: Path, root: Path = ROOT) -> str:
@@ -76,7 +77,7 @@ def write_line(path: Path, after: Path, root: Path = ROOT):
         cell = {"cell_type": "markdown", "id": CELL_ID, "metadata": {}, "source": []}
         notebook["cells"].append(cell)
     text = "".join(cell["source"])
-    kept = text[: text.rfind("Next: [")] if "Next: [" in text else ""
+    kept = text[: text.rfind("Next: ")] if "Next: " in text else ""
     cell["source"] = (kept + line_to(path, after, root)).splitlines(keepends=True)
     path.write_text(
         json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
