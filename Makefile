@@ -40,11 +40,14 @@ demo: $(STAMP)  ## run the whole chain on the tiny recipe, on a CPU (RECIPE=...,
 	$(BIN)/rlaifv run $(RECIPE) --out $(OUT)
 	@echo "Report:" && ls $(OUT)/report*
 
-test: $(STAMP)  ## all checks: clean notebooks, library = notebooks, README, tests, every notebook
+test: $(STAMP)  ## all checks: style, clean notebooks, library = notebooks, README, tests, every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(N_WORKERS) --dist loadfile tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(N_WORKERS) --do-print --timing
+	$(BIN)/python scripts/check_notebooks.py
 
-check: $(STAMP)  ## the quick part of the checks: clean notebooks, library = notebooks, README
+check: $(STAMP)  ## the quick part of the checks: style, clean notebooks, library = notebooks, README
+	$(BIN)/ruff format --check nbs tests scripts
+	$(BIN)/ruff check nbs tests scripts
 	$(BIN)/python scripts/check_notebooks.py
 	$(BIN)/python scripts/readme.py --check
 
@@ -78,7 +81,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 example: $(STAMP)  ## make data/example again: the small real run that the notebooks use by default
 	$(BIN)/python scripts/make_example.py
 
-# About 50 minutes on two cores; an interrupted training goes on when this is started again.
+# About 50 minutes on two cores; an interrupted training resumes when this is started again.
 MODELS ?= runs/models
 models: $(STAMP)  ## train the small models of the icon world from scratch (MODELS=folder)
 	mkdir -p $(MODELS)

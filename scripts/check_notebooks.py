@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = "rlaifv_nb"
 # papermill would rewrite the library in the middle of a run, or change the environment it runs in.
 FORBIDDEN = re.compile(r"\bnbdev_export\(|^\s*[!%]+pip\b", re.MULTILINE)
+# What JupyterLab and nbdev's documentation keep beside notebooks; .gitignore names them.
+TOOL_FILES = {"_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css"}
 
 
 def notebooks(root=ROOT):
@@ -94,11 +96,26 @@ def faulty_cells(root=ROOT):
     return faults
 
 
+def left_over_files(root=ROOT):
+    """Files below `nbs` that are not notebooks: a demonstration wrote them to a relative path."""
+    return [
+        path.relative_to(root).as_posix()
+        for path in sorted((root / "nbs").rglob("*"))
+        if path.is_file()
+        and path.suffix != ".ipynb"
+        and path.name not in TOOL_FILES
+        and ".ipynb_checkpoints" not in path.parts
+    ]
+
+
 def main():
     """Print every finding with its remedy; return the number of findings."""
     findings = [f"{n}: not clean; make clean-notebooks" for n in dirty_notebooks()]
     findings += [f"{LIB}/{n}: not what the notebooks export; make export" for n in stale_modules()]
     findings += faulty_cells()
+    findings += [
+        f"{name}: not a notebook; let its cell write to a temporary folder" for name in left_over_files()
+    ]
     print("\n".join(findings) or f"{len(notebooks())} notebooks: clean and equal to the library")
     return len(findings)
 

@@ -1,8 +1,10 @@
-"""Make data/example/: a small real run of stages 01 to 04 on the icon world, and candidates of the aligned policy with their rewards.
+"""Make data/example/: a small real run of stages 01 to 04 on the icon world, and candidates of the aligned
+policy with their rewards.
 
 The notebooks use them by default.
 
     python scripts/make_example.py
+
 """
 
 import shutil

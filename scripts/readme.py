@@ -31,7 +31,9 @@ class Page:
         self.folder, self.relink, self.pictures = pictures_folder, relink, {}
 
     def add_picture(self, cell_id, kind, text):
-        """Keep base64 `text` as a file and return its path, named by cell, so that a new cell renames no other."""
+        """Keep base64 `text` as a file and return its path, named by cell, so that a new cell renames no
+        other.
+        """
         stem = f"{self.folder}/{cell_id}-"
         path = f"{stem}{sum(p.startswith(stem) for p in self.pictures)}.{kind}"
         self.pictures[path] = base64.b64decode(text)

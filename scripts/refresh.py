@@ -2,7 +2,8 @@
 
     python scripts/refresh.py nbs/04_pairs.ipynb ...
 
-A notebook is written only if it ran to its end. Standard error (progress bars, warnings with paths of this machine) is not kept.
+A notebook is written only if it ran to its end. Standard error (progress bars, warnings with paths of this
+machine) is not kept.
 """
 
 import sys

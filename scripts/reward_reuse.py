@@ -1,11 +1,17 @@
-"""What the recipe `reward-reuse` cannot say: two more arms with the same round 1, the CPU seconds of feedback, and how often pairs are right.
+"""What the recipe `reward-reuse` cannot say: two more arms with the same round 1, the CPU seconds of
+feedback, and how often pairs are right.
 
 rlaifv run reward-reuse --seed 0 --out runs/reward-reuse-0
 python scripts/reward_reuse.py runs/reward-reuse-0 cpu           CPU seconds of both kinds of feedback
-python scripts/reward_reuse.py runs/reward-reuse-0 reward-18     round 2 by reward, with 18 candidates: the seconds of claim feedback
-python scripts/reward_reuse.py runs/reward-reuse-0 extremes      round 2 by claims, but best answers against worst ones, as the reward's pairs are
-python scripts/reward_reuse.py runs/reward-reuse-0 pairs         of each arm's pairs: how often chosen has fewer, as many, more false claims
-python scripts/reward_reuse.py runs/reward-reuse-* compare       each arm against claims, over all seeds, on the same pictures
+python scripts/reward_reuse.py runs/reward-reuse-0 reward-18     round 2 by reward, with 18 candidates: the
+  seconds of claim feedback
+python scripts/reward_reuse.py runs/reward-reuse-0 extremes      round 2 by claims, but best answers against
+  worst ones, as the reward's pairs are
+python scripts/reward_reuse.py runs/reward-reuse-0 pairs         of each arm's pairs: how often chosen has
+  fewer, as many, more false claims
+python scripts/reward_reuse.py runs/reward-reuse-* compare       each arm against claims, over all seeds, on
+  the same pictures
+
 """
 
 import argparse
@@ -46,12 +52,10 @@ FIGURES = ("response", "mention", "any_claim", "cover")
 
 
 def more_candidates(runs, n_samples):
-    """Make the run `reward-<n_samples>` beside the finished variant `reward`, and list it for the comparison."""
-    source, run, notebooks = (
-        (runs / "reward").resolve(),
-        (runs / f"reward-{n_samples}").resolve(),
-        package_folder("nbs"),
-    )
+    """Make the run `reward-<n_samples>` beside the variant `reward`, and list it for the comparison."""
+    source = (runs / "reward").resolve()
+    run = (runs / f"reward-{n_samples}").resolve()
+    notebooks = package_folder("nbs")
     for folder in ("prompts", "round_1"):
         shutil.copytree(source / folder, run / folder, dirs_exist_ok=True)
     recipe = replace(
@@ -67,18 +71,17 @@ def more_candidates(runs, n_samples):
 
 
 def cpu_seconds(runs, n_prompts, n_samples):
-    """CPU seconds of sampling, of claim feedback, and of the reward, for some prompts of round 2, models being open."""
-    run, took = runs / "reward", {}
-    policy, adapter, prompts = (
-        "packaged:iconworld-vlm",
-        str(run / "round_1/05_dpo/adapter"),
-        str(run / "prompts"),
-    )
-    vlm, labeler, splitter = (
-        open_vlm(policy, adapter),
-        open_vlm(policy),
-        open_llm("packaged:iconworld-splitter"),
-    )
+    """CPU seconds of sampling, of claim feedback, and of the reward, for some prompts of round 2, models
+    being open.
+    """
+    run = runs / "reward"
+    policy = "packaged:iconworld-vlm"
+    adapter = str(run / "round_1/05_dpo/adapter")
+    prompts = str(run / "prompts")
+    vlm = open_vlm(policy, adapter)
+    labeler = open_vlm(policy)
+    splitter = open_llm("packaged:iconworld-splitter")
+    took = {}
     with TemporaryDirectory() as tmp:
         at = {name: f"{tmp}/{name}" for name in ("sampling", "claims", "feedback", "reward")}
         work = {
@@ -108,12 +111,12 @@ def cpu_seconds(runs, n_prompts, n_samples):
 
 
 def extremes(runs):
-    """Make the run `claims-extremes` beside the finished variant `claims`: the same answers and verdicts, other pairs."""
-    source, run, notebooks = (
-        (runs / "claims").resolve(),
-        (runs / "claims-extremes").resolve(),
-        package_folder("nbs"),
-    )
+    """Make the run `claims-extremes` beside the finished variant `claims`: the same answers and verdicts,
+    other pairs.
+    """
+    source = (runs / "claims").resolve()
+    run = (runs / "claims-extremes").resolve()
+    notebooks = package_folder("nbs")
     for folder in (
         "prompts",
         "round_1",
@@ -121,17 +124,10 @@ def extremes(runs):
     ):
         shutil.copytree(source / folder, run / folder, dirs_exist_ok=True)
     shutil.copy(source / "recipe.yaml", run)
-    out, (responses, claims, verdicts) = (
-        run / "round_2/04_pairs",
-        (
-            read_table(run / "round_2" / stage, table, record)
-            for stage, table, record in (
-                ("01_sampling", "responses", Response),
-                ("02_claims", "claims", Claim),
-                ("03_feedback", "verdicts", Verdict),
-            )
-        ),
-    )
+    out = run / "round_2/04_pairs"
+    responses = read_table(run / "round_2/01_sampling", "responses", Response)
+    claims = read_table(run / "round_2/02_claims", "claims", Claim)
+    verdicts = read_table(run / "round_2/03_feedback", "verdicts", Verdict)
     stage = StageFolder(out, "extreme_pairs", {"max_pairs_per_prompt": 2, "length_tolerance": 0.02})
     drawn, spare = sample_pairs(
         candidate_pairs(responses, score_responses(responses, claims, verdicts)[0])[0], 2, 0, 2, "extremes"
@@ -176,24 +172,36 @@ def finish(runs, run, recipe, steps, note):
         runs / "variants.json",
         [*dict.fromkeys([*json.loads((runs / "variants.json").read_text()), run.name])],
     )
-    write_report(run), write_report(runs)
+    write_report(run)
+    write_report(runs)
+
+
+def false_claims(scene, text):
+    """Claims of a text that do not hold in a scene."""
+    return sum(not is_true(scene, claim) for claim in read_claims(text))
+
+
+def percent_of(counts, keep):
+    """Percent of pairs of counts for which `keep(first, second)` holds."""
+    return round(100 * sum(keep(a, b) for a, b in counts) / len(counts), 1)
 
 
 def pair_quality(runs):
-    """Of each variant's pairs of round 2: number, % whose chosen answer has fewer, as many and more false claims, and mean false claims of both."""
+    """Of each variant's pairs of round 2: number, % whose chosen answer has fewer, as many and more false
+    claims, and mean false claims of both.
+    """
     found = {}
     for folder in sorted(runs.glob("*/round_2/04_*")):
         prompts = {p.prompt_id: p for p in read_table(folder.parents[1] / "prompts", "prompts", Prompt)}
-        false = lambda p, text: sum(
-            not is_true(scene_of(prompts[p.prompt_id]), claim) for claim in read_claims(text)
-        )
-        counts = [(false(p, p.chosen), false(p, p.rejected)) for p in read_table(folder, "pairs", Pair)]
-        share = lambda keep: round(100 * sum(keep(a, b) for a, b in counts) / len(counts), 1)
+        counts = []
+        for pair in read_table(folder, "pairs", Pair):
+            scene = scene_of(prompts[pair.prompt_id])
+            counts.append((false_claims(scene, pair.chosen), false_claims(scene, pair.rejected)))
         found[folder.parents[1].name] = {
             "n": len(counts),
-            "fewer": share(int.__lt__),
-            "as many": share(int.__eq__),
-            "more": share(int.__gt__),
+            "fewer": percent_of(counts, int.__lt__),
+            "as many": percent_of(counts, int.__eq__),
+            "more": percent_of(counts, int.__gt__),
             "chosen": round(sum(a for a, _ in counts) / len(counts), 2),
             "rejected": round(sum(b for _, b in counts) / len(counts), 2),
         }
@@ -201,7 +209,9 @@ def pair_quality(runs):
 
 
 def compare(all_runs):
-    """{baseline: {arm: {figure: (difference, low, high, p)}}}, in percent points; pictures are resampled, with all their seeds."""
+    """{baseline: {arm: {figure: (difference, low, high, p)}}}, in percent points; pictures are resampled,
+    with all their seeds.
+    """
 
     def counts(arm):
         rows = [
@@ -224,9 +234,9 @@ def compare(all_runs):
         found = compare_models(first, counts(arm), figures, {item: item[1] for item in first})
         return {figure: [round(float(x), 4) for x in row] for figure, row in found.items()}
 
-    figures = lambda sums: {
-        figure: 100 * sums[f"{figure} hits"] / sums[f"{figure} all"] for figure in FIGURES
-    }
+    def figures(sums):
+        return {figure: 100 * sums[f"{figure} hits"] / sums[f"{figure} all"] for figure in FIGURES}
+
     arms = sorted(
         {p.parents[1].name for runs in all_runs for p in runs.glob("*/06_evaluation/cases-2-00000.jsonl")}
     )

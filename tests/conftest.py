@@ -25,7 +25,9 @@ def pytest_configure(config):
 
 @pytest.fixture
 def show(request):
-    "A function that notes what a test has shown of a model, or why it cannot be; called when the assertions about it are behind."
+    """A function that notes what a test has shown of a model, or why it cannot be; called when the assertions
+    about it are behind.
+    """
 
     def note(model, *properties, but=""):
         request.config.stash[SHOWN].setdefault((request.module.__name__, model), {}).update(
@@ -36,9 +38,12 @@ def show(request):
 
 
 def check_table(request, part, module, models):
-    """The stored table says of `models` exactly what the tests in `module` (a dict of its names) have shown in this session; or it is written.
+    """The stored table says of `models` exactly what the tests in `module` (a dict of its names) have shown
+    in this session; or it is written.
 
-    A table that claims something no test has shown, because it failed or is gone, is an error; so is one that claims less."""
+    A table that claims something no test has shown, because it failed or is gone, is an error; so is one that
+    claims less.
+    """
     cases = {
         name
         for name, f in module.items()
@@ -63,7 +68,8 @@ def check_table(request, part, module, models):
         write_json(TABLE, dict(sorted((stored | {part: shown}).items())))
     else:
         assert stored.get(part) == shown, (
-            "data/results/architectures.json says something else: pytest --write-table, if the tests are right"
+            "data/results/architectures.json says something else: pytest --write-table, if the tests are "
+            "right"
         )
 
 

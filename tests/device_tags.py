@@ -1,12 +1,15 @@
-"""A graphics card that is not there: every tensor carries the name of the device it would be on, and an operation on tensors of two devices fails.
+"""A graphics card that is not there: every tensor carries the name of the device it would be on, and an
+operation on tensors of two devices fails.
 
     with DeviceTags() as tags:
         tags.put(vlm.model)          # as if it had been opened on cuda:0
         run(vlm)                     # vlm.device is cuda:0, inputs are on the CPU until they are moved
 
-Everything is computed on the CPU. The rules are PyTorch's own: tensors of one operation are on one device, except that a CPU tensor
-without dimensions may be a partner of any, an index may be on the CPU, and `copy_` copies from anywhere. What is on the card cannot be
-pinned and has no NumPy array. Not covered: what C++ does between two calls from Python, such as the inside of a backward pass."""
+Everything is computed on the CPU. The rules are PyTorch's own: tensors of one operation are on one device,
+except that a CPU tensor without dimensions may be a partner of any, an index may be on the CPU, and `copy_`
+copies from anywhere. What is on the card cannot be pinned and has no NumPy array. Not covered: what C++ does
+between two calls from Python, such as the inside of a backward pass.
+"""
 
 import weakref
 
@@ -94,7 +97,6 @@ class DeviceTags(TorchFunctionMode):
         "The device of an operation. Raises RuntimeError when its tensors are on two."
         tensors = [x for x in tree_leaves((args, kwargs)) if is_tensor(x)]
         if func in INDEXED:
-            of = [self.device_of(args[0])]
             tensors = [
                 args[0],
                 *(
@@ -111,7 +113,8 @@ class DeviceTags(TorchFunctionMode):
         if len(devices) > 1:
             shapes = ", ".join(f"{tuple(x.shape)} on {self.device_of(x)}" for x in tensors[:6])
             raise RuntimeError(
-                f"{getattr(func, '__name__', func)}: expected all tensors to be on the same device, found {shapes}"
+                f"{getattr(func, '__name__', func)}: expected all tensors to be on the same device, found "
+                f"{shapes}"
             )
         return next(iter(devices), self.device_of(tensors[0]) if tensors else CPU)
 
@@ -152,7 +155,10 @@ class DeviceTags(TorchFunctionMode):
 
 
 def pinned(tags, batch):
-    "Pins every tensor of a batch (dicts, lists, objects), as a DataLoader beside a card does. Raises RuntimeError for one on the card."
+    """Pins every tensor of a batch (dicts, lists, objects), as a DataLoader beside a card does.
+
+    Raises RuntimeError for one on the card.
+    """
     if is_tensor(batch):
         return batch.pin_memory()
     if isinstance(batch, dict):

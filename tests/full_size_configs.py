@@ -1,6 +1,9 @@
-"""Configurations of the models that the packaged recipes name, as published, written as folders; no weights, no processor.
+"""Configurations of the models that the packaged recipes name, as published, written as folders; no weights,
+no processor.
 
-On the Hub, Qwen2.5-VL's language model stands flat in config.json; here it is nested, as transformers writes it."""
+On the Hub, Qwen2.5-VL's language model stands flat in config.json; here it is nested, as transformers writes
+it.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A real HTTP server on this machine that speaks OpenAI's chat protocol, misbehaves when told to, and counts what it is asked."""
+"""A real HTTP server on this machine that speaks OpenAI's chat protocol, misbehaves when told to, and counts
+what it is asked.
+"""
 
 import json
 import threading
@@ -8,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server. `script` holds what to do with the first requests; the rest is answered after `delay` seconds."""
+    """An OpenAI-compatible server.
+
+    `script` holds what to do with the first requests; the rest is answered after `delay` seconds.
+    """
 
     daemon_threads, request_queue_size = True, 64
 

@@ -1,6 +1,9 @@
-"""Each architecture from its processor to a merged model and through the stages, on tiny models in the ordinary folder layout.
+"""Each architecture from its processor to a merged model and through the stages, on tiny models in the
+ordinary folder layout.
 
-What they show is noted with `show` and stands in data/results/architectures.json, which 00_models displays (`pytest --write-table` writes it)."""
+What they show is noted with `show` and stands in data/results/architectures.json, which 00_models displays
+(`pytest --write-table` writes it).
+"""
 
 import functools
 import json
@@ -282,7 +285,9 @@ def test_four_bit_is_for_the_language_model_alone(name, saved, show):
 
 
 def lesson(vlm, k):
-    "A row about picture k with the captions and some of the checked questions as branches, and the length of each answer."
+    """A row about picture k with the captions and some of the checked questions as branches, and the length
+    of each answer.
+    """
     turns = [(DESCRIBE[k], text) for text in CAPTIONS] + random.Random(k).sample(sorted(CHECKED.items()), 7)
     inputs = prompt_inputs(vlm, picture(k, SIZES[k]), DESCRIBE[k])
     asked, answers = (
@@ -302,7 +307,9 @@ def lesson(vlm, k):
 
 
 def teach(vlm, steps=64):
-    "Teaches a model four captions, whatever the picture, and that two of them are wrong, so that the stages have claims and pairs to work on."
+    """Teaches a model four captions, whatever the picture, and that two of them are wrong, so that the stages
+    have claims and pairs to work on.
+    """
     lessons, layout = (
         [lesson(vlm, k) for k in range(len(SIZES))],
         "plain" if vlm.sharing_problem else "packed",

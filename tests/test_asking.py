@@ -1,7 +1,10 @@
-"""How a model is asked: system prompt, padding, a limit of pixels, compared with what the official LLaVA and RLAIF-V code makes of the same.
+"""How a model is asked: system prompt, padding, a limit of pixels, compared with what the official LLaVA and
+RLAIF-V code makes of the same.
 
-The official rules stand here in words and few lines: `llava_v1` of its conversation.py, `tokenizer_image_token`, `expand2square` and `process_images`
-of its mm_utils.py, with CLIP's preprocessing; no code is taken over."""
+The official rules stand here in words and few lines: `llava_v1` of its conversation.py,
+`tokenizer_image_token`, `expand2square` and `process_images` of its mm_utils.py, with CLIP's preprocessing;
+no code is taken over.
+"""
 
 import json
 from dataclasses import replace
@@ -59,15 +62,19 @@ def llava(**options):
 
 
 def official_ids(tokenizer, text, image_tokens):
-    "`tokenizer_image_token`: the text is cut at `<image>`, each part tokenised by itself, and the picture's tokens put between."
+    """`tokenizer_image_token`: the text is cut at `<image>`, each part tokenised by itself, and the picture's
+    tokens put between.
+    """
     parts = [tokenizer(part, add_special_tokens=False).input_ids for part in text.split("<image>")]
     image = [tokenizer.convert_tokens_to_ids("<image>")] * image_tokens
     return [token for k, part in enumerate(parts) for token in (image if k else []) + part]
 
 
 def official_pixels(picture, side, mean, std):
-    """Pad to a square with the mean colour (an odd rest below or right), CLIP's preprocessing: shorter side to `side` (bicubic, Pillow's),
-    centre crop of `side` (nothing left to cut), divide by 255, subtract the mean, divide by the deviation: (3, side, side), float32."""
+    """Pad to a square with the mean colour (an odd rest below or right), CLIP's preprocessing: shorter side
+    to `side` (bicubic, Pillow's), centre crop of `side` (nothing left to cut), divide by 255, subtract the
+    mean, divide by the deviation: (3, side, side), float32.
+    """
     width, height = picture.size
     longest = max(width, height)
     square = np.empty((longest, longest, 3), np.uint8)
@@ -187,12 +194,18 @@ def test_every_way_to_a_prompt_has_the_system_prompt(name):
     assert answer_ids(vlm, QUESTION, "A cat.") == plain, "an answer is the same, whatever came before"
 
 
-ROLELESS = "{{ bos_token }}{% for m in messages if m['role'] != 'system' %}{{ m['content'][-1]['text'] }}<image>{% endfor %}"
+ROLELESS = (
+    "{{ bos_token }}{% for m in messages if m['role'] != 'system' %}{{ m['content'][-1]['text'] "
+    "}}<image>{% endfor %}"
+)
 RAISING = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('only user and assistant') }}{% endif %}"
     + ROLELESS
 )
-RAW = "{% for m in messages %}{% if m['role'] == 'system' %}SYSTEM {{ m['content'] }}{% else %}{{ m['role'] }} <image>Question?{% endif %}{% endfor %}"
+RAW = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}SYSTEM {{ m['content'] }}{% else %}{{ m['role'] "
+    "}} <image>Question?{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +300,9 @@ def test_an_adapter_remembers_how_its_policy_was_asked(tmp_path):
 
 
 def full_size(name):
-    "The processor of an architecture with the sizes of its published checkpoint, and the tokenizer of its tiny model."
+    """The processor of an architecture with the sizes of its published checkpoint, and the tokenizer of its
+    tiny model.
+    """
     processor = open_tiny(name).processor
     tokenizer, template = processor.tokenizer, processor.chat_template
     clip = dict(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
@@ -350,7 +365,8 @@ def full_size(name):
     }[name]()
 
 
-# Image tokens of a picture of 4,000 x 3,000 at the published sizes. Qwen alone lets them grow with the picture: 15,301 without a limit.
+# Image tokens of a picture of 4,000 x 3,000 at the published sizes. Qwen alone lets them grow with the
+# picture: 15,301 without a limit.
 LIMIT = 1280 * 28 * 28
 TOKENS = {
     "llava": 576,

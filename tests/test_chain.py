@@ -50,7 +50,8 @@ WRITE = """
 import json, pathlib
 
 def run_stage(out):
-    (pathlib.Path(out) / "manifest.json").write_text(json.dumps({"rows_in": 1, "rows_out": 1, "set_aside": {}}))
+    manifest = {"rows_in": 1, "rows_out": 1, "set_aside": {}}
+    (pathlib.Path(out) / "manifest.json").write_text(json.dumps(manifest))
 
 run_stage(out)"""
 
@@ -70,7 +71,9 @@ def rows_of(stage, prompt_id, scale):
 
 
 def write_notebook(folder, stage, code="pass", exported="x = 1", default="1.0", look="pass"):
-    """A stand-in for a stage notebook: the parameters that the chain sets, one of its own, an exported cell, some code, the run, and a look."""
+    """A stand-in for a stage notebook: the parameters that the chain sets, one of its own, an exported cell,
+    some code, the run, and a look.
+    """
     kinds = {int: "int = 0", str: "str = ''", PurePosixPath: "str = ''", dict: "str = ''"}
     given = {"out": "", **chain_parameters(load_recipe("tiny"), stage, 2)}
     lines = [f"{name}: {kinds[type(value)]}" for name, value in given.items()] + [
@@ -106,7 +109,7 @@ def toy():
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Stages without kernels: the folders that were made, in order; a stage's row depends on its parameters."""
+    """Stages without kernels: the folders that were made, in order; a row depends on its parameters."""
     made, failing = [], []
 
     def execute(step, run, notebooks, progress):
@@ -147,7 +150,7 @@ def recipe_file(tmp_path, text=None, **changes):
         ({"rounds": 6}, "rounds: from 1 to 5, not 6"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"name": "a b"}, "name: only letters"),
-        ({"policy": None}, "policy must be a text"),
+        ({"policy": None}, "policy must be a string"),
         ({"policy": "./no-such-model"}, "policy: there is no"),
         ({"evaluate": ["06_evaluatoin"]}, "did you mean 06_evaluation"),
         ({"evaluate": "06_evaluation"}, "evaluate must be a list"),
@@ -176,11 +179,11 @@ def test_recipe_errors_name_the_key_and_what_is_valid(tmp_path, changes, says):
     "text, says",
     [
         ("rounds: [1", "my.yaml: "),
-        ("rounds: 1\nrounds: 2", "'rounds' stands twice"),
+        ("rounds: 1\nrounds: 2", "'rounds' appears twice"),
         ("- a", "maps keys to values"),
         ("", "maps keys to values"),
         ("rounds: 1", "the key 'name' is missing"),
-        ("extends: tiny\nparameters: {05_dpo: {beta: 1, beta: 2}}", "'beta' stands twice"),
+        ("extends: tiny\nparameters: {05_dpo: {beta: 1, beta: 2}}", "'beta' appears twice"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path, text, says):
@@ -231,7 +234,7 @@ def test_command_line_goes_over_the_recipe_and_variants_go_over_the_command_line
         ({"scael": 1.0}, "parameters.05_dpo: unknown 'scael'; did you mean scale"),
         ({"scale": "1"}, "05_dpo.scale must be a number, not '1'"),
         ({"scale": True}, "must be a number"),
-        ({"name": 1}, "05_dpo.name must be a text"),
+        ({"name": 1}, "05_dpo.name must be a string"),
         ({"seed": 1}, "'seed' is set by the chain"),
         ({"out": "x"}, "'out' is set by the chain"),
         ({"zzz": 1}, "there are: scale, name"),
@@ -255,7 +258,8 @@ def test_a_notebook_without_what_the_chain_sets_is_refused(notebooks, toy):
     path.write_text(path.read_text().replace("splitter: str", "spliter: str"))
     with pytest.raises(
         RecipeError,
-        match="02_claims.ipynb, which the chain gives a parameter 'splitter': unknown 'splitter'; did you mean spliter",
+        match="02_claims.ipynb, which the chain gives a parameter 'splitter': unknown 'splitter'; did you "
+        "mean spliter",
     ):
         check_recipe(toy, notebooks)
     path.unlink()
@@ -498,7 +502,8 @@ def test_changed_code_is_refused_unless_told_to_keep(tmp_path, notebooks, toy, e
     write_notebook(notebooks, "02_claims", **change)
     with pytest.raises(
         StepError,
-        match="round_1/02_claims .*code of the notebook.*--from 02_claims --round 1, or keep it with --keep-code",
+        match="round_1/02_claims .*code of the notebook.*--from 02_claims --round 1, or keep it with "
+        "--keep-code",
     ):
         run_chain(toy, run, notebooks)
     run_chain(toy, run, notebooks, keep_code=True)
@@ -550,7 +555,8 @@ def test_prompts_of_ones_own(tmp_path, notebooks, toy, executed):
     write_table(source, "prompts", [rows[0]] * 4)
     with pytest.raises(
         RecipeError,
-        match="4 prompts are needed .* has 1 and 3 unusable rows .3 same prompt as another row; the first: row 2",
+        match="4 prompts are needed .* has 1 and 3 unusable rows .3 same prompt as another row; the first: "
+        "row 2",
     ):
         run_chain(own, tmp_path / "twice", notebooks)
 
@@ -579,7 +585,8 @@ def test_papermill_runs_a_step_in_the_run_folder(tmp_path, notebooks, toy, monke
     [
         (
             "raise ValueError('one\\ntwo')",
-            "round_1/04_pairs failed: ValueError: one two. The notebook as far as it came: .*04_pairs.ipynb. When the",
+            "round_1/04_pairs failed: ValueError: one two. The notebook as far as it came: "
+            ".*04_pairs.ipynb. When the",
         ),
         ("import os; os._exit(1)", "failed: its kernel died"),
         ("x = 1\nassert x == 2", "failed: AssertionError: `assert x == 2`. The"),
@@ -714,7 +721,8 @@ def test_a_terminal_shows_how_far_a_stage_is(tmp_path, notebooks, toy, monkeypat
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     step = plan_run(toy)[4]
     work = (
-        "import time\nfrom rlaifv_nb.records import StageFolder\nstage = StageFolder(out + '/part', 'sampling', {})\n"
+        "import time\nfrom rlaifv_nb.records import StageFolder\nstage = StageFolder(out + '/part', "
+        "'sampling', {})\n"
         "stage.map('responses', range(4), lambda batch: (time.sleep(1) or [], []), 1)"
     )
     write_notebook(notebooks, step.notebook, code=work)
@@ -787,7 +795,8 @@ def test_check_library_compares_cell_by_cell(tmp_path):
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), nbs / "00_part.ipynb")
     good = (
-        "# AUTOGENERATED\n\n# %% auto #0\n__all__ = ['f']\n\n# %% ../nbs/00_part.ipynb #a\nfrom . import records\nfrom .records import Prompt\n\n"
+        "# AUTOGENERATED\n\n# %% auto #0\n__all__ = ['f']\n\n# %% ../nbs/00_part.ipynb #a\nfrom . import "
+        "records\nfrom .records import Prompt\n\n"
         "# %% ../nbs/00_part.ipynb #b\ndef f():\n    from rlaifv_nb.engine.models import g\n    return 1\n"
     )
     (library / "part.py").write_text(good)
@@ -827,7 +836,8 @@ def command(monkeypatch, notebooks, tmp_path, executed):
 def test_run_writes_a_run_and_its_report(command, capsys):
     assert main(["run", "small.yaml"]) == 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 7 and "round_1/05_dpo" in out and "report: runs/small/report.html" in out
+    assert out.count("\n") == 8 and "report: runs/small/report.html" in out
+    assert "round 1 of 1 has ended: 1 pairs, the policy's adapter in round_1/05_dpo/adapter" in out
     assert "Not there yet" in Path("runs/small/report.html").read_text()
     assert main(["run", "small.yaml"]) == 0 and capsys.readouterr().out.count("kept") == 6
     assert (
@@ -889,13 +899,13 @@ def test_errors_are_one_line_and_exit_code_2(command, capsys, argv, says):
     assert says in err and err.startswith("rlaifv: ") and err.count("\n") == 1
 
 
-def test_interrupt_says_how_to_go_on(command, capsys, monkeypatch):
+def test_interrupt_says_how_to_resume(command, capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chain, "execute_notebook", interrupted)
     assert main(["run", "small.yaml"]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "resumes from here" in capsys.readouterr().err
 
 
 def test_variants_run_side_by_side_and_are_compared(command, capsys):
@@ -932,7 +942,8 @@ def test_help_version_and_recipes(capsys):
 def test_help_and_recipes_load_nothing_heavy():
     code = (
         "import sys\nfrom rlaifv_nb.runner.command import main\nmain(['recipes'])\n"
-        "assert not {'torch', 'transformers', 'papermill', 'matplotlib', 'nbformat', 'PIL'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'papermill', 'matplotlib', 'nbformat', 'PIL'} & "
+        "set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 

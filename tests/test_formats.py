@@ -23,6 +23,7 @@ from rlaifv_nb.records import (
     resolve_path,
     sha256_of,
 )
+from rlaifv_nb.runner.recipes import load_recipe, recipe_text
 
 POLICY, ADAPTER = "packaged:iconworld-vlm", "packaged:iconworld-aligned"
 
@@ -49,7 +50,10 @@ def test_rlaifv_round_trip_through_parquet_is_exact(written):
     dataset.select(range(3, len(rows))).to_parquet(folder / "parquet/1.parquet")
     back_prompts, back, set_aside = P.from_rlaifv_dataset(folder / "parquet", folder / "back")
     assert back == rows == read_table(folder / "back", "pairs", Pair) and set_aside == []
-    plain = lambda table: {replace(p, image_path="") for p in table}
+
+    def plain(table):
+        return {replace(p, image_path="") for p in table}
+
     assert plain(back_prompts) == plain(prompts) and len(back_prompts) == len(prompts)
     assert all(sha256_of((folder / "back" / p.image_path).read_bytes()) == p.image_sha for p in back_prompts)
     with pytest.raises(FileNotFoundError, match="no Parquet file"):
@@ -164,7 +168,9 @@ def test_export_sets_a_missing_picture_aside_and_refuses_a_pair_without_prompt(w
 def test_trl_blocks_are_read_and_other_shapes_set_aside(tmp_path):
     import datasets
 
-    say = lambda role, *blocks: [{"role": role, "content": [{"type": t, "text": text} for t, text in blocks]}]
+    def say(role, *blocks):
+        return [{"role": role, "content": [{"type": kind, "text": text} for kind, text in blocks]}]
+
     good = {
         "images": [picture()],
         "prompt": say("user", ("image", None), ("text", "What?")),
@@ -198,7 +204,10 @@ def test_trl_blocks_are_read_and_other_shapes_set_aside(tmp_path):
 def test_files_are_written_in_slices_and_nothing_stays_half_written(written):
     folder, prompts, rows = written
     reference = [RefLogp(p.pair_id, -10.0 - k, 20 + k, -0.0 - 3 * (k + 1), 7) for k, p in enumerate(rows)]
-    make = lambda part: P.to_rlaifv_dataset(part, prompts, folder / "prompts", reference)
+
+    def make(part):
+        return P.to_rlaifv_dataset(part, prompts, folder / "prompts", reference)
+
     assert (
         P.write_parquet(rows, make, folder / "logp", "RLAIF-V-Dataset-withlogp", rows_per_file=5, step=2)
         == []
@@ -272,7 +281,10 @@ def test_merged_weights_are_a_plain_model_with_the_adapters_logprobs(tmp_path):
         and made["adapter_trained_with"] == "nf4"
         and not list(tmp_path.glob(".*"))
     )
-    base = lambda path: AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+
+    def base(path):
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+
     with_adapter = PeftModel.from_pretrained(base(resolve_path(POLICY)), resolve_path(ADAPTER)).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     messages = [
@@ -303,7 +315,8 @@ def test_another_quantisation_is_noted_or_refused():
     for options in ({"trainable": True}, {"any_quantisation": False}):
         with pytest.raises(
             ValueError,
-            match="trained with quantisation 'nf4' and is opened with 'none': .*rlaifv export RUN --to merged",
+            match="trained with quantisation 'nf4' and is opened with 'none': .*rlaifv export RUN --to "
+            "merged",
         ):
             open_vlm(POLICY, ADAPTER, **options)
     assert open_vlm(POLICY, ADAPTER, trainable=True, any_quantisation=True).notes
@@ -357,7 +370,7 @@ def run(undisturbed, tmp_path):
     """The small run in the shape that the chain gives a run folder."""
     here = tmp_path / "run"
     here.mkdir()
-    (here / "recipe.yaml").write_text("extends: tiny\nrounds: 1\n")
+    (here / "recipe.yaml").write_text(recipe_text(load_recipe("tiny", {"rounds": 1}), here))
     shutil.copytree(undisturbed / "prompts", here / "prompts")
     for stage in ("01_sampling", "02_claims", "03_feedback", "04_pairs", "05_dpo"):
         shutil.copytree(undisturbed / stage, here / "round_1" / stage)

@@ -1,4 +1,6 @@
-"""Pictures of any kind, sources of any kind, recipes that name them, and 30 real prompts of the official repository through the chain."""
+"""Pictures of any kind, sources of any kind, recipes that name them, and 30 real prompts of the official
+repository through the chain.
+"""
 
 import base64
 import io
@@ -150,7 +152,10 @@ def test_no_flipped_byte_escapes_as_another_error():
 
 
 def test_import_is_light():
-    code = "import sys, rlaifv_nb.exchange.inputs; sys.exit(bool({'torch', 'datasets', 'transformers', 'PIL', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, rlaifv_nb.exchange.inputs; sys.exit(bool({'torch', 'datasets', 'transformers', "
+        "'PIL', 'numpy'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -187,11 +192,11 @@ def test_copied_and_pointed_to(pictures, tmp_path):
 def test_the_same_twice_is_the_same_to_the_byte(pictures, tmp_path):
     for name in ("a", "b"):
         import_prompts(pictures, tmp_path / name, question="What?")
-    files = lambda name: {
-        p.relative_to(tmp_path / name): p.read_bytes()
-        for p in (tmp_path / name).rglob("*")
-        if p.is_file() and p.name != "manifest.json"
-    }
+
+    def files(name):
+        found = [p for p in (tmp_path / name).rglob("*") if p.is_file() and p.name != "manifest.json"]
+        return {p.relative_to(tmp_path / name): p.read_bytes() for p in found}
+
     assert files("a") == files("b")
     before = (tmp_path / "a/manifest.json").stat().st_mtime_ns
     import_prompts(pictures, tmp_path / "a", question="What?")
@@ -464,10 +469,11 @@ def test_a_recipe_takes_a_source_as_it_is(pictures, tmp_path):
     "prompts, says",
     [
         ({"source": "./my pictures"}, "a folder of pictures needs one question"),
-        ({"source": "./my pictures/q.jsonl", "split": "dev"}, "split means nothing"),
+        ({"source": "./my pictures/q.jsonl", "split": "dev"}, "has no option split"),
         (
             {"source": "./my pictures/q.jsonl", "n_per_round": 9},
-            r"9 prompts are needed .* has 1 and 1 unusable rows \(1 unreadable picture; the first: line 2 .*broken.jpg",
+            r"9 prompts are needed .* has 1 and 1 unusable rows \(1 unreadable picture; the first: line 2 "
+            r".*broken.jpg",
         ),
         ({"source": "./nowhere.jsonl"}, "nowhere.jsonl, which does not exist"),
         ({"source": "./my pictures/q.jsonl", "images": "./none"}, "prompts.images: there is no folder"),
@@ -494,7 +500,11 @@ def test_command_counts_what_it_sets_aside(pictures, tmp_path, capsys):
 
 
 def test_thirty_real_prompts_go_through_the_chain(tmp_path):
-    """Real photographs, stages 01 to 05. The icon world's small models know no photographs: they answer nonsense, and the labeler says so; pairs come of it."""
+    """Real photographs, stages 01 to 05.
+
+    The icon world's small models know no photographs: they answer nonsense, and the labeler says so; pairs
+    come of it.
+    """
     found = next(
         (
             f
@@ -560,3 +570,13 @@ def test_thirty_real_prompts_go_through_the_chain(tmp_path):
         open_vlm(policy, str(at["dpo"] / "adapter")).notes and read_table(at["pairs"], "pairs", Pair) == pairs
     )
     assert "detail_test_30_input.jsonl 30" in (at["dpo"] / "adapter/README.md").read_text()
+
+
+def test_a_source_that_cannot_be_read_leaves_no_folder(tmp_path, pictures):
+    """Else the next attempt, with the mistake corrected, would be refused as started with other settings."""
+    with pytest.raises(ValueError, match="no pictures"):
+        import_prompts(tmp_path / "nowhere", tmp_path / "out", question="What?")
+    with pytest.raises(ValueError, match="needs one question"):
+        import_prompts(pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert import_prompts(pictures, tmp_path / "out", question="What?").is_done

@@ -1,4 +1,6 @@
-"""The benchmarks in miniature: figures of the metric code against counts from the scenes, and answer files that are wrong on purpose."""
+"""The benchmarks in miniature: figures of the metric code against counts from the scenes, and answer files
+that are wrong on purpose.
+"""
 
 import json
 import random

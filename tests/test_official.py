@@ -1,4 +1,6 @@
-"""Files of the official scripts: written by hand as those scripts write them, read into our tables, and our tables there and back."""
+"""Files of the official scripts: written by hand as those scripts write them, read into our tables, and our
+tables there and back.
+"""
 
 import json
 import shutil
@@ -275,7 +277,7 @@ def test_abstention_survives_our_own_round_trip_only(official, tmp_path):
     [
         ([], "no keys"),
         ([{"a": 1}], "it has a; known are"),
-        ([answer(1, "x"), {"a": 1}], "no row of the official"),
+        ([answer(1, "x"), {"a": 1}], "not a row of the official"),
     ],
 )
 def test_other_files_are_refused(elsewhere, rows, says):

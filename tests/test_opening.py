@@ -1,4 +1,6 @@
-"""Opening a model: on which device and in which dtype, at which revision, with which packages; and one clear message where it cannot be."""
+"""Opening a model: on which device and in which dtype, at which revision, with which packages; and one clear
+message where it cannot be.
+"""
 
 import json
 from configparser import ConfigParser
@@ -6,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_models import QWEN_TEMPLATE, QWEN_TOKENS, llama3, open_tiny, tokenizer_with
@@ -215,8 +216,8 @@ def test_torchvision_belongs_to_one_version_of_torch(monkeypatch):
 
     monkeypatch.setattr("rlaifv_nb.engine.pictures.importlib.import_module", fails)
     assert (
-        "torchvision 0.28.0 does not work with PyTorch 2.13.0+cpu (operator torchvision::nms does not exist): pip uninstall"
-        in torchvision_problem()
+        "torchvision 0.28.0 does not work with PyTorch 2.13.0+cpu (operator torchvision::nms does not "
+        "exist): pip uninstall" in torchvision_problem()
     )
 
 

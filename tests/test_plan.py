@@ -1,4 +1,6 @@
-"""`rlaifv plan`: what it says of memory is what torch's allocator counts, packaged recipes fit their cards, and what cannot fit is refused."""
+"""`rlaifv plan`: what it says of memory is what torch's allocator counts, packaged recipes fit their cards,
+and what cannot fit is refused.
+"""
 
 import dataclasses
 import subprocess
@@ -96,9 +98,11 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     vlm = models()[name]()
     pictures, device = [Image.new("RGB", (224, 224), c) for c in ("white", "red")], "cpu"
     inputs = [prompt_inputs(vlm, picture, QUESTION) for picture in pictures]
-    fresh = lambda: dry.open_dry(
-        vlm.core.config, vlm.processor, "float32", vlm.quantisation, share_prefix=vlm.shares_prefix
-    )
+
+    def fresh():
+        config, processor = vlm.core.config, vlm.processor
+        return dry.open_dry(config, processor, "float32", vlm.quantisation, share_prefix=vlm.shares_prefix)
+
     d = fresh()
     weights = dry.weight_bytes(d.model)
     assert (
@@ -131,7 +135,8 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
     for k in prompts:
         pictures[int(k) % 2].save(tmp_path / f"{k}.png")
     pairs = [Pair(f"pair {k}", k, "a", "b", *TEXTS, 0, -1) for k in prompts]
-    for checkpointing in (False, True):
+
+    def check_training(checkpointing):
         trained = new_adapter(
             OpenModel(vlm.model, vlm.processor, vlm.name, vlm.sha, vlm.quantisation, vlm.sharing_problem),
             8,
@@ -171,6 +176,9 @@ def test_planned_memory_is_what_the_allocator_counts(name, tmp_path, long_answer
             measured = allocated(lambda: sample_candidates(trained, "aligned", pictures, few, N, 0.7, ROOM))
             within_a_tenth(dry.dry_peak(d, lambda: dry.guided_work(d, inputs, N, ROOM)), measured, weights)
         vlm.model = trained.model.unload()
+
+    for checkpointing in (False, True):
+        check_training(checkpointing)
 
 
 def test_packaged_recipes_name_models_and_keys_that_exist():
@@ -246,7 +254,8 @@ def test_the_library_imports_without_cuda():
     names = sorted(".".join(("rlaifv_nb", *module.parts)) for module in modules)
     code = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-        "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & set(sys.modules)"
+        "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & "
+        "set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -97,6 +97,18 @@ def test_no_file_names_a_private_path(tracked):
     assert {name: match.group() for name, match in found.items() if match} == {}
 
 
+@pytest.mark.parametrize("check", [["format", "--check"], ["check", "--output-format", "concise"]])
+def test_style(check):
+    """What `make check` asks of ruff; the rules are in pyproject.toml."""
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", *check, "nbs", "tests", "scripts"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_notebooks_are_clean():
     assert check_notebooks.dirty_notebooks() == []
 
@@ -226,7 +238,7 @@ def test_recipes_are_yaml():
 
 
 def test_distributions_hold_notebooks_recipes_and_weights(tracked, tmp_path):
-    """Build an sdist and, from it, a wheel, both from a copy: a build leaves its traces in the source folder."""
+    """Build an sdist and, from it, a wheel, from a copy: a build leaves traces in the source folder."""
     source, dist = tmp_path / "source", tmp_path / "dist"
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +265,9 @@ def test_distributions_hold_notebooks_recipes_and_weights(tracked, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda p: p.stem)
 def test_imports_stand_in_cells_of_their_own(path):
-    "To build the documentation, nbdev runs every cell that imports; anything else in it would run without the cells before."
+    """To build the documentation, nbdev runs every cell that imports; anything else in it would run without
+    the cells before.
+    """
     for cell in nbformat.read(path, as_version=4).cells:
         if (
             cell.cell_type == "code"

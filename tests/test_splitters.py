@@ -1,7 +1,10 @@
-"""Splitters of several families: their chat templates, reading the instruction once, and the stage from responses to claims.
+"""Splitters of several families: their chat templates, reading the instruction once, and the stage from
+responses to claims.
 
-Weights of such models cannot be had here, and random ones follow no instruction. So each small model learns a few dozen texts by heart, in seconds:
-what it writes is then its own greedy output, good and bad, and not a stand-in's."""
+Weights of such models cannot be had here, and random ones follow no instruction. So each small model learns a
+few dozen texts by heart, in seconds: what it writes is then its own greedy output, good and bad, and not a
+stand-in's.
+"""
 
 import functools
 import re
@@ -56,12 +59,15 @@ def learn(model, tokenizer, pairs, steps=100):
         asked = tokenizer(prompt_text(opened, prompt, image=None), add_special_tokens=False).input_ids
         rows.append((asked, tokenizer(answer, add_special_tokens=False).input_ids + [opened.end_id]))
     longest = max(len(a) + len(b) for a, b in rows)
-    fill_up = lambda values, value: values + [value] * (longest - len(values))
+
+    def fill_up(values, value):
+        return values + [value] * (longest - len(values))
+
     ids = torch.tensor([fill_up(a + b, 0) for a, b in rows])
     labels = torch.tensor([fill_up([-100] * len(a) + b, -100) for a, b in rows])
     mask = torch.tensor([fill_up([1] * len(a + b), 0) for a, b in rows])
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=8e-3, weight_decay=0.0)
-    for step in range(steps):
+    for _ in range(steps):
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -237,7 +243,8 @@ def test_a_model_that_follows_no_instruction_is_named(name, tmp_path):
     inputs = write_inputs(tmp_path, FACTS)
     with pytest.raises(
         ValueError,
-        match=r"no claims in any of 5 responses; .* set aside as '(facts cut|no list of facts)'.*model that follows",
+        match=r"no claims in any of 5 responses; .* set aside as '(facts cut|no list of facts)'.*model that "
+        r"follows",
     ):
         run_claims(*inputs, open_llm(str(tmp_path / "model")), options=ClaimsOptions(max_new_tokens=12))
     reasons = {s.reason for s in read_table(inputs[2], "set_aside-claims", SetAside)}

@@ -1,4 +1,6 @@
-"""Tiny random-weight models of real architectures with their real processors, built from configurations alone and saved in the ordinary layout."""
+"""Tiny random-weight models of real architectures with their real processors, built from configurations alone
+and saved in the ordinary layout.
+"""
 
 import functools
 from importlib.util import find_spec
@@ -35,26 +37,37 @@ CLIP = dict(
 )
 QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>\n", "<|vision_start|><|image_pad|><|vision_end|>")
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string "
+    "%}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] "
+    "}}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAVA_TEMPLATE = (  # as published with LLaVA-1.5 and the LLaVA-NeXT of Vicuna
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% else %}{{ content['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' "
+    "}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% "
+    "endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% if message['role'] "
+    "== 'assistant' %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% else %}{{ content['text'] + ' ' }}{% "
+    "endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 SMOL_TEMPLATE = (  # as published with SmolVLM and Idefics3
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}"
-    "{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}"
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if "
+    "message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}"
+    "{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}{% "
+    "elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 GEMMA_TEMPLATE = (  # as published with Gemma 3, less its system turn
-    "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
-    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
+    "else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for item in "
+    "message['content'] %}{% if item['type'] == 'image' %}"
+    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor "
+    "%}{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
@@ -66,7 +79,9 @@ def icon_vocabulary():
 
 
 def tokenizer_with(*special, eos="</s>", plain=(), **named):
-    "The icon world's tokenizer with further special tokens, plain added tokens, and special tokens that become attributes."
+    """The icon world's tokenizer with further special tokens, plain added tokens, and special tokens that
+    become attributes.
+    """
     tokenizer = tf.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(icon_vocabulary()),
         bos_token="<s>",
@@ -349,7 +364,9 @@ def smol(config_class, vision_class, tokenizer):
 
 
 def idefics3():
-    "Idefics3: tiles in rows and columns, each named by tokens that are not special; its language model is called `text_model`."
+    """Idefics3: tiles in rows and columns, each named by tokens that are not special; its language model is
+    called `text_model`.
+    """
     tokenizer = tokenizer_with(*SMOL_TOKENS, plain=TILES, eos="<end_of_utterance>")
     pictures = tf.Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
     processor = tf.Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=SMOL_TEMPLATE)
@@ -369,7 +386,9 @@ def smolvlm():
 
 
 def gemma3():
-    "Gemma 3: layers with a sliding window (shorter than a prompt here), image tokens that see each other, an end of turn that is not the end token."
+    """Gemma 3: layers with a sliding window (shorter than a prompt here), image tokens that see each other,
+    an end of turn that is not the end token.
+    """
     tokenizer = tokenizer_with(
         "<start_of_turn>", "<end_of_turn>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
     )
@@ -415,7 +434,8 @@ def build_tiny(name):
     "Model and processor of that name, with random weights of seed 0."
     torch.manual_seed(0)
     model, processor = ARCHITECTURES[name]()
-    for p in model.parameters():  # initial weights are zero (Gemma's projector) or so small that hardly anything would depend on anything
+    # initial weights are zero (Gemma's projector) or so small that hardly anything would depend on anything
+    for p in model.parameters():
         p.data = p.data if p.ndim == 1 else p.data * 3 if p.any() else torch.randn_like(p) * 0.1
     return model.eval(), processor
 
@@ -427,22 +447,27 @@ def open_tiny(name, share_prefix=True):
 
 
 LLAMA3_TEMPLATE = (  # as published with Llama 3
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + "
+    "content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 QWEN2_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    + CHATML
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% "
+    "endif %}" + CHATML
 )  # adds a system turn
 MISTRAL_TEMPLATE = (  # as published with Mistral 7B, less its errors
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + "
+    "message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
 
 def chat_tokenizer(template, *special, bos="", end):
-    "A tokenizer with a chat template that, like the real ones, puts `bos` before every text, whether or not the template has done so."
+    """A tokenizer with a chat template that, like the real ones, puts `bos` before every text, whether or not
+    the template has done so.
+    """
     tokenizer = tokenizer_with(*special, eos=end)
     if bos:
         tokenizer.bos_token = bos

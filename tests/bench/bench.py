@@ -1,4 +1,7 @@
-"""Measures this library against what else one would use, side by side: `python tests/bench/bench.py`. README.md says what each work is."""
+"""Measures this library against what else one would use, side by side: `python tests/bench/bench.py`.
+
+README.md says what each work is.
+"""
 
 import argparse
 import json
@@ -62,8 +65,9 @@ class Run:
 
 @dataclass
 class Work:
-    """Sides (name: (function, units it does)) that do the same work, and what is compared: (label, slow side, fast sides whose times are added,
-    the least ratio that is asked for, or None)."""
+    """Sides (name: (function, units it does)) that do the same work, and what is compared: (label, slow side,
+    fast sides whose times are added, the least ratio that is asked for, or None).
+    """
 
     unit: str
     sides: dict
@@ -95,7 +99,10 @@ def check_step(vlm, pairs, theirs, name, settings):
 
 
 def dpo_trl(run):
-    "Training steps against TRL's, collation included. TRL computes the reference in every step; ours is known, or counted as one pass an epoch."
+    """Training steps against TRL's, collation included.
+
+    TRL computes the reference in every step; ours is known, or counted as one pass an epoch.
+    """
     import_trl()
     pairs = pairs_of(run)
     trainer, trl_optimizer = make_trainer(
@@ -118,7 +125,10 @@ def dpo_trl(run):
     ours.backward()
     check_equal("loss, packed and TRL", [ours.detach()[None]], [theirs[None]])
     check_gradients("gradients, packed and TRL", gradients(vlm.model), gradients(trainer.model))
-    step = lambda layout, cache: lambda: our_step(vlm, optimizer, pairs, reference, layout, cache=cache)
+
+    def step(layout, cache):
+        return lambda: our_step(vlm, optimizer, pairs, reference, layout, cache=cache)
+
     n = len(pairs)
     sides = {"TRL": (lambda: trl_step(trainer, trl_optimizer, loader), n)} | {
         name: (step(*how), n) for name, how in settings.items()
@@ -147,7 +157,10 @@ def dpo_plain(run):
         theirs = pair_logps(plain, pairs, "plain")
     check_step(vlm, pairs, theirs, "plain", {"shared": ("shared", None), "packed": ("packed", None)})
     reference, n = reference_sums(vlm, pairs, "shared"), len(pairs)
-    step = lambda layout: (lambda: our_step(vlm, optimizer, pairs, reference, layout), n)
+
+    def step(layout):
+        return lambda: our_step(vlm, optimizer, pairs, reference, layout), n
+
     sides = {
         "plain": (lambda: our_step(plain, plain_optimizer, pairs, reference, "plain"), n),
         "shared": step("shared"),
@@ -163,7 +176,9 @@ MEMORY_SIDES = ("TRL", "shared", "packed", "packed + features")
 
 
 def memory_of(run, side):
-    "Peak memory (bytes) of one training step above what was there before it, and the peak of the whole process; for a process of its own."
+    """Peak memory (bytes) of one training step above what was there before it, and the peak of the whole
+    process; for a process of its own.
+    """
     pairs = pairs_of(run)
     if side == "TRL":
         trainer, optimizer = make_trainer(
@@ -354,7 +369,9 @@ def sampling(run):
 
 @torch.no_grad()
 def score_plain(vlm, inputs, branches, batch=8):
-    "Log-probabilities of answers under the model as it is, in batches of whole rows; only where an answer's token is predicted."
+    """Log-probabilities of answers under the model as it is, in batches of whole rows; only where an answer's
+    token is predicted.
+    """
     rows, found = [pack_row(inputs, [b]) for b in branches], []
     for k in range(0, len(rows), batch):
         found += row_logps(vlm.core, collate_rows(rows[k : k + batch], "plain"))
@@ -374,7 +391,10 @@ def on_and_off(vlm, score, *args):
 
 
 def best_of_64(run):
-    "The reward of every candidate: its log-probability with and without the adapter. The plain side does fewer candidates."
+    """The reward of every candidate: its log-probability with and without the adapter.
+
+    The plain side does fewer candidates.
+    """
     (plain, names), (vlm, _) = open_random(run.size, share=False), open_random(run.size)
     plain, vlm, n = with_lora(plain), with_lora(vlm), run.size.candidates
     plain.model.eval(), vlm.model.eval()
@@ -429,7 +449,9 @@ def line(xs, ys):
 
 
 def growth(run):
-    "Time and peak memory against the number of claims, of candidates, and the length of the prefix, shared and plain."
+    """Time and peak memory against the number of claims, of candidates, and the length of the prefix, shared
+    and plain.
+    """
     size, panels = run.size, {}
     for what, point, counts in (
         ("claims", claims_point, size.growth_claims),
@@ -521,7 +543,10 @@ def profile(work, rows=20):
 
 def print_table(works):
     "Every ratio with its target, then every side."
-    percent = lambda x: "" if x != x else f"{100 * x:.1f} %"
+
+    def percent(x):
+        return "" if x != x else f"{100 * x:.1f} %"
+
     cells = [("work", "ours", "against", "ratio", "noise", "asked", "reached")]
     for name, result in works.items():
         for r in result["rows"]:

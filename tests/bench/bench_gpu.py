@@ -1,6 +1,8 @@
-"""LLaVA-1.5-7B's shape with random weights on one CUDA GPU (NF4 QLoRA, bfloat16, gradient checkpointing): speed, memory and the largest packing.
+"""LLaVA-1.5-7B's shape with random weights on one CUDA GPU (NF4 QLoRA, bfloat16, gradient checkpointing):
+speed, memory and the largest packing.
 
-`python tests/bench/bench_gpu.py`; with `--smoke`, the same at toy size on a CPU, to see that it works."""
+`python tests/bench/bench_gpu.py`; with `--smoke`, the same at toy size on a CPU, to see that it works.
+"""
 
 import argparse
 import gc
@@ -153,7 +155,9 @@ def weights_of(model):
 
 
 def flops_of(size, rows, layout, passes):
-    "Floating-point operations of a step in the language model, without recomputation: `passes` forwards or their like."
+    """Floating-point operations of a step in the language model, without recomputation: `passes` forwards or
+    their like.
+    """
     tokens = seen = answers = 0
     for row in rows:
         n, branches = len(row["prompt"]), [len(b) for b in row["branches"]]
@@ -197,9 +201,10 @@ def compare_steps(size, device, folder, repeats, peak_rate):
     pairs = make_pairs(size, make_tokenizer(size)[1], folder)
     rows, reference = pair_rows(vlm, pairs), reference_sums(vlm, pairs, "shared")
     with_features = pair_rows(vlm, pairs, ContentCache(folder / "features", 1))
-    step = lambda layout, kernel="sdpa", rows=rows: (
-        lambda: step_on_rows(vlm, optimizer, rows, reference, layout, kernel)
-    )
+
+    def step(layout, kernel="sdpa", rows=rows):
+        return lambda: step_on_rows(vlm, optimizer, rows, reference, layout, kernel)
+
     sides = {
         "plain": (step("plain"), vlm.model, "plain", 2),
         "shared": (step("shared"), vlm.model, "shared", 2),
@@ -227,7 +232,7 @@ def compare_steps(size, device, folder, repeats, peak_rate):
             ours = pair_logps(vlm, pairs, "packed", "auto")
         check_equal(
             "mean log-probabilities, packed and TRL",
-            *([l.float().mean()[None] for l in x] for x in (ours, theirs)),
+            *([logps.float().mean()[None] for logps in side] for side in (ours, theirs)),
             tolerance=0.05,
         )
         sides = {"TRL": (trl_step, trainer.model, "plain", 3)} | sides
@@ -275,13 +280,18 @@ def largest(fits, guess, tries=6):
 
 
 def largest_packings(size, device, folder, caps, deadline):
-    "For each cap (GB), pairs and tokens of the largest row that one training step has room for, vision tower and optimiser included."
+    """For each cap (GB), pairs and tokens of the largest row that one training step has room for, vision
+    tower and optimiser included.
+    """
     vlm, optimizer = ours_trained(size, device)
     some = pair_rows(vlm, make_pairs(size, make_tokenizer(size)[1], folder))
-    rows_of = lambda n: [some[k % len(some)] for k in range(n)]
-    step = lambda n: (
-        lambda: step_on_rows(vlm, optimizer, rows_of(n), torch.zeros(n, 2, device=device), "packed")
-    )
+
+    def rows_of(n):
+        return [some[k % len(some)] for k in range(n)]
+
+    def step(n):
+        return lambda: step_on_rows(vlm, optimizer, rows_of(n), torch.zeros(n, 2, device=device), "packed")
+
     step(2)()
     few, many = (peak_of(step(n), device) for n in (2, 6))
     each, weights, found = max((many - few) / 4, 1), weights_of(vlm.model), {}
@@ -294,7 +304,7 @@ def largest_packings(size, device, folder, caps, deadline):
             found[cap] = "more than this GPU has"
             continue
 
-        def fits(n):
+        def fits(n, limit=limit):
             if device == "cpu":
                 return weights + peak_of(step(n), device) <= limit
             torch.cuda.empty_cache()
@@ -321,7 +331,10 @@ def largest_packings(size, device, folder, caps, deadline):
 
 def show(table, notes, packings):
     "One table of everything."
-    value = lambda x, form: "" if x is None or x != x else format(x, form)
+
+    def value(x, form):
+        return "" if x is None or x != x else format(x, form)
+
     cells = [
         ("side", "pairs/s", "noise", "against TRL", "FLOP utilisation", "peak of a step, GiB", "weights, GiB")
     ]
@@ -374,7 +387,8 @@ def main():
     a = parser.parse_args()
     if not a.smoke and not torch.cuda.is_available():
         raise SystemExit(
-            "This benchmark needs a CUDA GPU and there is none here; --smoke runs the same at toy size on a CPU."
+            "This benchmark needs a CUDA GPU and there is none here; --smoke runs the same at toy size on a "
+            "CPU."
         )
     started, device = time.perf_counter(), "cpu" if a.smoke else "cuda"
     size, repeats = (

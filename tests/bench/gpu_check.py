@@ -1,7 +1,8 @@
 """The decisive points of a run on one CUDA card, in a few minutes; nothing is downloaded.
 
-`python tests/bench/gpu_check.py`; with `--smoke`, the same at toy size on a CPU, to see that it works. A part that fails says so and the others
-go on; the exit status is the number of parts that failed."""
+`python tests/bench/gpu_check.py`; with `--smoke`, the same at toy size on a CPU, to see that it works. A part
+that fails says so and the others go on; the exit status is the number of parts that failed.
+"""
 
 import argparse
 import sys
@@ -100,7 +101,8 @@ def feedback(device):
     known = {v.claim_id: v for v in read_table(EXAMPLE["03_feedback"], "verdicts", Verdict)}
     flips = sum(v.label != known[v.claim_id].label for v in found)
     print(
-        f"{vlm.settings['dtype']} on {vlm.device}: {flips} of {len(found)} verdicts differ from float32 on a CPU"
+        f"{vlm.settings['dtype']} on {vlm.device}: {flips} of {len(found)} verdicts differ from float32 on "
+        "a CPU"
     )
 
 
@@ -161,7 +163,8 @@ def lora_product(device):
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         print(
-            f"LoRA in float32, precision {precision}: {milliseconds(lambda: F.linear(F.linear(x, down), up), device):.3f} ms"
+            f"LoRA in float32, precision {precision}: "
+            f"{milliseconds(lambda: F.linear(F.linear(x, down), up), device):.3f} ms"
         )
     torch.set_float32_matmul_precision(before)
     x, down, up = x.bfloat16(), down.bfloat16(), up.bfloat16()
@@ -169,7 +172,9 @@ def lora_product(device):
 
 
 def random_llava(device):
-    "A LLaVA of LLaVA-1.5-7B's language model (small on a CPU) with random weights and a tiny vision tower, opened for sampling."
+    """A LLaVA of LLaVA-1.5-7B's language model (small on a CPU) with random weights and a tiny vision tower,
+    opened for sampling.
+    """
     size = dict(
         hidden_size=4096,
         intermediate_size=11008,
@@ -232,7 +237,8 @@ def sampling(device):
         for n_prompts in (2, 8) if device == "cuda" else (1,):
             ms = sampling_step(vlm, n_prompts, 10, n_tokens, room, device)
             print(
-                f"{note}, {n_prompts} x 10 rows: {ms:.1f} ms per step, {n_prompts * 10 / ms * 1e3:.0f} tokens per second{peak_gib(device)}"
+                f"{note}, {n_prompts} x 10 rows: {ms:.1f} ms per step, {n_prompts * 10 / ms * 1e3:.0f} "
+                f"tokens per second{peak_gib(device)}"
             )
             free_memory()
         if note == "base":
@@ -317,7 +323,8 @@ def main():
         free_memory()
         print(f"   ({time.perf_counter() - began:.0f} s)", flush=True)
     print(
-        f"\n{'smoke run, figures mean nothing; ' if args.smoke else ''}passed: {passed or 'none'}; failed: {failed or 'none'}"
+        f"\n{'smoke run, figures mean nothing; ' if args.smoke else ''}passed: {passed or 'none'}; failed: "
+        f"{failed or 'none'}"
     )
     return len(failed)
 

@@ -1,8 +1,11 @@
-"""Seconds of each stage of the tiny chain: as it is, with every optimisation switched off, and in another checkout (`--against`).
+"""Seconds of each stage of the tiny chain: as it is, with every optimisation switched off, and in another
+checkout (`--against`).
 
     python tests/bench/stages.py --against ../rlaifv_nb-before
 
-Sides take turns, each turn in a process of its own with one thread; the inputs of a stage are the same for all sides."""
+Sides take turns, each turn in a process of its own with one thread; the inputs of a stage are the same for
+all sides.
+"""
 
 import argparse
 import importlib
@@ -58,7 +61,9 @@ def make_inputs(folder):
 
 
 def time_stages(inputs, out, share):
-    "`{stage: seconds}` of the stages that use a model, opening it included; the tables of earlier stages come from `inputs`."
+    """`{stage: seconds}` of the stages that use a model, opening it included; the tables of earlier stages
+    come from `inputs`.
+    """
     from rlaifv_nb.claims import run_claims
     from rlaifv_nb.dpo import run_dpo
     from rlaifv_nb.engine.models import open_llm, open_vlm
@@ -76,7 +81,10 @@ def time_stages(inputs, out, share):
         name: str(inputs / name)
         for name in ("prompts", "few", "adapter", "sampling", "claims", "feedback", "pairs")
     }
-    vlm = lambda: open_vlm(policy, **given(open_vlm, **switch))
+
+    def vlm():
+        return open_vlm(policy, **given(open_vlm, **switch))
+
     stages = {
         "sampling": lambda o: run_sampling(
             table["prompts"], o, vlm(), **asked("sampling", max_new_tokens=128)

@@ -1,7 +1,10 @@
-"""Every stage of the packaged 7B recipes at full size on one CUDA GPU, random weights: peak memory against `rlaifv plan`, tokens a second, under caps.
+"""Every stage of the packaged 7B recipes at full size on one CUDA GPU, random weights: peak memory against
+`rlaifv plan`, tokens a second, under caps.
 
-`python tests/bench/stages_gpu.py`; with `--smoke`, the same at toy size on a CPU, to see that it works. Models are made from their configurations:
-nothing is downloaded. A stage runs its longest batch once, as the recipe says; a cap (GB of a card) is the allocator's limit."""
+`python tests/bench/stages_gpu.py`; with `--smoke`, the same at toy size on a CPU, to see that it works.
+Models are made from their configurations: nothing is downloaded. A stage runs its longest batch once, as the
+recipe says; a cap (GB of a card) is the allocator's limit.
+"""
 
 import argparse
 import gc
@@ -218,7 +221,8 @@ def main():
     a = parser.parse_args()
     if not a.smoke and not torch.cuda.is_available():
         raise SystemExit(
-            "This benchmark needs a CUDA GPU and there is none here; --smoke runs the same at toy size on a CPU."
+            "This benchmark needs a CUDA GPU and there is none here; --smoke runs the same at toy size on a "
+            "CPU."
         )
     device, lengths, found = "cpu" if a.smoke else "cuda", Lengths(), {}
     cells = [("recipe", "stage", "weights, GiB", "planned", "work, GiB", "planned", "tokens/s", "")]
@@ -232,15 +236,13 @@ def main():
                 r = found.setdefault(name, {})[notebook] = measure_stage(
                     notebook, p, recipe, CARDS[RUNS[name]], lengths, configs, device, RUNS[name]
                 )
-                number = lambda key, r=r: f"{r[key]:.3g}" if key in r else ""
+                columns = ("weights", "planned_weights", "work", "planned_work", "tokens_per_second")
+                numbers = [f"{r[key]:.3g}" if key in r else "" for key in columns]
                 cells.append(
                     (
                         name,
                         notebook,
-                        *map(
-                            number,
-                            ("weights", "planned_weights", "work", "planned_work", "tokens_per_second"),
-                        ),
+                        *numbers,
                         r.get("note", ""),
                     )
                 )

@@ -1,4 +1,6 @@
-"""What the benchmarks share: a LLaVA of random weights, made-up pictures and texts, one training step of each side, and the means to measure."""
+"""What the benchmarks share: a LLaVA of random weights, made-up pictures and texts, one training step of each
+side, and the means to measure.
+"""
 
 import ctypes
 import gc
@@ -80,8 +82,9 @@ class Size:
         return (self.image // PATCH) ** 2
 
 
-# `small`: the language model has 85 M parameters in its layers and 25 M in its head, and 25 M in embeddings, which cost nothing. LLaVA-1.5's
-# vision tower has 4.5 % of its language model's parameters (0.30 of 6.7 billion): 256 x 6 layers are 5 M, 4.5 % of 110 M.
+# `small`: the language model has 85 M parameters in its layers and 25 M in its head, and 25 M in embeddings,
+# which cost nothing. LLaVA-1.5's vision tower has 4.5% of its language model's parameters (0.30 of 6.7
+# billion): 256 x 6 layers are 5 M, 4.5% of 110 M.
 SIZES = {
     "small": Size(),
     "tiny": Size(
@@ -259,7 +262,10 @@ def opened(model, size, tokenizer, share=True):
 
 
 def open_random(size, share=True):
-    "A model of random weights (always the same), and the words of its vocabulary. Without `share`, it is as transformers makes it."
+    """A model of random weights (always the same), and the words of its vocabulary.
+
+    Without `share`, it is as transformers makes it.
+    """
     tokenizer, words = make_tokenizer(size)
     torch.manual_seed(0)
     return opened(LlavaForConditionalGeneration(make_config(size, tokenizer)), size, tokenizer, share), words
@@ -303,7 +309,9 @@ def start_training(model):
 
 
 def pair_rows(vlm, pairs, cache=None):
-    "Training rows of pairs, from the picture's file on; with a cache, from what it holds of the picture, as in 05_dpo."
+    """Training rows of pairs, from the picture's file on; with a cache, from what it holds of the picture, as
+    in 05_dpo.
+    """
     rows = []
     for p in pairs:
         branches = [answer_ids(vlm, p["question"], p[k]) for k in ("chosen", "rejected")]
@@ -316,7 +324,7 @@ def pair_rows(vlm, pairs, cache=None):
             entry = get_or_compute(
                 cache,
                 [key],
-                lambda keys: [
+                lambda keys, p=p: [
                     picture_entry(vlm, prompt_inputs(vlm, load_image(p["picture"]), p["question"]))
                 ],
             )[0]
@@ -338,7 +346,7 @@ def reference_sums(vlm, pairs, layout, kernel="auto", cache=None):
     training = vlm.model.training
     vlm.model.eval()
     with vlm.model.disable_adapter():
-        sums = torch.stack([l.sum() for l in pair_logps(vlm, pairs, layout, kernel, cache)]).view(-1, 2)
+        sums = torch.stack([s.sum() for s in pair_logps(vlm, pairs, layout, kernel, cache)]).view(-1, 2)
     vlm.model.train(training)
     return sums
 
@@ -348,7 +356,7 @@ def loss_of_rows(vlm, rows, reference, layout, kernel="auto"):
     from rlaifv_nb.dpo import preference_loss
 
     logps = row_logps(vlm.core, to_device(collate_rows(rows, layout, kernel), vlm.device))
-    logratio = torch.stack([l.sum() for l in logps]).view(-1, 2) - reference
+    logratio = torch.stack([answer.sum() for answer in logps]).view(-1, 2) - reference
     return preference_loss(logratio[:, 0] - logratio[:, 1], BETA).mean()
 
 
@@ -374,7 +382,10 @@ def make_trainer(vlm, pairs, folder, **options):
     from datasets import Image as ImageFeature
 
     DPOConfig, DPOTrainer = import_trl()
-    turn = lambda role, text: [{"role": role, "content": text}]
+
+    def turn(role, text):
+        return [{"role": role, "content": text}]
+
     rows = [
         {
             "images": [p["picture"]],
@@ -510,9 +521,12 @@ def status_bytes(field):
 
 
 def peak_bytes(run):
-    """Peak resident memory (bytes) during `run` above what was resident before, on Linux; elsewhere what the process's own peak grew by.
+    """Peak resident memory (bytes) during `run` above what was resident before, on Linux; elsewhere what the
+    process's own peak grew by.
 
-    The kernel's high-water mark is reset first: unlike `ru_maxrss`, it then has no share of the parent process or of loading."""
+    The kernel's high-water mark is reset first: unlike `ru_maxrss`, it then has no share of the parent
+    process or of loading.
+    """
     gc.collect()
     if not Path("/proc/self/clear_refs").exists():
         import resource
