@@ -1,0 +1,311 @@
+"""Claims that a labeler rejects, before and after: figures by hand, and the whole with the packaged models."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlaifv_nb.benchmarks import claims
+from rlaifv_nb.benchmarks.claims import (
+    AnswerCase,
+    ClaimsOptions,
+    Difference,
+    cases_of_models,
+    check_claims_options,
+    claim_differences,
+    claim_scores,
+    conclusion,
+    held_out,
+    labeler_caveats,
+    read_answer_cases,
+    run_claims_benchmark,
+    says_less,
+    shared_cases,
+)
+from rlaifv_nb.records import (
+    Claim,
+    Prompt,
+    Response,
+    Score,
+    SetAside,
+    Verdict,
+    read_manifest,
+    read_table,
+    resolve_path,
+    shard_paths,
+    write_table,
+)
+
+POLICY, ADAPTERS = "packaged:iconworld-vlm", {"aligned": "packaged:iconworld-aligned"}
+OPTIONS = ClaimsOptions(max_new_tokens=60, batch_size=2)
+
+
+def case(model, prompt_id, verdicts, words=10):
+    """An answer whose claims have these verdicts."""
+    return AnswerCase(model, prompt_id, "word " * words, "stop", [["A fact.", v] for v in verdicts])
+
+
+# figures by hand
+
+
+def test_measures_are_ratios_of_sums_over_judged_claims():
+    cases = [case("m", "a", ["yes", "no", "no", "abstain"]), case("m", "b", ["yes", "undecided"], words=20)]
+    found = {s.metric: s for s in claim_scores("m", cases, {"a": "1.jpg", "b": "2.jpg"})}
+    assert found["rejected"].value == 40 and found["accepted"].value == 40 and found["abstained"].value == 20
+    assert found["with rejected"].value == 50 and found["rejected per answer"].value == 1
+    assert found["claims"].value == 3 and found["words"].value == 15 and found["words"].n == 2
+    assert all(s.ci_low <= s.value <= s.ci_high for s in found.values())
+
+
+def test_two_questions_about_one_picture_are_one_picture():
+    cases = [case("m", p, ["no"] if p < "c" else ["yes"]) for p in "abcd"]
+    apart = claim_scores("m", cases, {p: p for p in "abcd"})[0]
+    together = claim_scores("m", cases, {"a": "1", "b": "1", "c": "2", "d": "2"})[0]
+    assert (apart.n, together.n) == (
+        4,
+        2,
+    ) and together.ci_high - together.ci_low >= apart.ci_high - apart.ci_low
+
+
+def test_differences_are_paired():
+    """Pictures differ widely, and every one of them improves by one claim of ten: only pairs can show it."""
+    picture_of = {f"p{k}": f"{k}.jpg" for k in range(30)}
+    before = [case("base", p, ["no"] * (1 + k % 9) + ["yes"] * (9 - k % 9)) for k, p in enumerate(picture_of)]
+    after = [case("round_1", p, ["no"] * (k % 9) + ["yes"] * (10 - k % 9)) for k, p in enumerate(picture_of)]
+    row = claim_differences("round_1", before, after, picture_of)[0]
+    assert row.difference == -10 and row.ci_high == -10 and row.n_changed == 30 and row.is_sure
+    assert conclusion(row).startswith(
+        "On these 30 pictures the labeler rejects fewer claims of round_1 than of base"
+    )
+    worse = claim_differences("round_1", after, before, picture_of)[0]
+    assert "rejects more claims" in conclusion(worse)
+
+
+@pytest.mark.parametrize("n, changed, sure", [(2, 2, False), (5, 5, False), (6, 6, True), (12, 5, False)])
+def test_a_few_pictures_tell_nothing_however_clear_they_look(n, changed, sure):
+    picture_of = {f"p{k}": f"{k}.jpg" for k in range(n)}
+    before = [case("base", p, ["no", "yes"]) for p in picture_of]
+    after = [case("r", p, ["yes" if k < changed else "no", "yes"]) for k, p in enumerate(picture_of)]
+    row = claim_differences("r", before, after, picture_of)[0]
+    assert row.n_changed == changed and row.ci_high < 0 and row.is_sure == sure
+    assert ("too few to tell" in conclusion(row)) != sure
+
+
+def test_the_words_that_twelve_pictures_deserve():
+    row = Difference("round_1", "rejected", 85.0, 80.0, -5.0, -12.0, 3.0, 12, 10)
+    assert conclusion(row).startswith(
+        "Twelve pictures are too few to tell whether round_1 is better or worse than base"
+    )
+    assert "-12.0 to +3.0" in conclusion(row)
+    assert conclusion(replace(row, n=1, n_changed=1)).startswith("One picture is too few to tell")
+    silent = Difference("round_1", "claims", 9.0, 2.0, -7.0, -8.0, -6.0, 12, 12)
+    assert "Part of the change may be silence" in says_less(silent)
+    assert (
+        says_less(replace(silent, ci_high=1.0))
+        == says_less(replace(silent, difference=7.0, ci_low=6.0, ci_high=8.0))
+        == ""
+    )
+
+
+def test_no_judged_claim_is_not_known_rather_than_zero():
+    picture_of = {"a": "1", "b": "2"}
+    silent = [case("r", p, []) for p in picture_of]
+    row = claim_differences("r", [case("base", p, ["no"]) for p in picture_of], silent, picture_of)[0]
+    assert row.difference != row.difference and "Nothing can be said" in conclusion(row)
+    scores = {s.metric: s for s in claim_scores("r", silent, picture_of)}
+    assert scores["rejected"].value != scores["rejected"].value and scores["claims"].value == 0
+
+
+def test_an_answer_that_was_not_divided_leaves_its_prompt_out_for_all():
+    responses = [
+        Response(f"{p}-0{k}", p, k, 0, text, "stop") for p in "pqr" for k, text in ((0, "A."), (1, "B."))
+    ]
+    responses[3] = replace(responses[3], text=" ")
+    lost = [SetAside("p-01", "no list of facts"), SetAside("q-01", "empty response")]
+    divided = [Claim(f"{r}-00", r, "A fact.", "") for r in ("p-00", "q-00", "r-00", "r-01")]
+    verdicts = [Verdict(c.claim_id, 0.9, 0.1, "yes") for c in divided[:-1]]
+    found = cases_of_models(["base", "after"], responses, divided, verdicts, lost)
+    assert [(c.model, c.prompt_id) for c in found] == [
+        ("base", "p"),
+        ("base", "q"),
+        ("after", "q"),
+        ("base", "r"),
+        ("after", "r"),
+    ]
+    shared = shared_cases(["base", "after"], found)
+    assert [c.prompt_id for c in shared["base"]] == [c.prompt_id for c in shared["after"]] == ["q", "r"]
+    assert shared["after"][0].claims == [] and shared["after"][1].claims == [["A fact.", "undecided"]]
+
+
+# what is said about the labeler
+
+
+def test_the_labeler_is_named_with_what_follows_from_who_it_is():
+    assert labeler_caveats("org/a", "org/b", "org/c") == []
+    own = " ".join(labeler_caveats("org/a", "org/a", "org/c"))
+    assert "own base model" in own and "feedback" not in own and "judge: MODEL" in own
+    teacher = " ".join(labeler_caveats("org/a", "org/b", "org/a"))
+    assert "gave the feedback" in teacher and "own base" not in teacher
+    assert "/home/someone/model" not in " ".join(
+        labeler_caveats("/home/someone/model", "/home/someone/model", "")
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"judge": "http://localhost:8000|x"}, "an endpoint does not give"),
+        ({"questions": "roule"}, "choose one of rule, splitter, statement"),
+        ({"limit": -1}, "limit=-1"),
+        (
+            {"max_new_tokens": 0, "judge_batch_size": 0},
+            "max_new_tokens, judge_batch_size: must be at least 1",
+        ),
+        ({"facts_prompt": "no-such.txt"}, "there is no prompt file"),
+    ],
+)
+def test_options_without_meaning_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        check_claims_options(replace(OPTIONS, **wrong))
+
+
+def test_prompts_to_train_on_are_not_evaluated_on(tmp_path):
+    rows = [Prompt(f"p{k}", "a.jpg", "", "What?", split="train") for k in range(12)]
+    with pytest.raises(ValueError, match=r"none of 12 prompts is kept from training.* prompts.n_dev"):
+        held_out(rows)
+    write_table(tmp_path, "prompts", rows)
+    with pytest.raises(ValueError, match="prompts.n_dev"):
+        run_claims_benchmark(tmp_path / "out", POLICY, ADAPTERS, tmp_path, OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+# the whole, with the packaged models
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return resolve_path("packaged:example/prompts")
+
+
+@pytest.fixture(scope="module")
+def finished(prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("claims") / "whole"
+    run_claims_benchmark(out, POLICY, ADAPTERS, prompts, OPTIONS, shard_size=2)
+    return out
+
+
+def bytes_of(out):
+    """All tables of the benchmark and its stages."""
+    paths = sorted(p for p in out.rglob("*.jsonl")) + [out / "table.md"]
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in paths}
+
+
+def test_the_whole_agrees_with_its_own_tables(finished):
+    manifest = read_manifest(finished)
+    assert manifest["rows_in"] == 4 == manifest["rows_out"] + sum(manifest["set_aside"].values())
+    verdicts = read_table(finished / "feedback", "verdicts", Verdict)
+    for k, name in enumerate(("base", "aligned")):
+        own = [v.label for v in verdicts if v.claim_id.split("-")[1] == f"{k:02d}"]
+        counts = manifest["counts"][name]
+        assert (counts["accepted"], counts["rejected"]) == (own.count("yes"), own.count("no")) and counts[
+            "answers"
+        ] == 4
+        assert len(read_answer_cases(finished, k)) == 4
+    scores = {(s.model, s.metric): s for s in read_table(finished, "scores", Score)}
+    counts = manifest["counts"]["base"]
+    assert scores["base", "rejected"].value == pytest.approx(
+        100 * counts["rejected"] / counts["judged"], abs=1e-3
+    )
+    text = (finished / "table.md").read_text()
+    assert (
+        "Labeler: packaged:iconworld-vlm" in text
+        and "own base model" in text
+        and "Four pictures are too few" in text
+    )
+    assert manifest["judged_by"] == "packaged:iconworld-vlm"
+
+
+def test_the_same_bytes_again_and_stopped_anywhere(finished, prompts, tmp_path, monkeypatch):
+    """Stopped after the first shard of the second model, and after the claims, it ends with the same bytes."""
+    out = tmp_path / "stopped"
+    answer = claims.answer_prompts
+    seen = []
+
+    def power_cut(vlm, k, *rest):
+        if len(seen) == 3:
+            raise RuntimeError("power cut")
+        seen.append(k)
+        return answer(vlm, k, *rest)
+
+    monkeypatch.setattr(claims, "answer_prompts", power_cut)
+    with pytest.raises(RuntimeError):
+        run_claims_benchmark(out, POLICY, ADAPTERS, prompts, OPTIONS, shard_size=2)
+    assert seen == [0, 0, 1] and len(shard_paths(out / "answers", "answers-1")) == 1
+    monkeypatch.setattr(claims, "answer_prompts", answer)
+    monkeypatch.setattr(claims, "check_answers", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_claims_benchmark(out, POLICY, ADAPTERS, prompts, OPTIONS, shard_size=2)
+    monkeypatch.undo()
+    run_claims_benchmark(out, POLICY, ADAPTERS, prompts, replace(OPTIONS, batch_size=1), shard_size=2)
+    assert bytes_of(out) == bytes_of(finished)
+    with pytest.raises(ValueError, match="started with other settings"):
+        run_claims_benchmark(
+            out, POLICY, ADAPTERS, prompts, replace(OPTIONS, max_new_tokens=61), shard_size=2
+        )
+
+
+def test_memory_that_runs_out_halves_the_batch(finished, prompts, tmp_path, monkeypatch, capsys):
+    greedy = claims.greedy_answers
+
+    def hungry(vlm, pictures, *rest):
+        if len(pictures) > 1:
+            raise MemoryError("no room")
+        return greedy(vlm, pictures, *rest)
+
+    monkeypatch.setattr(claims, "greedy_answers", hungry)
+    run_claims_benchmark(tmp_path, POLICY, ADAPTERS, prompts, OPTIONS, shard_size=2)
+    assert "out of memory with 2 at a time" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "answers")["batch_size"] == {"asked": 2, "used": 1}
+    assert bytes_of(tmp_path)["scores-00000.jsonl"] == bytes_of(finished)["scores-00000.jsonl"]
+
+
+def test_one_large_model_is_open_at_a_time_and_answers_come_first(prompts, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from rlaifv_nb.engine import models
+
+    opened, alive, real = [], [], models.open_weights
+
+    def counting(auto_class, folder, *args, **kwargs):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in opened))
+        found = real(auto_class, folder, *args, **kwargs)
+        opened.append(weakref.ref(found))
+        names.append(Path(folder).name)
+        return found
+
+    names = []
+    monkeypatch.setattr(models, "open_weights", counting)
+    run_claims_benchmark(tmp_path, POLICY, ADAPTERS, prompts, replace(OPTIONS, limit=1))
+    assert names == ["iconworld-vlm", "iconworld-vlm", "iconworld-splitter", "iconworld-vlm"]
+    assert alive == [0, 0, 0, 0]
+    assert read_manifest(tmp_path)["rows_in"] == 1
+
+
+def test_a_picture_that_cannot_be_read_is_counted_and_the_others_compared(prompts, tmp_path):
+    folder = tmp_path / "prompts"
+    shutil.copytree(prompts, folder)
+    rows = held_out(read_table(folder, "prompts", Prompt))
+    (folder / rows[0].image_path).write_bytes(b"")
+    run_claims_benchmark(tmp_path / "out", POLICY, {}, folder, OPTIONS)
+    manifest = read_manifest(tmp_path / "out")
+    assert (
+        manifest["rows_out"] == 3
+        and sum(manifest["set_aside"].values()) == 1
+        and manifest["conclusions"] == []
+    )
+    aside = json.loads(next((tmp_path / "out/answers").glob("set_aside-answers-0-*")).read_text())
+    assert aside["reason"] == "unreadable picture" and read_table(tmp_path / "out", "scores", Score)
