@@ -385,7 +385,7 @@ def fill_candidates(
 # %% ../nbs/07_guided_decoding.ipynb #82325d7d
 def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
     "Rows (policy, ranking, n_candidates, value %, ci_low, ci_high, words): the share of best-of-N answers for which `is_bad(candidate)`."
-    from rlaifv_nb.evaluation import ratio_interval
+    from rlaifv_nb.benchmarks.intervals import ratio_interval
 
     groups, bad = {}, {}
     for c in candidates:

@@ -393,8 +393,11 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
 @pytest.mark.parametrize(
     "request_, says",
     [
-        (Request("nope", "m"), "choose one of iconworld, amber"),
-        (Request("iconworld", "m", data="x", num_beams=3), "data, num_beams: the icon world"),
+        (Request("nope", "m"), "choose one of iconworld, claims, amber"),
+        (
+            Request("iconworld", "m", data="x", num_beams=3),
+            "data, num_beams: the benchmark iconworld has no use",
+        ),
         (Request("amber"), "give one of"),
         (Request("amber", "m", answers="a", data="d"), "give one of"),
         (Request("amber", answers="a", adapter="b", data="d"), "adapter"),

@@ -12,10 +12,11 @@ import torch
 from stages import POLICY, SPLITTER
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from rlaifv_nb.benchmarks.iconworld import Case
 from rlaifv_nb.claims import run_claims
 from rlaifv_nb.dpo import run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
-from rlaifv_nb.evaluation import Case, run_evaluation
+from rlaifv_nb.evaluation import run_evaluation
 from rlaifv_nb.feedback import PortionedAsker, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.records import (

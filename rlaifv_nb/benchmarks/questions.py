@@ -14,8 +14,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .intervals import sum_counts
-from ..evaluation import discriminative
+from .intervals import discriminative, sum_counts
 from ..records import resolve_path
 
 MODES = ("official", "clean")

@@ -502,7 +502,7 @@ def measure_splitter(policy, splitter, n_scenes, n_samples=2, batch_size=50):
 def measure_vlm(policy, n_scenes, batch_size=100):
     "Figures of the vision-language model on test scenes in percent, by name: hallucination (greedy) and accuracy of yes/no answers by type."
     from rlaifv_nb.engine.models import open_vlm
-    from rlaifv_nb.evaluation import evaluate_batch, score_cases
+    from rlaifv_nb.benchmarks.iconworld import evaluate_batch, score_cases
 
     vlm, cases = open_vlm(policy), []
     for first in range(0, n_scenes, batch_size):

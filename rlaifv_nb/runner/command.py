@@ -37,7 +37,8 @@ EVALUATE_OPTIONS = (
         "--data",
         str,
         "FOLDER",
-        "where the benchmark's files and its images/ are; if some are missing, it is said what to fetch from where",
+        "the benchmark's files and its images/ (missing files are listed with their source); "
+        "for claims a prompts table, or pictures and questions of your own",
     ),
     ("--answers", str, "FILE", "score this answer file instead of a model"),
     (
@@ -50,8 +51,14 @@ EVALUATE_OPTIONS = (
         "--judge",
         str,
         "SPEC",
-        "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a judge",
+        "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a judge; "
+        "for claims the labeler, a vision-language model (default: the base model)",
     ),
+    ("--splitter", str, "MODEL", "claims: the language model that divides answers"),
+    ("--splitter-quantisation", str, "HOW", "claims: none or nf4"),
+    ("--judge-quantisation", str, "HOW", "claims: none or nf4"),
+    ("--facts-prompt", str, "FILE", "claims: how the splitter is asked for facts, as in 02_claims"),
+    ("--question-prompt", str, "FILE", "claims: how the splitter is asked for a question"),
     ("--prompt", str, "FILE", "your own prompt for the judge"),
     ("--trust-prompt", str, "FILE", "your own second prompt of refomb"),
     ("--repeats", int, "N", "how often the judge is asked the same"),
@@ -85,7 +92,7 @@ def add_evaluation_commands(commands):
         "--bench",
         required=True,
         metavar="NAME",
-        help="iconworld, amber, objhal, mmhal, refomb, ... (an unknown one lists all)",
+        help="iconworld, claims, amber, objhal, mmhal, refomb, ... (an unknown one lists all)",
     )
     for name, kind, shown, text in EVALUATE_OPTIONS:
         how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": shown}
