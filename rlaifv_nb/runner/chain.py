@@ -162,7 +162,7 @@ def content_sha(name, path, round):
             else ""
         )
     files = (
-        shard_paths(path, name)
+        shard_paths(path, "prompts" if name == "data" else name)
         or sorted(path.glob(f"{name}-*.jsonl"))
         or sorted(p for p in path.rglob("*") if p.is_file())
     )

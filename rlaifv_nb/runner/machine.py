@@ -36,6 +36,9 @@ def wanted_models(steps: list[Step]) -> list[WantedModel]:
         if step.notebook in MODEL_KEYS:
             name = step.parameters[MODEL_KEYS[step.notebook]]
             wanted.append(WantedModel(str(name), step.notebook != "02_claims"))
+        if step.parameters.get("bench") == "claims":
+            wanted.append(WantedModel(str(step.parameters["splitter"]), False))
+            wanted.append(WantedModel(str(step.parameters["judge"]), True))
     return list(dict.fromkeys(wanted))
 
 # %% ../../nbs/runner/02_machine.ipynb #ac40000a

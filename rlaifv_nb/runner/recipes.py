@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
-           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS', 'WORKING_PARAMETERS',
-           'EXPORT', 'DIRECTIVE', 'RELATIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known', 'typed', 'merge',
-           'changed', 'packaged_recipes', 'find_recipe', 'localise', 'localise_parameters', 'source_of', 'inherit',
-           'count_source', 'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of',
-           'options_of', 'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text',
-           'open_notebook', 'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach',
-           'reach_of', 'ways_out', 'reach_problem', 'rows_problem', 'check_amounts', 'plumbing_warning',
-           'exported_cells', 'code_sha', 'absolute', 'check_library']
+           'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'EVALUATE_PATHS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS',
+           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RELATIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known',
+           'typed', 'merge', 'changed', 'evaluate_entries', 'packaged_recipes', 'find_recipe', 'localise',
+           'localise_parameters', 'localise_evaluate', 'source_of', 'inherit', 'count_source', 'with_all_rows',
+           'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of', 'chain_parameters',
+           'labeler_of', 'claims_parameters', 'evaluation_parameters', 'plan_run', 'restart_option', 'first_remade',
+           'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe', 'check_evaluate',
+           'check_options', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of', 'ways_out', 'reach_problem',
+           'rows_problem', 'held_out_problem', 'files_problem', 'check_amounts', 'plumbing_warning', 'exported_cells',
+           'code_sha', 'absolute', 'check_library']
 
 # %% ../../nbs/runner/01_recipes.ipynb #331cc0d2
 import ast
@@ -25,8 +27,10 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from ..benchmarks.claims import HELD_OUT
+from ..evaluation import Evaluation, bench_names, check_evaluation, options_used_by
 from ..exchange.inputs import HUB, INPUT_OPTIONS, count_rows, input_kind
-from ..records import package_folder, sha256_of
+from ..records import Prompt, package_folder, read_table, sha256_of
 
 # %% ../../nbs/runner/01_recipes.ipynb #988ae918
 ROUND_STAGES = ("01_sampling", "02_claims", "03_feedback", "04_pairs", "05_dpo")
@@ -57,6 +61,7 @@ PATH_PARAMETERS = {
     "02_claims": ("facts_prompt", "question_prompt"),
     "05_dpo": ("cache",),
 }  # may be files or folders
+EVALUATE_PATHS = ("data", "judge", "splitter", "prompt", "trust_prompt", "facts_prompt", "question_prompt")
 
 
 class RecipeError(ValueError):
@@ -104,7 +109,7 @@ WORKING_PARAMETERS = {
     "02_claims": ("batch_size",),
     "03_feedback": ("batch_size", "max_tokens"),
     "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers", "min_steps"),
-    "06_evaluation": ("batch_size",),
+    "06_evaluation": ("batch_size", "splitter_batch_size", "judge_batch_size", "max_requests"),
     "07_guided_decoding": ("batch_size",),
 }
 
@@ -168,6 +173,31 @@ def changed(base, over):
     }
     return merge({k: v for k, v in base.items() if not other.get(k)}, over)
 
+# %% ../../nbs/runner/01_recipes.ipynb #e7a1d002
+def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
+    """What `evaluate` lists, as (notebook, folder, options of the benchmark); `06_evaluation` is the icon world.
+
+    Raises RecipeError for an unknown benchmark, an entry without one, and one that appears twice."""
+    names = [*FINAL_STAGES, *bench_names()]
+    found = []
+    for entry in evaluate:
+        options = dict(entry) if isinstance(entry, dict) else {"bench": entry}
+        if "bench" not in options:
+            raise RecipeError(f"{where}, evaluate: {entry!r} names no benchmark; write {{bench: NAME, ...}}")
+        bench = known(options["bench"], names, f"{where}, evaluate")
+        if bench == "07_guided_decoding":
+            folder = notebook = bench
+            options.pop("bench")
+        else:
+            notebook = "06_evaluation"
+            options["bench"] = "iconworld" if bench == notebook else bench
+            folder = notebook if options["bench"] == "iconworld" else f"{notebook}_{bench}"
+            folder += "_official" if options.get("mode") == "official" else ""
+        if folder in [other for _, other, _ in found]:
+            raise RecipeError(f"{where}, evaluate: {bench} appears twice")
+        found.append((notebook, folder, options))
+    return found
+
 # %% ../../nbs/runner/01_recipes.ipynb #ef927121
 def packaged_recipes():
     "Name -> file of the recipes that ship with the package."
@@ -206,7 +236,8 @@ def localise(raw, folder):
         raise RecipeError(f"prompts.source: {e}") from e
     if not Path(paths.get("images", folder)).is_dir():
         raise RecipeError(f"prompts.images: there is no folder {paths['images']}")
-    return localise_parameters(done | ({"prompts": prompts | paths} if paths else {}), folder)
+    done = localise_evaluate(done | ({"prompts": prompts | paths} if paths else {}), folder)
+    return localise_parameters(done, folder)
 
 
 def localise_parameters(raw, folder):
@@ -224,6 +255,27 @@ def localise_parameters(raw, folder):
                 raise RecipeError(f"parameters.{notebook}.{key}: there is no file {path}")
         done |= {notebook: own | paths} if paths else {}
     return raw | ({"parameters": given | done} if done else {})
+
+
+def localise_evaluate(raw: dict, folder: Path) -> dict:
+    "Makes files, folders and models in `evaluate` absolute. Raises RecipeError for one that does not exist."
+    if not isinstance(raw.get("evaluate"), list):
+        return raw
+    entries = []
+    for entry in raw["evaluate"]:
+        entry = dict(entry) if isinstance(entry, dict) else entry
+        for key in EVALUATE_PATHS if isinstance(entry, dict) else ():
+            value = str(entry.get(key, ""))
+            is_path = value.startswith((".", "/", "~")) or (
+                key == "data" and value and not value.startswith(HUB)
+            )
+            if is_path:
+                path = (folder / Path(value).expanduser()).resolve()
+                if not path.exists():
+                    raise RecipeError(f"evaluate: {entry.get('bench')}: {key}: there is no {path}")
+                entry[key] = str(path)
+        entries.append(entry)
+    return raw | {"evaluate": entries}
 
 
 def source_of(raw: dict):
@@ -337,8 +389,7 @@ def make_recipe(raw, where):
             raise RecipeError(f"{where}: {message}")
     for kind in raw["feedback"]:
         known(kind, FEEDBACK, f"{where}, feedback")
-    for notebook in raw["evaluate"]:
-        known(notebook, FINAL_STAGES, f"{where}, evaluate")
+    evaluate_entries(raw["evaluate"], where)
     for notebook, parameters in raw["parameters"].items():
         typed(parameters, dict, f"{where}: parameters.{known(notebook, STAGES, f'{where}, parameters')}")
     return Recipe(**raw, where=where)
@@ -425,34 +476,78 @@ def chain_parameters(recipe, notebook, k):
     }[notebook]
 
 
-def plan_run(recipe):
-    "The steps of a run in order: prompts, the stages of each round (five, or four with the reward as feedback), and what `evaluate` lists."
+def labeler_of(recipe: Recipe) -> str:
+    "The model that judges a recipe's claims, without an adapter."
+    return recipe.policy if recipe.labeler in ("base", "policy") else recipe.labeler
 
-    def step(notebook, k, out):
-        return Step(
-            k, notebook, {**recipe.parameters.get(notebook, {}), **chain_parameters(recipe, notebook, k)}, out
-        )
+
+def claims_parameters(recipe: Recipe, options: dict) -> dict:
+    """What the benchmark `claims` takes over from the recipe: its prompts, and how its stages divide and judge.
+
+    Nothing about the judge is taken over where `options` name another one."""
+    division = recipe.parameters.get("02_claims", {})
+    names = ("facts_prompt", "question_prompt", "questions")
+    taken = {name: division[name] for name in names if name in division}
+    others = {"quantisation": "splitter_quantisation", "batch_size": "splitter_batch_size"}
+    others |= {"max_new_tokens": "list_tokens"}
+    taken |= {other: division[name] for name, other in others.items() if name in division}
+    taken |= {"data": PurePosixPath("prompts"), "splitter": recipe.splitter, "labeler": labeler_of(recipe)}
+    if options.get("judge", labeler_of(recipe)) == labeler_of(recipe):
+        judging = recipe.parameters.get("03_feedback", {})
+        names = ("quantisation", "batch_size")
+        taken |= {f"judge_{name}": judging[name] for name in names if name in judging}
+        taken |= {f"judge_{name}": value for name, value in options_of(recipe, "labeler").items()}
+        taken |= {name: judging[name] for name in ("abstain_mass",) if name in judging}
+        taken["judge"] = labeler_of(recipe)
+    sampling = recipe.parameters.get("01_sampling", {})
+    names = ("quantisation", "batch_size", "max_new_tokens")
+    return taken | {name: sampling[name] for name in names if name in sampling}
+
+
+def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
+    """The parameters of 06_evaluation for one entry of `evaluate`: what the benchmark takes over from the recipe, then
+    those of the recipe's `06_evaluation` that mean something to it, then the entry's own."""
+    bench = options["bench"]
+    taken = claims_parameters(recipe, options) if bench == "claims" else {}
+    given = recipe.parameters.get("06_evaluation", {})
+    taken |= {name: value for name, value in given.items() if name in options_used_by(bench)}
+    return taken | {name: value for name, value in options.items() if (name, value) != ("bench", "iconworld")}
+
+
+def plan_run(recipe):
+    """The steps of a run in order: prompts, the stages of each round (five, or four with the reward as feedback), and what
+    `evaluate` lists."""
+
+    def step(notebook, k, out, given):
+        return Step(k, notebook, {**given, **chain_parameters(recipe, notebook, k)}, out)
 
     n_prompts = recipe.rounds * recipe.prompts["n_per_round"]
     first = Step(0, "prompts", {**recipe.prompts, "seed": recipe.seed, "n_prompts": n_prompts}, "prompts")
-    rounds = [
-        step(notebook, k, f"round_{k}/{notebook}")
-        for k in range(1, recipe.rounds + 1)
-        for notebook in stages_of(recipe, k)
-    ]
-    return [first, *rounds, *(step(notebook, 0, notebook) for notebook in recipe.evaluate)]
+    steps = [first]
+    for k in range(1, recipe.rounds + 1):
+        for notebook in stages_of(recipe, k):
+            steps.append(step(notebook, k, f"round_{k}/{notebook}", recipe.parameters.get(notebook, {})))
+    for notebook, folder, options in evaluate_entries(recipe.evaluate, recipe.where):
+        given = recipe.parameters.get(notebook, {})
+        if notebook == "06_evaluation":
+            given = evaluation_parameters(recipe, options)
+        steps.append(step(notebook, 0, folder, given))
+    return steps
 
 # %% ../../nbs/runner/01_recipes.ipynb #4e5e26ac
 def restart_option(step):
     "The command line option that makes this step again."
-    return f"--from {step.notebook}" + (f" --round {step.round}" if step.round else "")
+    return f"--from {step.notebook} --round {step.round}" if step.round else f"--from {step.out}"
 
 
 def first_remade(steps, notebook, round):
     "The place in the plan from which `--from notebook --round round` makes everything again; the end without it. Raises RecipeError."
     if not notebook:
         return len(steps)
-    known(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
+    finals = {s.out: i for i, s in enumerate(steps) if s.round == 0}  # benchmarks go by their folders
+    known(notebook, list(dict.fromkeys([*(s.notebook for s in steps), *finals])), "--from")
+    if notebook in finals and not round:
+        return finals[notebook]
     places = [i for i, s in enumerate(steps) if s.notebook == notebook]
     places = [i for i in places if steps[i].round == round] or places * (round == 0)
     if len(places) != 1:
@@ -486,6 +581,10 @@ def recipe_text(recipe, run):
     values["prompts"] = recipe.prompts | {
         key: stored(recipe.prompts[key], run) for key in ("source", "images") if key in recipe.prompts
     }
+    values["evaluate"] = [
+        {k: stored(v, run) for k, v in entry.items()} if isinstance(entry, dict) else entry
+        for entry in recipe.evaluate
+    ]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=150)
 
 # %% ../../nbs/runner/01_recipes.ipynb #a1ee609e
@@ -548,11 +647,44 @@ def check_recipe(recipe, notebooks):
             checked.setdefault(notebook, {})[name] = typed(
                 value, kinds[known(name, free, where)], f"{where}.{name}"
             )
+    recipe = replace(recipe, parameters=checked)
     return replace(
         recipe,
-        parameters=checked,
+        evaluate=check_evaluate(recipe, notebooks),
         variants={v: check_recipe(r, notebooks) for v, r in recipe.variants.items()},
     )
+
+
+def check_evaluate(recipe: Recipe, notebooks: Path) -> list:
+    "The list `evaluate` with typed options. Raises RecipeError for options that a benchmark cannot obey."
+    where = f"{recipe.where}, evaluate"
+    entries = []
+    found = evaluate_entries(recipe.evaluate, recipe.where)
+    for entry, (notebook, _, options) in zip(recipe.evaluate, found):
+        kinds = notebook_parameters(Path(notebooks) / f"{notebook}.ipynb")
+        own = ["out", *chain_parameters(recipe, notebook, 0)]
+        typed_options = {}
+        for name, value in options.items():
+            if name in own:
+                raise RecipeError(
+                    f"{where}: {name!r} is set by the chain itself, from the keys outside of `evaluate`"
+                )
+            free = [kind for kind in kinds if kind not in own]
+            typed_options[name] = typed(value, kinds[known(name, free, where)], f"{where}: {name}")
+        if notebook == "06_evaluation":
+            check_options(recipe, typed_options, where)
+        entries.append(typed_options if isinstance(entry, dict) else entry)
+    return entries
+
+
+def check_options(recipe: Recipe, options: dict, where: str) -> None:
+    "Raises RecipeError for an evaluation that has no meaning, before anything runs."
+    given = evaluation_parameters(recipe, options) | chain_parameters(recipe, "06_evaluation", 0)
+    given = {name: str(v) if isinstance(v, PurePosixPath) else v for name, v in given.items()}
+    try:
+        check_evaluation(Evaluation(**given | {"adapters": ""}))
+    except ValueError as e:
+        raise RecipeError(f"{where}: {e}") from e
 
 # %% ../../nbs/runner/01_recipes.ipynb #e4c0a002
 def parameter_defaults(path: Path) -> dict:
@@ -665,6 +797,37 @@ def rows_problem(recipe: Recipe) -> str:
     return ""
 
 
+def held_out_problem(recipe: Recipe) -> str:
+    "What is missing for the benchmark `claims`, which asks the prompts that are kept from training; else empty."
+    entries = evaluate_entries(recipe.evaluate, recipe.where)
+    asked = [
+        options for _, _, options in entries if options.get("bench") == "claims" and "data" not in options
+    ]
+    source = recipe.prompts["source"]
+    if not asked or recipe.prompts.get("n_dev"):
+        return ""
+    if not source.startswith(HUB) and source != "iconworld" and input_kind(source) == "prompts":
+        if any(row.split in HELD_OUT for row in read_table(source, "prompts", Prompt)):
+            return ""
+    return (
+        "evaluate: claims asks prompts that are kept from training, and this recipe keeps none: set "
+        "prompts.n_dev (for example `n_dev: 2` of twelve), or give it `data` of its own"
+    )
+
+
+def files_problem(recipe: Recipe) -> str:
+    "Which files of a benchmark that the recipe evaluates on are missing, and where they come from; else empty."
+    from rlaifv_nb.benchmarks.answers import BENCHES, open_questions
+
+    for _, _, options in evaluate_entries(recipe.evaluate, recipe.where):
+        if options.get("bench") in BENCHES:
+            try:
+                open_questions(options["bench"], options["data"], options.get("limit", 0))
+            except (FileNotFoundError, ValueError) as e:
+                return f"evaluate: {e}"
+    return ""
+
+
 def check_amounts(recipe: Recipe, notebooks: Path):
     """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its source has rows, or
     in a round fewer steps than can teach anything."""
@@ -672,6 +835,7 @@ def check_amounts(recipe: Recipe, notebooks: Path):
     problem = rows_problem(recipe) or next(
         filter(None, (reach_problem(reach) for reach in reaches if reach)), ""
     )
+    problem = problem or held_out_problem(recipe) or files_problem(recipe)
     if problem:
         raise RecipeError(f"{recipe.where}: {problem}")
 
