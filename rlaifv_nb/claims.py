@@ -32,6 +32,7 @@ from rlaifv_nb.records import (
     claim_id_of,
     read_rows,
     read_table,
+    require_one_of,
     resolve_path,
     sha256_of,
     shard_paths,
@@ -845,9 +846,8 @@ def run_claims(
 
     A shard holds `shard_size` responses. The splitter reads `batch_size` texts at a time, fewer where memory
     runs out. Raises ValueError for an unknown option, and when no response has a claim."""
-    for name, value, known in (("divide", divide, DIVIDES), ("questions", questions, QUESTIONS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(known)}")
+    require_one_of(divide, DIVIDES, "divide")
+    require_one_of(questions, QUESTIONS, "questions")
     from rlaifv_nb.engine.prefix import generate_texts
 
     templates = templates or read_templates()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASKED', 'OWN', 'OWN_OF_OTHERS', 'Evaluation', 'parse_adapters', 'bench_names', 'options_used_by', 'with_own_sizes',
            'claims_options', 'check_evaluation', 'prompts_folder', 'request_of', 'run_published', 'run_evaluation',
-           'score_table', 'evaluation_text', 'Shown', 'icon_claims', 'shown_icons', 'rejections', 'shared_by_prompt',
-           'shown_claims', 'shown_text']
+           'evaluation_settings', 'evaluate', 'score_table', 'evaluation_text', 'Shown', 'icon_claims', 'shown_icons',
+           'rejections', 'shared_by_prompt', 'shown_claims', 'shown_text']
 
 # %% ../nbs/06_evaluation.ipynb #87d8f7fc
 import html
@@ -20,7 +20,15 @@ from rlaifv_nb.benchmarks.claims import (
     read_answer_cases,
     run_claims_benchmark,
 )
+from rlaifv_nb.benchmarks.evaluate import (
+    Request,
+    check_request,
+    run_evaluate,
+    source_problem,
+    write_comparison,
+)
 from .benchmarks.iconworld import IconWorldOptions, read_cases, run_iconworld
+from .benchmarks.tables import BENCHMARKS
 from rlaifv_nb.records import (
     Prompt,
     Score,
@@ -114,9 +122,8 @@ _OF_ALL |= {"attention", "device", *ASKED}
 
 def bench_names() -> list[str]:
     "The benchmarks that a model can be evaluated on."
-    from rlaifv_nb.benchmarks.answers import BENCHES
-
-    return ["iconworld", "claims", *BENCHES]
+    published = [name for name, benchmark in BENCHMARKS.items() if benchmark.read_questions]
+    return [*OWN, *published]
 
 
 def options_used_by(bench: str) -> set[str]:
@@ -159,8 +166,6 @@ def check_evaluation(e: Evaluation) -> None:
     if e.bench == "claims":
         check_claims_options(claims_options(with_own_sizes(e)))
     elif e.bench != "iconworld":
-        from rlaifv_nb.benchmarks.evaluate import check_request
-
         check_request(request_of(e, "base", ""))
 
 # %% ../nbs/06_evaluation.ipynb #1517f131
@@ -177,11 +182,9 @@ def prompts_folder(data: str, out: str | Path) -> str | Path:
         write_table(made, "prompts", [replace(row, split="test") for row in rows])
     return made
 
-# %% ../nbs/06_evaluation.ipynb #352c460f
-def request_of(e: Evaluation, name: str, adapter: str):
+# %% ../nbs/06_evaluation.ipynb #543bea7a
+def request_of(e: Evaluation, name: str, adapter: str) -> Request:
     "The `Request` that evaluates one of the models."
-    from rlaifv_nb.benchmarks.evaluate import Request
-
     taken = {f.name for f in fields(Request)} & options_used_by(e.bench)
     given = {field: getattr(e, field) for field in taken}
     return Request(model=e.policy, adapter=adapter, name=name, **given)
@@ -189,7 +192,6 @@ def request_of(e: Evaluation, name: str, adapter: str):
 
 def run_published(out: str | Path, e: Evaluation) -> StageFolder:
     "Every model on a published benchmark, in folders of their names; scores, comparisons, the manifest."
-    from rlaifv_nb.benchmarks.evaluate import run_evaluate, write_comparison
     from rlaifv_nb.engine.models import folder_sha, model_folder
 
     out = Path(out)
@@ -242,7 +244,49 @@ def run_evaluation(
         return run_claims_benchmark(out, policy, added, folder, claims_options(e), opened, **sizes)
     return run_published(out, e)
 
-# %% ../nbs/06_evaluation.ipynb #41781d92
+# %% ../nbs/06_evaluation.ipynb #c978d0f9
+def evaluation_settings(r: Request) -> dict:
+    "What `run_evaluation` is given for a request about the icon world or claims. Raises ValueError without a model."
+    problem = source_problem(r)
+    if not problem and not r.model:
+        problem = f"{r.bench} asks a model itself: name one"
+    if not problem and r.bench == "claims" and not r.splitter and not r.model.startswith("packaged:"):
+        problem = "claims needs a splitter, the language model that divides answers"
+    if not problem and r.name:
+        problem = f"name: the benchmark {r.bench} has no use for that"
+    if problem:
+        raise ValueError(problem)
+    shared = {f.name for f in fields(Request)} & {f.name for f in fields(Evaluation)}
+    default = Request(r.bench)
+    settings = {name: getattr(r, name) for name in shared if getattr(r, name) != getattr(default, name)}
+    settings |= {"bench": r.bench, "policy": r.model, "max_new_tokens": r.max_new_tokens}
+    settings |= {"adapters": f"adapted={resolve_path(r.adapter)}" if r.adapter else ""} | r.asked
+    if r.bench == "iconworld":
+        return settings | {"n_scenes": settings.pop("limit", 0) or 1000}
+    return settings
+
+
+def evaluate(
+    out: str | Path,  # folder of the evaluation
+    bench: str,
+    model: str = "",
+    adapter: str = "",
+    data: str | Path = "",
+    **settings,  # the other fields of `Request`
+) -> dict:
+    """What `rlaifv evaluate` does: a model, a file of answers or saved reviews on one benchmark; returns the manifest.
+
+    Raises ValueError for what cannot be asked for, FileNotFoundError that lists a benchmark's missing files with
+    their source, JudgeError."""
+    r = Request(bench, model, adapter, str(data), **settings)
+    if bench not in OWN and bench not in BENCHMARKS:
+        raise ValueError(f"bench={bench!r}: choose one of {', '.join((*OWN, *BENCHMARKS))}")
+    if bench in OWN:
+        run_evaluation(out, **evaluation_settings(r))
+        return read_manifest(out)
+    return run_evaluate(out, bench, model, adapter, data, **settings)
+
+# %% ../nbs/06_evaluation.ipynb #d229171d
 def score_table(scores: list[Score]) -> str:
     "Scores as a Markdown table: a line per measure, a column per model, and the change from first to last."
     models = list(dict.fromkeys(s.model for s in scores))
@@ -264,7 +308,7 @@ def evaluation_text(out: str | Path) -> str:
         return written.read_text(encoding="utf-8")
     return score_table(read_table(out, "scores", Score))
 
-# %% ../nbs/06_evaluation.ipynb #114eb982
+# %% ../nbs/06_evaluation.ipynb #62a9435f
 @dataclass(frozen=True)
 class Shown:
     "An answer to look at: of which model, about which picture, and its claims as (fact, verdict)."
@@ -299,7 +343,7 @@ def shown_icons(out: str | Path, n: int) -> list[list[Shown]]:
         found.append([Shown(m, picture, text, icon_claims(scenes[id], text)) for m, text in texts])
     return found
 
-# %% ../nbs/06_evaluation.ipynb #10f89b7c
+# %% ../nbs/06_evaluation.ipynb #c8debdd1
 def rejections(case: AnswerCase) -> int:
     "How many claims of an answer the labeler rejects."
     return case.counts["rejected"]

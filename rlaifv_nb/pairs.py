@@ -25,6 +25,7 @@ from rlaifv_nb.records import (
     StageFolder,
     Verdict,
     read_table,
+    require_one_of,
     seed_of,
     table_sha,
     write_table,
@@ -169,8 +170,7 @@ def sample_pairs(pairs, k, seed, round, draw="random"):
     Raises ValueError for k < 1, or another `draw`."""
     if k < 1:
         raise ValueError(f"at least one pair of each prompt is needed, not {k}")
-    if draw not in DRAWS:
-        raise ValueError(f"draw={draw!r} is not supported: choose one of {', '.join(DRAWS)}")
+    require_one_of(draw, DRAWS, "draw")
     groups, sampled, spare = defaultdict(list), [], []
     for pair in sorted(pairs, key=lambda p: p.pair_id):
         groups[pair.prompt_id].append(pair)

@@ -6,8 +6,8 @@
 __all__ = ['YES_NO_SUFFIX', 'Prompt', 'Response', 'Claim', 'Verdict', 'Candidate', 'Pair', 'RefLogp', 'Score', 'Choice',
            'sha256_of', 'prompt_id_of', 'response_id_of', 'claim_id_of', 'seed_of', 'write_text', 'write_json',
            'write_rows', 'read_rows', 'shard_paths', 'read_table', 'write_table', 'table_sha', 'package_folder',
-           'resolve_path', 'is_out_of_memory', 'free_memory', 'HalvingWork', 'SetAside', 'StageFolder', 'read_manifest',
-           'changed_keys', 'peak_memory_gib', 'library_versions']
+           'resolve_path', 'require_one_of', 'is_out_of_memory', 'free_memory', 'HalvingWork', 'SetAside',
+           'StageFolder', 'read_manifest', 'changed_keys', 'peak_memory_gib', 'library_versions']
 
 # %% ../nbs/00_records.ipynb #e25a3d76
 import errno
@@ -253,6 +253,13 @@ def resolve_path(name):
             f"{name} is not in this package; there are: {', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}"
         )
     return str(path)
+
+# %% ../nbs/00_records.ipynb #5f0d1a02
+def require_one_of(value, allowed, name: str):
+    "The value, if it is one of those allowed. Raises ValueError naming the option and what it may be."
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(map(str, allowed))}")
+    return value
 
 # %% ../nbs/00_records.ipynb #921c6a8d
 def is_out_of_memory(error):

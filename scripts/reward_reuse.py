@@ -79,8 +79,8 @@ def cpu_seconds(runs, n_prompts, n_samples):
         open_vlm(policy),
         open_llm("packaged:iconworld-splitter"),
     )
-    with TemporaryDirectory() as room:
-        at = {name: f"{room}/{name}" for name in ("sampling", "claims", "feedback", "reward")}
+    with TemporaryDirectory() as tmp:
+        at = {name: f"{tmp}/{name}" for name in ("sampling", "claims", "feedback", "reward")}
         work = {
             "sampling": lambda: run_sampling(
                 prompts, at["sampling"], vlm, 160, n_prompts, n_samples, 0.7, max_new_tokens=128

@@ -8,6 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlaifv_nb.benchmarks.amber import (
+    AmberWords,
+    amber_figures,
+    amber_table,
+    count_amber_answers,
+    count_amber_descriptions,
+    description_figures,
+    read_amber_annotations,
+    read_amber_answers,
+)
+from rlaifv_nb.benchmarks.halbench import coco_words, count_mentions, mention_figures, text_mentions
 from rlaifv_nb.benchmarks.intervals import (
     average_repeats,
     compare_models,
@@ -18,36 +29,12 @@ from rlaifv_nb.benchmarks.intervals import (
     minimum_detectable_difference,
     sum_counts,
 )
-from rlaifv_nb.benchmarks.judgements import (
-    count_preferences,
-    count_ratings,
-    preference_figures,
-    rating_figures,
-    read_preference,
-)
-from rlaifv_nb.benchmarks.objects import (
-    AmberWords,
-    coco_words,
-    count_amber_descriptions,
-    count_mentions,
-    description_figures,
-    mention_figures,
-    simple_lemmas,
-    text_mentions,
-)
-from rlaifv_nb.benchmarks.questions import (
-    amber_figures,
-    amber_table,
-    compare_published,
-    count_amber_answers,
-    count_pope_answers,
-    pope_figures,
-    read_amber_annotations,
-    read_amber_answers,
-    read_json_rows,
-    read_published,
-    require_ids,
-)
+from rlaifv_nb.benchmarks.mmhal import count_ratings, rating_figures
+from rlaifv_nb.benchmarks.pope import count_pope_answers, pope_figures
+from rlaifv_nb.benchmarks.protocol import read_json_rows, require_ids
+from rlaifv_nb.benchmarks.reading import simple_lemmas
+from rlaifv_nb.benchmarks.refomb import count_preferences, preference_figures, read_preference
+from rlaifv_nb.benchmarks.tables import compare_published, read_published
 from rlaifv_nb.iconworld.world import OBJECTS, make_scene
 
 SCENES = [make_scene("dev", i) for i in range(3)]
@@ -338,7 +325,7 @@ def test_wrong_inputs_are_named(work, message):
 
 
 def test_a_row_that_is_no_object_is_named(tmp_path):
-    with pytest.raises(ValueError, match="row 2 is no JSON object but list"):
+    with pytest.raises(ValueError, match="row 2 is not a JSON object but list"):
         read_json_rows(save(tmp_path / "a.json", [{"id": 1}, ["id", 2]]))
 
 

@@ -14,12 +14,12 @@ from rlaifv_nb.engine.caches import (
     ContentCache,
     entry_problem,
     features_problem,
+    get_or_compute,
     layout_problem,
     picture_entry,
     picture_features,
     positions_of,
     question_inputs,
-    remember,
 )
 from rlaifv_nb.engine.models import lora_targets, prompt_inputs, prompt_positions, unsampled_ids
 from rlaifv_nb.engine.packing import LAYOUTS, PER_TOKEN, collate_rows, pack_by_budget, pack_row, row_logps
@@ -254,7 +254,7 @@ def test_the_entry_of_a_picture_makes_the_row_of_any_question(name, tmp_path):
             and layout_problem(vlm.core, packed_row(vlm, inputs, [[20, 30], [40]]), layout) == ""
         )
         row = packed_row(vlm, other, [[20, 21, 22], [23]])
-        entry = remember(cache, [str(scene)], lambda keys: [picture_entry(vlm, inputs)])[0]
+        entry = get_or_compute(cache, [str(scene)], lambda keys: [picture_entry(vlm, inputs)])[0]
         made, positions = question_inputs(vlm, entry, DESCRIBE[1])
         assert all(torch.equal(made[k], other[k]) for k in made) and torch.equal(
             positions, positions_of(vlm.core, other)

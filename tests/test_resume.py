@@ -27,7 +27,7 @@ def table_bytes(folder, stage):
 
 def is_underway(folder, stage):
     "Some work is on the disk, but the stage is not done."
-    signs = {"04_pairs": "started.json", "05_dpo": "checkpoints/checkpoint-*/whole"}
+    signs = {"04_pairs": "started.json", "05_dpo": "checkpoints/checkpoint-*/complete"}
     found = list(Path(folder).glob(signs.get(stage, f"{TABLES[stage][0]}-*.jsonl")))
     if stage == "06_evaluation":
         found = list(Path(folder).glob("cases-0-*.jsonl"))

@@ -125,29 +125,27 @@ def test_what_stays_is_distinct_and_what_goes_has_a_twin(texts, similarity, n):
 @quick
 @given(candidate_lists, limits, st.sampled_from([0.0, 0.02, 0.3]))
 def test_stage_accounts_for_everything_and_balances(tmp_path_factory, candidates, limit, tolerance):
-    room = tmp_path_factory.mktemp("stage")
-    write_table(room, "prompts", [Prompt(p, "", "", "What?") for p in "pqr"])
-    write_table(room, "candidates-aligned", candidates)
+    tmp = tmp_path_factory.mktemp("stage")
+    write_table(tmp, "prompts", [Prompt(p, "", "", "What?") for p in "pqr"])
+    write_table(tmp, "candidates-aligned", candidates)
     try:
         pairs = R.run_reward_pairs(
-            room, room, room / "out", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
+            tmp, tmp, tmp / "out", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
         )
     except ValueError as e:
         assert "no pair is left" in str(e)
         return
-    manifest = read_manifest(room / "out")
+    manifest = read_manifest(tmp / "out")
     for account, whole in (("candidates", "in"), ("prompts", "with candidates"), ("pairs", "possible")):
         assert manifest[account][whole] == sum(
             n for reason, n in manifest[account].items() if reason != whole
         ), account
-    assert abs(length_gap(pairs)) <= max(tolerance, 1e-12) and pairs == read_table(
-        room / "out", "pairs", Pair
-    )
+    assert abs(length_gap(pairs)) <= max(tolerance, 1e-12) and pairs == read_table(tmp / "out", "pairs", Pair)
     assert all(n <= limit[1] for n in Counter(p.prompt_id for p in pairs).values())
     again = R.run_reward_pairs(
-        room, room, room / "again", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
+        tmp, tmp, tmp / "again", limit[0], 0.9, 3, limit[1], length_tolerance=tolerance
     )
-    assert again == pairs and read_manifest(room / "again")["tables"] == manifest["tables"]
+    assert again == pairs and read_manifest(tmp / "again")["tables"] == manifest["tables"]
 
 
 # the official draft's rule, worked by hand (pull request 37 of RLHF-V/RLAIF-V, data_pair_builder.py and dpo_data_filter)

@@ -604,7 +604,7 @@ def test_dropout_is_seeded_and_resumed_to_the_same_bytes(plain, few, tmp_path, m
     monkeypatch.setattr(dpo.PreferenceTrainer, "training_step", killed)
     with pytest.raises(KeyboardInterrupt):
         train(few, tmp_path / "parts", **setting)
-    assert (tmp_path / "parts/checkpoints/checkpoint-2/whole").exists()
+    assert (tmp_path / "parts/checkpoints/checkpoint-2/complete").exists()
     monkeypatch.setattr(dpo.PreferenceTrainer, "training_step", step)
     train(few, tmp_path / "parts", loader_workers=2, max_tokens=4096, cache_gb=1.0, **setting)
     assert results(tmp_path / "parts") == results(tmp_path / "whole")

@@ -45,6 +45,8 @@ def branch_attention(
 AttentionInterface.register(ATTENTION_NAME, branch_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
+from ..records import require_one_of
+
 # %% ../../nbs/engine/02_attention.ipynb #9c799a13
 def unsupported_layers(model):
     "Why this model's attention layers cannot share a prefix; empty if nothing speaks against it."
@@ -312,9 +314,7 @@ def card_problem(kernel, device):
 def kernel_for(kernel, device, dtype):
     """The kernel that `auto` stands for on a device (a torch.device) with a dtype: `varlen` if the card and this torch have it; any other
     kernel is itself. Raises ValueError for an unknown one and for one that this card cannot run."""
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r} is not supported: choose one of {', '.join(KERNELS)}")
-    if kernel == "auto":
+    if require_one_of(kernel, KERNELS, "kernel") == "auto":
         halves = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         return "varlen" if halves and not card_problem("varlen", device) else "sdpa"
     if kernel in ("varlen", "flash_attn") and device.type == "cuda" and card_problem(kernel, device):

@@ -24,7 +24,6 @@ from .caches import picture_tensors
 from rlaifv_nb.engine.models import (
     DTYPES,
     OpenModel,
-    checked,
     lora_targets,
     prompt_positions,
     unquantised_modules,
@@ -43,6 +42,7 @@ from rlaifv_nb.engine.prefix import (
     score_branches,
     whole_rows,
 )
+from ..records import require_one_of
 
 aten = torch.ops.aten
 
@@ -234,7 +234,7 @@ def open_dry(config, processor=None, dtype="float32", quantisation="none", share
     auto = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(
-            config, dtype=DTYPES[checked(dtype, DTYPES, "dtype")], attn_implementation="sdpa"
+            config, dtype=DTYPES[require_one_of(dtype, DTYPES, "dtype")], attn_implementation="sdpa"
         ).eval()
     if quantisation == "nf4":
         replace_4bit(model, unquantised_modules(model))

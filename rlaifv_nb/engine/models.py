@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_PART', 'QUANTISATIONS', 'ATTENTIONS', 'DEVICES', 'DTYPES', 'MODEL_FILES', 'ADAPTER_CARD',
-           'language_model_name', 'lora_targets', 'unquantised_modules', 'missing_parts', 'checked', 'attention_for',
+           'language_model_name', 'lora_targets', 'unquantised_modules', 'missing_parts', 'attention_for',
            'before_ampere', 'cuda_problem', 'device_for', 'dtype_for', 'pinned', 'model_folder', 'folder_sha',
            'OpenModel', 'open_processor', 'processor_problem', 'chat_messages', 'prompt_inputs', 'prompt_positions',
            'prompt_text', 'answer_ids', 'text_behind_picture', 'sibling_ids', 'unsampled_ids', 'surface_ids',
@@ -29,7 +29,7 @@ from PIL import Image
 
 from .attention import sharing_problem
 from .pictures import VIDEO_PACKAGES, pad_to_square, torchvision_for, within_pixels
-from ..records import resolve_path, sha256_of, write_text
+from ..records import require_one_of, resolve_path, sha256_of, write_text
 
 # %% ../../nbs/engine/03_models.ipynb #2a8181d5
 PICTURE_PART = re.compile(
@@ -88,19 +88,12 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def checked(value, allowed, name):
-    "The value, if it is one of those allowed. Raises ValueError naming the option and what it may be."
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not supported: choose one of {', '.join(map(str, allowed))}")
-    return value
-
-
 def attention_for(attention, device, dtype):
     """The attention that `auto` stands for on a device (cpu or cuda) with a dtype; any other is itself.
 
     Raises ValueError for an unknown one and for one that cannot run there, ImportError when its package is missing."""
     installed = find_spec("flash_attn") is not None
-    if checked(attention, ATTENTIONS, "attention") == "auto":
+    if require_one_of(attention, ATTENTIONS, "attention") == "auto":
         fast = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and not before_ampere()
         return "flash_attention_2" if fast and installed else "sdpa"
     if attention == "flash_attention_2" and not installed:
@@ -139,7 +132,7 @@ def device_for(device: str) -> str:
     """`cuda` or `cpu`; `auto` is CUDA where there is a card. Raises ValueError for another name, and for `cuda` where there is none,
     with the likely reason: a run that was meant for a card would take weeks on a CPU without a word."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    if checked(device, DEVICES, "device") == "cuda" and found == "cpu":
+    if require_one_of(device, DEVICES, "device") == "cuda" and found == "cpu":
         raise ValueError(
             f"device='cuda' cannot be had: {cuda_problem()}; device='cpu' or 'auto' runs on the CPU"
         )
@@ -149,7 +142,7 @@ def device_for(device: str) -> str:
 def dtype_for(dtype: str, device: str) -> torch.dtype:
     "The dtype; `auto` is float32 on a CPU, bfloat16 on a CUDA card, float16 on one that has no bfloat16 (`before_ampere`)."
     sixteen = torch.float16 if before_ampere() else torch.bfloat16
-    return DTYPES[checked(dtype, DTYPES, "dtype")] or (sixteen if device == "cuda" else torch.float32)
+    return DTYPES[require_one_of(dtype, DTYPES, "dtype")] or (sixteen if device == "cuda" else torch.float32)
 
 # %% ../../nbs/engine/03_models.ipynb #efe86b3a
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -526,7 +519,7 @@ def picture_as_asked(vlm: OpenModel, image: Image.Image) -> Image.Image:
 # %% ../../nbs/engine/03_models.ipynb #525cc823
 def quantisation_config(quantisation, dtype, skipped):
     "bitsandbytes settings for NF4 with double quantisation; modules named in `skipped` stay unquantised. None for `none`."
-    if checked(quantisation, QUANTISATIONS, "quantisation") == "none":
+    if require_one_of(quantisation, QUANTISATIONS, "quantisation") == "none":
         return None
     from transformers import BitsAndBytesConfig
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import PackedLayout, no_mask
+from ..records import require_one_of
 
 # %% ../../nbs/engine/04_packing.ipynb #1653f766
 def run_again(function, *args):
@@ -126,8 +127,7 @@ def branch_mask(segments):
 
 def collate_rows(rows, layout="shared", kernel="auto"):
     "A batch of packed rows: model inputs, flat indices of `predictors`, `targets`, and the length of each branch."
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is not supported: choose one of {', '.join(LAYOUTS)}")
+    require_one_of(layout, LAYOUTS, "layout")
     if layout == "plain":
         rows = [part for row in rows for part in split_row(row)]
     ids = [row["prompt"] + [t for b in row["branches"] for t in b] for row in rows]

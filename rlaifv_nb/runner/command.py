@@ -116,8 +116,9 @@ def add_evaluation_commands(commands):
 
 def command_evaluate(args):
     "Measures, prints the tables, and compares with another evaluation if one is named."
-    from rlaifv_nb.benchmarks.evaluate import Request, evaluation_text, run_evaluate, write_comparison
+    from rlaifv_nb.benchmarks.evaluate import Request, write_comparison
     from rlaifv_nb.benchmarks.judges import JudgeError
+    from rlaifv_nb.evaluation import evaluate, evaluation_text
 
     settings = {k: v for k, v in vars(args).items() if k in Request.__dataclass_fields__}
     request = Request(**settings)
@@ -130,7 +131,7 @@ def command_evaluate(args):
     try:
         if args.compare:
             read_manifest(args.compare)
-        run_evaluate(out, **settings)
+        evaluate(out, **settings)
         print(evaluation_text(out))
         if args.compare:
             print(write_comparison(args.compare, out))

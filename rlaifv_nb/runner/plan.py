@@ -37,7 +37,7 @@ from PIL import ExifTags, Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..benchmarks.answers import open_questions
+from ..benchmarks.tables import open_questions
 from ..engine import dryrun as dry
 from ..engine.caches import picture_features
 from ..engine.models import ask_with, pinned, prompt_inputs

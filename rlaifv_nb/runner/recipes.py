@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEYS', 'STAGES', 'KIND_NAMES', 'MAX_ROUNDS',
            'OPTION_KEYS', 'DEVICES', 'PATH_PARAMETERS', 'EVALUATE_PATHS', 'DEFAULTS', 'RECIPE_KEYS', 'MODEL_KEYS',
-           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RELATIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'known',
-           'typed', 'merge', 'changed', 'evaluate_entries', 'packaged_recipes', 'find_recipe', 'localise',
-           'localise_parameters', 'localise_evaluate', 'source_of', 'inherit', 'count_source', 'with_all_rows',
-           'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of', 'chain_parameters',
-           'labeler_of', 'claims_parameters', 'evaluation_parameters', 'plan_run', 'restart_option', 'first_remade',
-           'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe', 'check_evaluate',
-           'check_options', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of', 'ways_out', 'reach_problem',
-           'rows_problem', 'held_out_problem', 'files_problem', 'check_amounts', 'plumbing_warning', 'exported_cells',
-           'code_sha', 'absolute', 'check_library']
+           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RELATIVE', 'RecipeError', 'Recipe', 'RecipeLoader',
+           'require_name', 'typed', 'merge', 'changed', 'evaluate_entries', 'packaged_recipes', 'find_recipe',
+           'localise', 'localise_parameters', 'localise_evaluate', 'source_of', 'inherit', 'count_source',
+           'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
+           'chain_parameters', 'labeler_of', 'claims_parameters', 'evaluation_parameters', 'plan_run', 'restart_option',
+           'first_remade', 'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe',
+           'check_evaluate', 'check_options', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
+           'ways_out', 'reach_problem', 'rows_problem', 'held_out_problem', 'files_problem', 'check_amounts',
+           'plumbing_warning', 'exported_cells', 'code_sha', 'absolute', 'check_library']
 
 # %% ../../nbs/runner/01_recipes.ipynb #331cc0d2
 import ast
@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from ..benchmarks.claims import HELD_OUT
+from ..benchmarks.tables import BENCHMARKS, open_questions
 from ..evaluation import Evaluation, bench_names, check_evaluation, options_used_by
 from ..exchange.inputs import HUB, INPUT_OPTIONS, count_rows, input_kind
 from ..records import Prompt, package_folder, read_table, sha256_of
@@ -133,7 +134,7 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-def known(name, names, where):
+def require_name(name, names, where):
     "The name, if it is one of `names`. Raises RecipeError with the nearest of them."
     if name not in names:
         near = difflib.get_close_matches(str(name), names, cutoff=0.5)
@@ -184,7 +185,7 @@ def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
         options = dict(entry) if isinstance(entry, dict) else {"bench": entry}
         if "bench" not in options:
             raise RecipeError(f"{where}, evaluate: {entry!r} names no benchmark; write {{bench: NAME, ...}}")
-        bench = known(options["bench"], names, f"{where}, evaluate")
+        bench = require_name(options["bench"], names, f"{where}, evaluate")
         if bench == "07_guided_decoding":
             folder = notebook = bench
             options.pop("bench")
@@ -211,7 +212,7 @@ def find_recipe(name, folder="."):
         if not path.is_file():
             raise RecipeError(f"no recipe file {path}")
         return path
-    return packaged_recipes()[known(name, packaged_recipes(), "recipes of this package")]
+    return packaged_recipes()[require_name(name, packaged_recipes(), "recipes of this package")]
 
 
 def localise(raw, folder):
@@ -341,7 +342,7 @@ def make_recipe(raw, where):
     "The recipe in a dict, its own keys checked: names, types, ranges. Raises RecipeError that starts with `where`."
     raw = DEFAULTS | raw
     for key in raw:
-        known(key, RECIPE_KEYS, where)
+        require_name(key, RECIPE_KEYS, where)
     for key, kind in RECIPE_KEYS.items():
         if key not in raw:
             raise RecipeError(f"{where}: the key {key!r} is missing")
@@ -353,21 +354,21 @@ def make_recipe(raw, where):
         PROMPT_KEYS | ({} if drawn else INPUT_KEYS),
     )
     for key in prompts:
-        typed(prompts[known(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
+        typed(prompts[require_name(key, kinds, f"{where}, prompts")], kinds[key], f"{where}: prompts.{key}")
     takes_all = prompts.get("n_per_round") == 0 and count_source(prompts["source"]) is not None
     most = math.inf if takes_all else prompts.get("n_per_round", 1)
     for options in ("policy_options", "labeler_options"):
         for key, value in raw[options].items():
             typed(
                 value,
-                OPTION_KEYS[known(key, OPTION_KEYS, f"{where}, {options}")],
+                OPTION_KEYS[require_name(key, OPTION_KEYS, f"{where}, {options}")],
                 f"{where}: {options}.{key}",
             )
         if raw[options].get("max_pixels", 0) < 0:
             raise RecipeError(
                 f"{where}: {options}.max_pixels: a number of pixels, or 0 for no limit, not {raw[options]['max_pixels']}"
             )
-    known(raw["device"], DEVICES, f"{where}, device")
+    require_name(raw["device"], DEVICES, f"{where}, device")
     for failed, message in (
         (not re.fullmatch(r"[\w.-]+(/[\w-]+)?", raw["name"]), "name: only letters, digits, `_`, `-` and `.`"),
         (not 1 <= raw["rounds"] <= MAX_ROUNDS, f"rounds: from 1 to {MAX_ROUNDS}, not {raw['rounds']}"),
@@ -388,10 +389,12 @@ def make_recipe(raw, where):
         if failed:
             raise RecipeError(f"{where}: {message}")
     for kind in raw["feedback"]:
-        known(kind, FEEDBACK, f"{where}, feedback")
+        require_name(kind, FEEDBACK, f"{where}, feedback")
     evaluate_entries(raw["evaluate"], where)
     for notebook, parameters in raw["parameters"].items():
-        typed(parameters, dict, f"{where}: parameters.{known(notebook, STAGES, f'{where}, parameters')}")
+        typed(
+            parameters, dict, f"{where}: parameters.{require_name(notebook, STAGES, f'{where}, parameters')}"
+        )
     return Recipe(**raw, where=where)
 
 
@@ -545,7 +548,7 @@ def first_remade(steps, notebook, round):
     if not notebook:
         return len(steps)
     finals = {s.out: i for i, s in enumerate(steps) if s.round == 0}  # benchmarks go by their folders
-    known(notebook, list(dict.fromkeys([*(s.notebook for s in steps), *finals])), "--from")
+    require_name(notebook, list(dict.fromkeys([*(s.notebook for s in steps), *finals])), "--from")
     if notebook in finals and not round:
         return finals[notebook]
     places = [i for i, s in enumerate(steps) if s.notebook == notebook]
@@ -633,7 +636,7 @@ def check_recipe(recipe, notebooks):
         kinds = notebook_parameters(Path(notebooks) / f"{notebook}.ipynb")
         where, free = f"{recipe.where}, parameters.{notebook}", [name for name in kinds if name not in own]
         for name in own:
-            known(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
+            require_name(name, kinds, f"{notebook}.ipynb, which the chain gives a parameter {name!r}")
         for name, value in recipe.parameters.get(notebook, {}).items():
             if name in kinds and name in (*OPTION_KEYS, "device"):
                 hint = "the key `device`" if name == "device" else "`policy_options` and `labeler_options`"
@@ -645,7 +648,7 @@ def check_recipe(recipe, notebooks):
                     f"{where}: {name!r} is set by the chain itself, from the keys outside of `parameters`"
                 )
             checked.setdefault(notebook, {})[name] = typed(
-                value, kinds[known(name, free, where)], f"{where}.{name}"
+                value, kinds[require_name(name, free, where)], f"{where}.{name}"
             )
     recipe = replace(recipe, parameters=checked)
     return replace(
@@ -670,7 +673,7 @@ def check_evaluate(recipe: Recipe, notebooks: Path) -> list:
                     f"{where}: {name!r} is set by the chain itself, from the keys outside of `evaluate`"
                 )
             free = [kind for kind in kinds if kind not in own]
-            typed_options[name] = typed(value, kinds[known(name, free, where)], f"{where}: {name}")
+            typed_options[name] = typed(value, kinds[require_name(name, free, where)], f"{where}: {name}")
         if notebook == "06_evaluation":
             check_options(recipe, typed_options, where)
         entries.append(typed_options if isinstance(entry, dict) else entry)
@@ -817,10 +820,8 @@ def held_out_problem(recipe: Recipe) -> str:
 
 def files_problem(recipe: Recipe) -> str:
     "Which files of a benchmark that the recipe evaluates on are missing, and where they come from; else empty."
-    from rlaifv_nb.benchmarks.answers import BENCHES, open_questions
-
     for _, _, options in evaluate_entries(recipe.evaluate, recipe.where):
-        if options.get("bench") in BENCHES:
+        if options.get("bench") in BENCHMARKS:
             try:
                 open_questions(options["bench"], options["data"], options.get("limit", 0))
             except (FileNotFoundError, ValueError) as e:

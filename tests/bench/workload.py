@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from rlaifv_nb.engine.attention import sharing_problem
-from rlaifv_nb.engine.caches import picture_entry, picture_key, question_inputs, remember, to_device
+from rlaifv_nb.engine.caches import get_or_compute, picture_entry, picture_key, question_inputs, to_device
 from rlaifv_nb.engine.models import OpenModel, answer_ids, lora_targets, prompt_inputs
 from rlaifv_nb.engine.packing import collate_rows, pack_row, row_logps
 from rlaifv_nb.engine.pictures import load_image
@@ -313,7 +313,7 @@ def pair_rows(vlm, pairs, cache=None):
             key = picture_key(
                 vlm, sha256_of(str(p["picture"]))
             )  # 05_dpo has the file's hash from the prompts table
-            entry = remember(
+            entry = get_or_compute(
                 cache,
                 [key],
                 lambda keys: [
