@@ -157,6 +157,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'rlaifv_nb/benchmarks/evaluate.py'),
                                                'rlaifv_nb.benchmarks.evaluate._benchmark_problem': ( 'benchmarks/evaluate.html#_benchmark_problem',
                                                                                                      'rlaifv_nb/benchmarks/evaluate.py'),
+                                               'rlaifv_nb.benchmarks.evaluate.answer_counts': ( 'benchmarks/evaluate.html#answer_counts',
+                                                                                                'rlaifv_nb/benchmarks/evaluate.py'),
                                                'rlaifv_nb.benchmarks.evaluate.answer_file_of': ( 'benchmarks/evaluate.html#answer_file_of',
                                                                                                  'rlaifv_nb/benchmarks/evaluate.py'),
                                                'rlaifv_nb.benchmarks.evaluate.ask_judge': ( 'benchmarks/evaluate.html#ask_judge',

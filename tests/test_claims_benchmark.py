@@ -1,11 +1,13 @@
-"""Claims that a labeler rejects, before and after: figures by hand, and the whole with the packaged models."""
+"""Claims that a labeler rejects, before and after: figures by hand, the whole with packaged models, the door."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlaifv_nb.benchmarks import claims
 from rlaifv_nb.benchmarks.claims import (
@@ -24,6 +26,9 @@ from rlaifv_nb.benchmarks.claims import (
     says_less,
     shared_cases,
 )
+from rlaifv_nb.evaluation import Evaluation, run_evaluation
+from rlaifv_nb.iconworld.miniature import write_miniature
+from rlaifv_nb.iconworld.world import draw_picture, make_scene
 from rlaifv_nb.records import (
     Claim,
     Prompt,
@@ -31,11 +36,26 @@ from rlaifv_nb.records import (
     Score,
     SetAside,
     Verdict,
+    package_folder,
     read_manifest,
     read_table,
     resolve_path,
     shard_paths,
+    write_rows,
     write_table,
+)
+from rlaifv_nb.runner.command import main
+from rlaifv_nb.runner.leaderboard import find_entries
+from rlaifv_nb.runner.machine import wanted_models
+from rlaifv_nb.runner.recipes import (
+    RecipeError,
+    check_amounts,
+    check_recipe,
+    first_remade,
+    load_recipe,
+    parameter_defaults,
+    plan_run,
+    restart_option,
 )
 
 POLICY, ADAPTERS = "packaged:iconworld-vlm", {"aligned": "packaged:iconworld-aligned"}
@@ -309,3 +329,171 @@ def test_a_picture_that_cannot_be_read_is_counted_and_the_others_compared(prompt
     )
     aside = json.loads(next((tmp_path / "out/answers").glob("set_aside-answers-0-*")).read_text())
     assert aside["reason"] == "unreadable picture" and read_table(tmp_path / "out", "scores", Score)
+
+
+# through the door
+
+
+def photographs(folder):
+    """Three pictures and a file of questions about them, of which nobody has trained on any."""
+    (folder / "pictures").mkdir(parents=True)
+    rows = []
+    for k in range(3):
+        draw_picture(make_scene("test", k)).save(folder / f"pictures/{k}.png")
+        rows.append({"image": f"pictures/{k}.png", "question": "Describe the image in detail."})
+    write_rows(folder / "questions.jsonl", rows)
+    return folder / "questions.jsonl"
+
+
+def test_the_command_line_evaluates_on_pictures_of_ones_own_and_compares(tmp_path, capsys):
+    questions = photographs(tmp_path / "mine")
+    common = [
+        "packaged:iconworld-vlm",
+        "--bench",
+        "claims",
+        "--data",
+        str(questions),
+        "--max-new-tokens",
+        "60",
+    ]
+    base, aligned = tmp_path / "boards/base", tmp_path / "boards/aligned"
+    assert main(["evaluate", *common, "--out", str(base)]) == 0
+    adapter = ["--adapter", "packaged:iconworld-aligned", "--compare", str(base)]
+    assert main(["evaluate", *common, *adapter, "--out", str(aligned)]) == 0
+    told = capsys.readouterr().out
+    assert "Three pictures are too few to tell whether adapted is better or worse than base" in told
+    assert "own base model" in told and "claims-1" in told
+    rows = [json.loads(line) for line in next(aligned.glob("comparison-*")).read_text().splitlines()]
+    differences = {r["metric"]: r for r in map(json.loads, open(aligned / "differences-00000.jsonl"))}
+    for row in rows:
+        assert row["difference"] == pytest.approx(differences[row["figure"]]["difference"], abs=1e-3), row
+    assert main(["evaluate", *common, "--judge", "http://x|m", "--out", str(tmp_path / "never")]) == 2
+    assert "an endpoint does not give" in capsys.readouterr().err
+    entries, problems = find_entries(tmp_path / "boards")
+    assert (
+        sorted(e.name for e in entries) == ["aligned: adapted", "aligned: base", "base: base"]
+        and not problems
+    )
+
+
+def test_a_published_benchmark_compares_all_models_of_a_run(tmp_path):
+    write_miniature(tmp_path / "data", 6)
+    out = tmp_path / "run/06_evaluation_amber"
+    given = {"data": str(tmp_path / "data"), "limit": 4, "max_new_tokens": 40}
+    run_evaluation(out, POLICY, "round_1=packaged:iconworld-aligned", bench="amber", **given)
+    scores = read_table(out, "scores", Score)
+    assert {s.model for s in scores} == {"base", "round_1"}
+    alone = {s.metric: s.value for s in read_table(out / "round_1", "scores", Score)}
+    assert {s.metric: s.value for s in scores if s.model == "round_1"} == alone
+    assert "## round_1" in (out / "table.md").read_text() and list((out / "round_1").glob("comparison-base*"))
+    entries, problems = find_entries(tmp_path)
+    assert sorted(e.name for e in entries) == ["base", "round_1"] and not problems
+
+
+def test_the_parameters_of_the_notebook_are_the_fields_of_an_evaluation():
+    path = package_folder("nbs") / "06_evaluation.ipynb"
+    defaults = parameter_defaults(path)
+    fields = {f.name: f.default for f in dataclasses.fields(Evaluation)}
+    assert set(defaults) == set(fields) | {"out"}
+    for name in set(fields) - {"policy"}:
+        assert fields[name] == defaults[name], name
+
+
+# in a recipe
+
+
+def recipe(**changes):
+    return replace(load_recipe("smolvlm"), where="my.yaml", **changes)
+
+
+def plan_of(**changes):
+    return {s.out: s for s in plan_run(check_recipe(recipe(**changes), package_folder("nbs")))}
+
+
+def test_each_benchmark_of_a_recipe_has_a_folder_of_its_own(tmp_path):
+    amber = {"bench": "amber", "data": str(tmp_path), "limit": 100}
+    official = amber | {"mode": "official"}
+    steps = plan_of(evaluate=["iconworld", "claims", amber, official, "07_guided_decoding"])
+    assert list(steps)[-5:] == [
+        "06_evaluation",
+        "06_evaluation_claims",
+        "06_evaluation_amber",
+        "06_evaluation_amber_official",
+        "07_guided_decoding",
+    ]
+    assert "06_evaluation" in plan_of(evaluate=["06_evaluation"]), "the word of older recipes"
+    parameters = steps["06_evaluation_amber"].parameters
+    assert (parameters["bench"], parameters["limit"]) == ("amber", 100)
+
+
+def test_claims_takes_models_and_ways_of_working_from_the_recipe():
+    p = plan_of(evaluate=["claims"])["06_evaluation_claims"].parameters
+    assert p["splitter"] == "Qwen/Qwen2.5-1.5B-Instruct" and p["judge"] == p["labeler"] == p["policy"]
+    assert str(p["data"]) == "prompts" and p["splitter_quantisation"] == "nf4" and p["judge_batch_size"] == 4
+    assert p["facts_prompt"] == "packaged:prompts/facts_fewshot.txt" and list(p["adapters"]) == [
+        "round_1",
+        "round_2",
+    ]
+    other = plan_of(evaluate=[{"bench": "claims", "judge": "org/judge"}])["06_evaluation_claims"].parameters
+    assert (
+        other["judge"] == "org/judge" and "judge_batch_size" not in other and other["labeler"] == p["policy"]
+    )
+    steps = plan_of(evaluate=[{"bench": "claims", "judge": "org/judge"}])
+    wanted = {(m.name, m.is_vlm) for m in wanted_models([steps["06_evaluation_claims"]])}
+    assert wanted == {("org/judge", True), (p["splitter"], False), (p["policy"], True)}
+
+
+@pytest.mark.parametrize(
+    "evaluate, says",
+    [
+        (["clams"], "did you mean claims"),
+        (["claims", {"bench": "claims", "limit": 3}], "claims appears twice"),
+        ([{"limit": 3}], "names no benchmark"),
+        ([{"bench": "claims", "limits": 3}], "did you mean limit"),
+        ([{"bench": "claims", "limit": "all"}], "limit must be a whole number"),
+        ([{"bench": "claims", "n_scenes": 3}], "n_scenes: the benchmark claims has no use"),
+        ([{"bench": "claims", "policy": "x"}], "'policy' is set by the chain itself"),
+        ([{"bench": "amber"}], "amber needs data"),
+        ([{"bench": "mmhal", "data": "d"}], "needs a judge"),
+    ],
+)
+def test_what_a_benchmark_cannot_obey_is_an_error_before_anything_runs(evaluate, says):
+    with pytest.raises(RecipeError, match=says) as e:
+        check_recipe(recipe(evaluate=evaluate), package_folder("nbs"))
+    assert str(e.value).startswith("my.yaml, evaluate")
+
+
+def test_what_claims_needs_is_missed_before_anything_runs(tmp_path):
+    questions = photographs(tmp_path)
+    given = {"source": str(questions), "n_per_round": 0}
+    mine = recipe(prompts=given, rounds=1, parameters={"05_dpo": {"min_steps": 1}}, evaluate=["claims"])
+    with pytest.raises(RecipeError, match="keeps none: set prompts.n_dev"):
+        check_amounts(mine, package_folder("nbs"))
+    check_amounts(replace(mine, prompts=given | {"n_dev": 1}), package_folder("nbs"))
+    amber = replace(mine, evaluate=[{"bench": "amber", "data": str(tmp_path)}])
+    with pytest.raises(RecipeError, match="evaluate: amber needs .*annotations.json"):
+        check_amounts(amber, package_folder("nbs"))
+
+
+def test_paths_in_evaluate_start_at_the_recipe(tmp_path):
+    (tmp_path / "AMBER").mkdir()
+    entry = {"bench": "amber", "data": "AMBER", "judge": "local:x"}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"extends": "tiny", "evaluate": ["claims", entry]}))
+    assert load_recipe(str(tmp_path / "my.yaml")).evaluate == [
+        "claims",
+        entry | {"data": str(tmp_path / "AMBER")},
+    ]
+    (tmp_path / "my.yaml").write_text(
+        yaml.safe_dump({"extends": "tiny", "evaluate": [entry | {"data": "./no"}]})
+    )
+    with pytest.raises(RecipeError, match="evaluate: amber: data: there is no"):
+        load_recipe(str(tmp_path / "my.yaml"))
+
+
+def test_from_names_a_benchmark_by_its_folder():
+    steps = list(plan_of(evaluate=["iconworld", "claims"]).values())
+    assert [s.out for s in steps[first_remade(steps, "06_evaluation_claims", 0) :]] == [
+        "06_evaluation_claims"
+    ]
+    assert steps[first_remade(steps, "06_evaluation", 0)].out == "06_evaluation"
+    assert restart_option(steps[-1]) == "--from 06_evaluation_claims"

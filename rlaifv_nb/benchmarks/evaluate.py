@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERSION', 'CLAIMS_FIELDS', 'ASKED', 'REVIEW_OPTIONS', 'STAGE_PARAMETERS', 'SAME', 'CASE_PAIRS', 'Request',
            'check_request', 'source_problem', 'recipe_of', 'evaluation_stage', 'answer_file_of', 'ask_judge', 'measure',
-           'run_evaluate', 'finish_evaluation', 'case_counts', 'case_figures', 'compare_cases', 'what_was_measured',
-           'compare_folders', 'write_comparison']
+           'run_evaluate', 'finish_evaluation', 'case_counts', 'case_figures', 'answer_counts', 'compare_cases',
+           'what_was_measured', 'compare_folders', 'write_comparison']
 
 # %% ../../nbs/benchmarks/18_evaluate.ipynb #3ddd0e20
 import re
@@ -17,6 +17,8 @@ from pathlib import Path
 import yaml
 
 from .answers import questions_sha, run_answers
+from .claims import PROTOCOL as CLAIMS_PROTOCOL
+from .claims import claim_figures, read_answer_cases
 from .iconworld import PROTOCOL, read_cases
 from .intervals import compare_models, sum_counts
 from .judges import judge_note, open_judge
@@ -363,6 +365,12 @@ SAME = (
     "trust_prompt",
     "repeats",
     "judge_tokens",
+    "splitter",
+    "facts_prompt",
+    "question_prompt",
+    "questions",
+    "list_tokens",
+    "abstain_mass",
 )
 CASE_PAIRS = ("response", "mention", "attribute", "number", "relation", "any_claim", "cover")
 
@@ -389,13 +397,27 @@ def case_figures(sums: dict) -> dict:
     return figures
 
 
-def compare_cases(first, second, seed: int = 0) -> list[dict]:
-    "Rows like those of `compare_measured` of two icon world evaluations."
-    counts = [case_counts(folder) for folder in (first, second)]
-    before, after = (case_figures(sum_counts(rows)) for rows in counts)
+def answer_counts(folder) -> dict:
+    "Counts per prompt of the last model of an evaluation of claims."
+    last = len(read_manifest(folder)["parameters"]["models"]) - 1
+    return {case.prompt_id: case.counts for case in read_answer_cases(folder, last)}
+
+
+def compare_cases(first, second, bench: str = "iconworld", seed: int = 0) -> list[dict]:
+    """Rows like those of `compare_measured` of two evaluations of the icon world, or of claims.
+
+    Of claims, prompts that only one of the two has a divided answer to are left out."""
+    part, count, figures_of_sums = PROTOCOL, case_counts, case_figures
+    if bench == "claims":
+        part, count, figures_of_sums = CLAIMS_PROTOCOL, answer_counts, claim_figures
+    one, two = count(first), count(second)
+    if bench == "claims":
+        one, two = ({id: rows[id] for id in one if id in two} for rows in (one, two))
+    before = figures_of_sums(sum_counts(one))
+    after = figures_of_sums(sum_counts(two))
     rows = []
-    for name, found in compare_models(*counts, case_figures, seed=seed).items():
-        row = {"part": PROTOCOL, "figure": name, "first": before[name], "second": after[name]}
+    for name, found in compare_models(one, two, figures_of_sums, seed=seed).items():
+        row = {"part": part, "figure": name, "first": before[name], "second": after[name]}
         rows.append(row | dict(zip(("difference", "low", "high", "p"), found)))
     return rows
 
@@ -404,7 +426,7 @@ def what_was_measured(manifest: dict) -> dict:
     "Everything that two evaluations must share to be compared."
     same = {name: manifest["parameters"].get(name) for name in SAME}
     same |= {"stage": manifest["stage"], "judged by": manifest.get("judged_by")}
-    return same | {name: manifest["inputs"].get(name) for name in ("questions", "data")}
+    return same | {name: manifest["inputs"].get(name) for name in ("questions", "data", "prompts")}
 
 
 def compare_folders(first, second, seed: int = 0) -> tuple[list[dict], list[str]]:
@@ -418,7 +440,7 @@ def compare_folders(first, second, seed: int = 0) -> tuple[list[dict], list[str]
     if different:
         raise ValueError(f"{first} and {second} do not measure the same ({'; '.join(different)})")
     if one["stage"] == "evaluation":
-        return compare_cases(first, second, seed), names
+        return compare_cases(first, second, one["bench"] or "iconworld", seed), names
     return compare_measured(read_counts(first), read_counts(second), one["mode"], seed), names
 
 
