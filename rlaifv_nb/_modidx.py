@@ -127,6 +127,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'rlaifv_nb/benchmarks/claims.py'),
                                              'rlaifv_nb.benchmarks.claims.measure_interval': ( 'benchmarks/claims.html#measure_interval',
                                                                                                'rlaifv_nb/benchmarks/claims.py'),
+                                             'rlaifv_nb.benchmarks.claims.nothing_shared': ( 'benchmarks/claims.html#nothing_shared',
+                                                                                             'rlaifv_nb/benchmarks/claims.py'),
                                              'rlaifv_nb.benchmarks.claims.read_answer_cases': ( 'benchmarks/claims.html#read_answer_cases',
                                                                                                 'rlaifv_nb/benchmarks/claims.py'),
                                              'rlaifv_nb.benchmarks.claims.run_claims_benchmark': ( 'benchmarks/claims.html#run_claims_benchmark',

@@ -331,6 +331,24 @@ def test_a_picture_that_cannot_be_read_is_counted_and_the_others_compared(prompt
     assert aside["reason"] == "unreadable picture" and read_table(tmp_path / "out", "scores", Score)
 
 
+def test_when_nothing_can_be_compared_that_is_said(finished, tmp_path):
+    """The adapter's answers were set aside one and all: no error at the end of a long run, and no figure."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "manifest.json").unlink()
+    for path in shard_paths(out / "claims", "set_aside-claims"):
+        lost = [
+            SetAside(r.response_id, "facts cut") for r in read_table(out / "answers", "answers-1", Response)
+        ]
+        write_rows(path, lost)
+    run_claims_benchmark(
+        out, POLICY, ADAPTERS, resolve_path("packaged:example/prompts"), OPTIONS, shard_size=2
+    )
+    manifest = read_manifest(out)
+    assert manifest["rows_out"] == 0 and manifest["conclusions"][0].startswith("Nothing can be said")
+    assert "facts cut" in manifest["conclusions"][0] and not read_table(out, "scores", Score)
+
+
 # through the door
 
 

@@ -8,9 +8,9 @@ __all__ = ['PROTOCOL', 'HELD_OUT', 'UNDECIDED', 'MEASURES', 'LEAST_CHANGED', 'NU
            'claim_figures', 'measure_interval', 'counts_by_picture', 'claim_scores', 'Difference', 'claim_differences',
            'in_words', 'conclusion', 'says_less', 'shown_name', 'labeler_caveats', 'difference_cell', 'claims_table',
            'ClaimsOptions', 'check_claims_options', 'divide_answers', 'check_answers', 'run_claims_benchmark',
-           'finish_claims_benchmark', 'conclusions_of', 'claims_text', 'read_answer_cases']
+           'finish_claims_benchmark', 'nothing_shared', 'conclusions_of', 'claims_text', 'read_answer_cases']
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #450fccc5
+# %% ../../nbs/benchmarks/16_claims.ipynb #b907165f
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -43,7 +43,7 @@ from rlaifv_nb.records import (
 
 PROTOCOL = "claims-1"
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #7c720bb2
+# %% ../../nbs/benchmarks/16_claims.ipynb #ce4604b6
 HELD_OUT = ("dev", "test")  # splits that no pair to train on comes from
 
 
@@ -57,7 +57,7 @@ def held_out(rows: list[Prompt], limit: int = 0) -> list[Prompt]:
         )
     return kept[:limit] if limit else kept
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #79f163cb
+# %% ../../nbs/benchmarks/16_claims.ipynb #af6b56c2
 def greedy_answers(
     vlm, pictures: list, questions: list[str], max_new_tokens: int = 512
 ) -> list[tuple[str, str]]:
@@ -94,7 +94,7 @@ def answer_prompts(vlm, k: int, folder: str | Path, max_new_tokens: int, prompts
         rows.append(Response(response_id_of(p.prompt_id, k), p.prompt_id, k, 0, text, reason))
     return rows, set_aside
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #538babb2
+# %% ../../nbs/benchmarks/16_claims.ipynb #21b314c1
 def answer_with_models(
     stage: StageFolder,
     models: dict[str, Callable],  # of each name, () -> the open model
@@ -131,7 +131,7 @@ def answer_with_models(
         **notes,
     )
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #d455fdad
+# %% ../../nbs/benchmarks/16_claims.ipynb #a9747ecc
 UNDECIDED = "undecided"  # the labeler gave no finite number, or the picture could not be read
 
 
@@ -194,7 +194,7 @@ def shared_cases(names: list[str], cases: list[AnswerCase]) -> dict[str, list[An
     common = [p for p in found[names[0]] if all(p in of_model for of_model in found.values())]
     return {name: [found[name][p] for p in common] for name in names}
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #8df7f0bc
+# %% ../../nbs/benchmarks/16_claims.ipynb #70b2ce43
 @dataclass(frozen=True)
 class Measure:
     "A ratio of two counts, times `factor`."
@@ -239,7 +239,7 @@ def counts_by_picture(cases: list[AnswerCase], picture_of: dict[str, str]) -> di
     found = {}
     for case in cases:
         found.setdefault(picture_of[case.prompt_id], Counter()).update(case.counts)
-    return {picture: {name: row[name] for name in cases[0].counts} for picture, row in found.items()}
+    return {picture: dict(row) for picture, row in found.items()}
 
 
 def claim_scores(model: str, cases: list[AnswerCase], picture_of: dict, seed: int = 0) -> list[Score]:
@@ -251,7 +251,7 @@ def claim_scores(model: str, cases: list[AnswerCase], picture_of: dict, seed: in
         scores.append(Score(model, name, value, len(table), low, high, PROTOCOL))
     return scores
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #60818506
+# %% ../../nbs/benchmarks/16_claims.ipynb #bb150fbf
 # All of five pictures change in one direction by chance once in 16 times, all of six once in 32.
 LEAST_CHANGED = 6
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
@@ -304,7 +304,7 @@ def in_words(n: int) -> str:
     "`twelve`; larger numbers in digits."
     return NUMBERS[n] if n < len(NUMBERS) else f"{n:,}"
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #9eb86b59
+# %% ../../nbs/benchmarks/16_claims.ipynb #29b1de75
 def conclusion(row: Difference, base: str = "base") -> str:
     "What the `Difference` of rejected claims per 100 claims allows to conclude, in plain words."
     pictures = f"{in_words(row.n)} picture{'s' * (row.n != 1)}"
@@ -334,7 +334,7 @@ def says_less(row: Difference) -> str:
         "Part of the change may be silence."
     )
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #667ca7a1
+# %% ../../nbs/benchmarks/16_claims.ipynb #9e3a8b14
 def shown_name(model: str) -> str:
     "A model's name for a table: a folder on this machine without the path to it."
     return Path(model).name if Path(model).is_absolute() else model
@@ -361,7 +361,7 @@ def labeler_caveats(judge: str, policy: str, labeler: str) -> list[str]:
         )
     return caveats
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #cb86ecbd
+# %% ../../nbs/benchmarks/16_claims.ipynb #8b0d6c34
 def difference_cell(row: Difference | None) -> str:
     "`-7.0 (-15.0 to 2.0)`; nothing where it is undefined."
     if row is None or row.difference != row.difference:
@@ -382,7 +382,7 @@ def claims_table(scores: list[Score], differences: list[Difference]) -> str:
         lines.append(f"| {measure.label} | {' | '.join(cells)} | {difference_cell(changed.get(name))} |")
     return "\n".join(lines)
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #249ebf1c
+# %% ../../nbs/benchmarks/16_claims.ipynb #5bb74f82
 @dataclass(frozen=True)
 class ClaimsOptions:
     "What is asked, how the answers are divided, and who checks them. Batch sizes change no result."
@@ -441,7 +441,7 @@ def check_claims_options(options: ClaimsOptions) -> None:
         )
     read_templates(options.facts_prompt, options.question_prompt)
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #ec14e7b9
+# %% ../../nbs/benchmarks/16_claims.ipynb #b33698ce
 def divide_answers(out: Path, folder: str | Path, options: ClaimsOptions, opened: dict) -> None:
     "The stage of 02_claims on the answers in `out`, with the splitter, which is gone afterwards."
     from rlaifv_nb.engine.models import open_llm
@@ -476,7 +476,7 @@ def check_answers(out: Path, folder: str | Path, judge: str, options: ClaimsOpti
         batch_size=min(options.judge_batch_size, 64),
     )
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #5cd10b3b
+# %% ../../nbs/benchmarks/16_claims.ipynb #3bf99dba
 def run_claims_benchmark(
     out: str | Path,  # folder of this benchmark
     policy: str,  # the base model: folder, Hub id or packaged
@@ -516,7 +516,7 @@ def run_claims_benchmark(
     finish_claims_benchmark(stage, list(named), asked, policy, options)
     return stage
 
-# %% ../../nbs/benchmarks/16_claims.ipynb #5a1735e6
+# %% ../../nbs/benchmarks/16_claims.ipynb #2a522214
 def finish_claims_benchmark(
     stage: StageFolder, names: list[str], prompts: list[Prompt], policy: str, options: ClaimsOptions
 ) -> None:
@@ -529,15 +529,12 @@ def finish_claims_benchmark(
     cases = cases_of_models(names, responses, claims, verdicts, lost)
     shared = shared_cases(names, cases)
     n = len(shared[names[0]])
-    if not n:
-        reasons = dict(Counter(s.reason for s in lost))
-        raise ValueError(
-            f"no prompt has a divided answer of every model ({reasons}): nothing can be compared"
-        )
     picture_of = {p.prompt_id: p.image_sha or p.image_path for p in prompts}
-    scores = [row for name in names for row in claim_scores(name, shared[name], picture_of, options.seed)]
+    scores = []
     differences = []
-    for name in names[1:]:
+    for name in names if n else ():
+        scores += claim_scores(name, shared[name], picture_of, options.seed)
+    for name in names[1:] if n else ():
         differences += claim_differences(name, shared[names[0]], shared[name], picture_of, options.seed)
     judge = options.judge or policy
     warnings = [w for folder in parts.values() for w in read_manifest(folder).get("warnings", [])]
@@ -549,9 +546,9 @@ def finish_claims_benchmark(
     write_table(stage.path, "scores", scores)
     write_table(stage.path, "differences", differences)
     told = {
-        "conclusions": conclusions_of(differences),
+        "conclusions": conclusions_of(differences) if n else [nothing_shared(lost)],
         "caveats": labeler_caveats(judge, policy, options.labeler),
-        "counts": {name: sum_counts(counts_by_picture(shared[name], picture_of)) for name in names},
+        "counts": {name: sum_counts(counts_by_picture(shared[name], picture_of)) for name in names if n},
         "judged_by": shown_name(judge),
     }
     write_text(stage.path / "table.md", claims_text(scores, differences, told, len(left_out), options))
@@ -560,12 +557,18 @@ def finish_claims_benchmark(
     print(*told["conclusions"], *told["caveats"], sep="\n")
 
 
+def nothing_shared(lost: list[SetAside]) -> str:
+    "That no answers can be compared, and why."
+    reasons = Counter(s.reason for s in lost)
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "no picture could be read"
+    return f"Nothing can be said: no held-out prompt has a divided answer of every model ({why})."
+
+
 def conclusions_of(differences: list[Difference]) -> list[str]:
     "What may be concluded about the last model, sentences; none without a second model."
-    last = [row for row in differences if row.model == differences[-1].model]
-    of_metric = {row.metric: row for row in last}
-    if not last:
+    if not differences:
         return []
+    of_metric = {row.metric: row for row in differences if row.model == differences[-1].model}
     return [text for text in (conclusion(of_metric["rejected"]), says_less(of_metric["claims"])) if text]
 
 
@@ -574,7 +577,7 @@ def claims_text(
 ) -> str:
     "`table.md`: who answered, divided and checked; the table; what may be concluded, and the caveats."
     about = (
-        f"Held-out prompts about {scores[0].n} pictures, {PROTOCOL}, greedy answers. "
+        f"Held-out prompts about {scores[0].n if scores else 0} pictures, {PROTOCOL}, greedy answers. "
         f"Labeler: {told['judged_by']}; splitter: {shown_name(options.splitter)}. "
         "In brackets 95% bootstrap intervals over pictures."
     )
@@ -586,12 +589,8 @@ def claims_text(
             f"{n['undecided']} undecided."
         )
     left_out = f"{n_left_out} prompts are left out: an answer of one of the models could not be divided."
-    parts = [
-        about,
-        claims_table(scores, differences),
-        " ".join(told["conclusions"]),
-        " ".join(told["caveats"]),
-    ]
+    table = claims_table(scores, differences) if scores else ""
+    parts = [about, table, " ".join(told["conclusions"]), " ".join(told["caveats"])]
     parts += ["\n".join(f"- {line}" for line in counted), left_out if n_left_out else ""]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -561,7 +561,8 @@ def show_claims_headline(run: Path, folder: str) -> str:
     manifest = read_manifest(run / folder)
     changed = read_differences(run / folder)
     if not changed:
-        return f"<h1>One model was evaluated.</h1>{paragraphs(manifest['caveats'])}"
+        title = manifest["conclusions"][0] if manifest["conclusions"] else "One model was evaluated."
+        return f"<h1>{html.escape(title)}</h1>{paragraphs(manifest['caveats'])}"
     tiles = "".join(
         f"<div><strong>{changed[name].before:.1f} → {changed[name].after:.1f}</strong>{label}</div>"
         for name, label in CLAIM_TILES.items()
@@ -619,7 +620,7 @@ def show_claims_before_after(run: Path, folder: str, n: int = 3) -> str:
         parts = [answer_part(row[0]), answer_part(row[-1])] if len(row) > 1 else [answer_part(row[0])]
         cases.append(case(prompt_picture(run, prompts[row[0].prompt_id]), parts))
     return (
-        f"<p>The {in_words(len(rows))} held-out prompts whose number of rejected claims changed most. "
+        "<p>The held-out prompts whose number of rejected claims changed most. "
         "✓ accepted, ✗ rejected, ? abstained: the labeler's verdict; whether a claim is true is not known.</p>"
         + "".join(cases)
         + source(run, *sorted((run / folder).glob("cases-*.jsonl")))
