@@ -19,7 +19,7 @@ from rlaifv_nb.benchmarks.claims import (
     claim_differences,
     claim_scores,
     conclusion,
-    held_out,
+    held_out_prompts,
     labeler_caveats,
     read_answer_cases,
     run_claims_benchmark,
@@ -27,9 +27,11 @@ from rlaifv_nb.benchmarks.claims import (
     shared_cases,
 )
 from rlaifv_nb.evaluation import Evaluation, run_evaluation
+from rlaifv_nb.guided_decoding import guidance_curve, read_candidates, rejected_claims, run_guided_decoding
 from rlaifv_nb.iconworld.miniature import write_miniature
 from rlaifv_nb.iconworld.world import draw_picture, make_scene
 from rlaifv_nb.records import (
+    Candidate,
     Claim,
     Prompt,
     Response,
@@ -194,7 +196,7 @@ def test_options_without_meaning_are_refused(wrong, says):
 def test_prompts_to_train_on_are_not_evaluated_on(tmp_path):
     rows = [Prompt(f"p{k}", "a.jpg", "", "What?", split="train") for k in range(12)]
     with pytest.raises(ValueError, match=r"none of 12 prompts is kept from training.* prompts.n_dev"):
-        held_out(rows)
+        held_out_prompts(rows)
     write_table(tmp_path, "prompts", rows)
     with pytest.raises(ValueError, match="prompts.n_dev"):
         run_claims_benchmark(tmp_path / "out", POLICY, ADAPTERS, tmp_path, OPTIONS)
@@ -318,7 +320,7 @@ def test_one_large_model_is_open_at_a_time_and_answers_come_first(prompts, tmp_p
 def test_a_picture_that_cannot_be_read_is_counted_and_the_others_compared(prompts, tmp_path):
     folder = tmp_path / "prompts"
     shutil.copytree(prompts, folder)
-    rows = held_out(read_table(folder, "prompts", Prompt))
+    rows = held_out_prompts(read_table(folder, "prompts", Prompt))
     (folder / rows[0].image_path).write_bytes(b"")
     run_claims_benchmark(tmp_path / "out", POLICY, {}, folder, OPTIONS)
     manifest = read_manifest(tmp_path / "out")
@@ -515,3 +517,59 @@ def test_from_names_a_benchmark_by_its_folder():
     ]
     assert steps[first_remade(steps, "06_evaluation", 0)].out == "06_evaluation"
     assert restart_option(steps[-1]) == "--from 06_evaluation_claims"
+
+
+# best of N, judged by a labeler
+
+
+def test_each_distinct_candidate_is_checked_once_and_the_curve_counts_it(prompts, tmp_path):
+    run_guided_decoding(
+        prompts,
+        tmp_path,
+        POLICY,
+        ADAPTERS["aligned"],
+        n_candidates=4,
+        max_new_tokens=60,
+        held_out=True,
+        limit=2,
+        claims=replace(OPTIONS, judge_batch_size=1),
+    )
+    candidates, manifest = read_candidates(tmp_path), read_manifest(tmp_path)
+    assert len({c.prompt_id for c in candidates}) == 2 and len(candidates) == 2 * 2 * 4
+    texts = {(c.prompt_id, c.text) for c in candidates}
+    answers = read_table(tmp_path / "checked/answers", "responses", Response)
+    assert manifest["n_checked"] == len(texts) == len(answers)
+    rejected = rejected_claims(tmp_path / "checked")
+    assert set(rejected) <= texts and manifest["n_not_divided"] == len(texts) - len(rejected)
+    rows = guidance_curve(candidates, lambda c: rejected.get((c.prompt_id, c.text)), factor=1)
+    first = next(r for r in rows if (r["policy"], r["ranking"], r["n_candidates"]) == ("base", "random", 1))
+    keys = [(c.prompt_id, c.text) for c in candidates if c.policy == "base"]
+    own = [rejected[key] for key in keys if key in rejected]
+    assert first["value"] == pytest.approx(sum(own) / len(own), abs=1e-3)
+
+
+def test_a_candidate_that_was_not_divided_is_left_out_of_the_curve():
+    some = [Candidate("base", f"p-{k:02d}", "p", text, "stop", 1, 0.0, 0.0) for k, text in enumerate("abcd")]
+    known = {"a": 3, "b": 1, "c": None, "d": 0}
+    rows = {
+        (r["ranking"], r["n_candidates"]): r for r in guidance_curve(some, lambda c: known[c.text], factor=1)
+    }
+    assert rows["random", 1]["value"] == pytest.approx(4 / 3, abs=1e-3)
+
+
+def test_best_of_n_of_photographs_asks_what_is_kept_from_training(tmp_path):
+    questions = photographs(tmp_path)
+    given = {"source": str(questions), "n_per_round": 0}
+    mine = recipe(prompts=given, rounds=1, evaluate=["07_guided_decoding"])
+    with pytest.raises(RecipeError, match="07_guided_decoding asks prompts that are kept from training"):
+        check_amounts(replace(mine, parameters={"05_dpo": {"min_steps": 1}}), package_folder("nbs"))
+    p = plan_run(check_recipe(replace(mine, prompts=given | {"n_dev": 1}), package_folder("nbs")))[
+        -1
+    ].parameters
+    assert (str(p["prompts"]), p["held_out"], p["splitter"]) == (
+        "prompts",
+        True,
+        "Qwen/Qwen2.5-1.5B-Instruct",
+    )
+    icons = plan_run(load_recipe("tiny"))[-1].parameters
+    assert "splitter" not in icons and "prompts" not in icons, "drawn scenes have a truth"

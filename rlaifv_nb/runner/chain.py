@@ -157,7 +157,7 @@ def content_sha(name, path, round):
     "What identifies an input: the table `name` (or tables `name-...`) in `path`, of prompts this round's, else all files; empty if not there yet."
     if name == "prompts":
         return (
-            "".join(read_manifest(path)["rounds"][round - 1 : round])[:12]
+            "".join(read_manifest(path)["rounds"][max(round - 1, 0) : round or None])[:12]
             if (path / "manifest.json").exists()
             else ""
         )

@@ -1023,6 +1023,8 @@ def guided_load(s: Planned) -> Load:
     p, prompts, decoder = s.p, s.prompts, decoder_of(s.vlm)
     given = bool(p["responses"])
     n = prompts_per_round(s.recipe) if given else 2 * p["n_scenes"]
+    if not given and p["prompts"]:  # both policies, on what is kept from training
+        n = 2 * (p["limit"] or s.recipe.rounds * s.recipe.prompts.get("n_dev", 0))
     each, answer, batch = guided_candidates(s), mean_answer(s), p["batch_size"]
     scored, rows = 2 * n * each * answer, batch * each
     flops = 2 * n * prompts.flops + 2 * decoder.weights * scored

@@ -9,11 +9,12 @@ __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'FEEDBACK', 'PROMPT_KEYS', 'INPUT_KEY
            'require_name', 'typed', 'merge', 'changed', 'evaluate_entries', 'packaged_recipes', 'find_recipe',
            'localise', 'localise_parameters', 'localise_evaluate', 'source_of', 'inherit', 'count_source',
            'with_all_rows', 'read_recipe', 'make_recipe', 'load_recipe', 'Step', 'stages_of', 'options_of',
-           'chain_parameters', 'labeler_of', 'claims_parameters', 'evaluation_parameters', 'plan_run', 'restart_option',
-           'first_remade', 'stored', 'recipe_text', 'open_notebook', 'notebook_parameters', 'check_recipe',
-           'check_evaluate', 'check_options', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
-           'ways_out', 'reach_problem', 'rows_problem', 'held_out_problem', 'files_problem', 'check_amounts',
-           'plumbing_warning', 'exported_cells', 'code_sha', 'absolute', 'check_library']
+           'chain_parameters', 'labeler_of', 'claims_parameters', 'guided_parameters', 'evaluation_parameters',
+           'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
+           'notebook_parameters', 'check_recipe', 'check_evaluate', 'check_options', 'parameter_defaults',
+           'prompts_per_round', 'Reach', 'reach_of', 'ways_out', 'reach_problem', 'rows_problem', 'held_out_problem',
+           'files_problem', 'check_amounts', 'plumbing_warning', 'exported_cells', 'code_sha', 'absolute',
+           'check_library']
 
 # %% ../../nbs/runner/01_recipes.ipynb #331cc0d2
 import ast
@@ -111,7 +112,7 @@ WORKING_PARAMETERS = {
     "03_feedback": ("batch_size", "max_tokens"),
     "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers", "min_steps"),
     "06_evaluation": ("batch_size", "splitter_batch_size", "judge_batch_size", "max_requests"),
-    "07_guided_decoding": ("batch_size",),
+    "07_guided_decoding": ("batch_size", "splitter_batch_size", "judge_batch_size"),
 }
 
 # %% ../../nbs/runner/01_recipes.ipynb #f3806c6b
@@ -507,6 +508,15 @@ def claims_parameters(recipe: Recipe, options: dict) -> dict:
     return taken | {name: sampling[name] for name in names if name in sampling}
 
 
+def guided_parameters(recipe: Recipe) -> dict:
+    "What 07_guided_decoding takes over from a recipe with pictures of its own, which have no known truth."
+    if recipe.prompts["source"] == "iconworld":
+        return {}
+    others = ("data", "labeler", "quantisation", "batch_size", "max_new_tokens")
+    taken = {name: v for name, v in claims_parameters(recipe, {}).items() if name not in others}
+    return taken | {"prompts": PurePosixPath("prompts"), "held_out": True}
+
+
 def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
     """The parameters of 06_evaluation for one entry of `evaluate`: what the benchmark takes over from the recipe, then
     those of the recipe's `06_evaluation` that mean something to it, then the entry's own."""
@@ -531,7 +541,7 @@ def plan_run(recipe):
         for notebook in stages_of(recipe, k):
             steps.append(step(notebook, k, f"round_{k}/{notebook}", recipe.parameters.get(notebook, {})))
     for notebook, folder, options in evaluate_entries(recipe.evaluate, recipe.where):
-        given = recipe.parameters.get(notebook, {})
+        given = guided_parameters(recipe) | recipe.parameters.get(notebook, {})
         if notebook == "06_evaluation":
             given = evaluation_parameters(recipe, options)
         steps.append(step(notebook, 0, folder, given))
@@ -803,17 +813,19 @@ def rows_problem(recipe: Recipe) -> str:
 def held_out_problem(recipe: Recipe) -> str:
     "What is missing for the benchmark `claims`, which asks the prompts that are kept from training; else empty."
     entries = evaluate_entries(recipe.evaluate, recipe.where)
-    asked = [
-        options for _, _, options in entries if options.get("bench") == "claims" and "data" not in options
-    ]
     source = recipe.prompts["source"]
+    asked = []
+    for notebook, _, options in entries:
+        guided = notebook == "07_guided_decoding" and source != "iconworld"
+        if guided or (options.get("bench") == "claims" and "data" not in options):
+            asked.append(notebook if guided else "claims")
     if not asked or recipe.prompts.get("n_dev"):
         return ""
     if not source.startswith(HUB) and source != "iconworld" and input_kind(source) == "prompts":
         if any(row.split in HELD_OUT for row in read_table(source, "prompts", Prompt)):
             return ""
     return (
-        "evaluate: claims asks prompts that are kept from training, and this recipe keeps none: set "
+        f"evaluate: {asked[0]} asks prompts that are kept from training, and this recipe keeps none: set "
         "prompts.n_dev (for example `n_dev: 2` of twelve), or give it `data` of its own"
     )
 
