@@ -5,22 +5,34 @@
 # %% auto #0
 __all__ = ['RANKINGS', 'reward_of', 'best_of', 'policies_of', 'score_answers', 'candidates_of', 'read_twice', 'score_candidates',
            'sample_candidates', 'guided_answer', 'blocks_of', 'powers_up_to', 'make_choices', 'given_ids',
-           'read_candidates', 'run_guided_decoding', 'fill_candidates', 'guidance_curve']
+           'read_candidates', 'distinct_answers', 'check_candidates', 'rejected_claims', 'run_guided_decoding',
+           'fill_candidates', 'guidance_curve']
 
 # %% ../nbs/07_guided_decoding.ipynb #72508557
 import random
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+from rlaifv_nb.benchmarks.claims import (
+    ClaimCheckOptions,
+    check_answers,
+    check_claims_options,
+    divide_answers,
+    held_out_prompts,
+)
 from .feedback import NumberCheck, is_number, not_a_number, plain_path_note
 from rlaifv_nb.records import (
     Candidate,
     Choice,
+    Claim,
     Prompt,
     Response,
     SetAside,
     StageFolder,
+    Verdict,
     free_memory,
     read_table,
     response_id_of,
@@ -266,6 +278,50 @@ def read_candidates(folder: str | Path) -> list[Candidate]:
     tables = [table for table in ("candidates-base", "candidates-aligned") if shard_paths(folder, table)]
     return [c for table in tables or ["candidates-aligned"] for c in read_table(folder, table, Candidate)]
 
+# %% ../nbs/07_guided_decoding.ipynb #7a7e0004
+def distinct_answers(candidates: list[Candidate]) -> list[Response]:
+    "Each distinct answer to a prompt as one response, in the order of the candidates."
+    found = {}
+    n_of_prompt = Counter()
+    for c in candidates:
+        if (c.prompt_id, c.text) not in found:
+            k = n_of_prompt[c.prompt_id]
+            n_of_prompt[c.prompt_id] += 1
+            id = response_id_of(c.prompt_id, k)
+            found[c.prompt_id, c.text] = Response(id, c.prompt_id, k, 0, c.text, c.finish_reason)
+    return list(found.values())
+
+
+def check_candidates(
+    out: Path, folder: str | Path, policy: str, options: ClaimCheckOptions, opened: dict
+) -> dict:
+    """Divides and checks all distinct candidates in the folder `out`, below `checked`; returns what the manifest says.
+
+    `folder` is that of the prompts table; `opened` is how models are opened."""
+    checked = Path(out) / "checked"
+    answers = distinct_answers(read_candidates(out))
+    write_table(checked / "answers", "responses", answers)
+    divide_answers(checked, folder, options, opened)
+    free_memory()
+    check_answers(checked, folder, options.judge or policy, options, opened)
+    free_memory()
+    return {"n_checked": len(answers), "n_not_divided": len(answers) - len(rejected_claims(checked))}
+
+
+def rejected_claims(checked: str | Path) -> dict[tuple[str, str], int]:
+    "(prompt id, text) -> rejected claims of that answer, for the answers that could be divided."
+    lost = {s.row_id for s in read_table(Path(checked) / "claims", "set_aside-claims", SetAside)}
+    verdicts = read_table(Path(checked) / "feedback", "verdicts", Verdict)
+    rejected = {v.claim_id for v in verdicts if v.label == "no"}
+    n_rejected = Counter()
+    for c in read_table(Path(checked) / "claims", "claims", Claim):
+        n_rejected[c.response_id] += c.claim_id in rejected
+    found = {}
+    for r in read_table(Path(checked) / "answers", "responses", Response):
+        if r.response_id not in lost:
+            found[r.prompt_id, r.text] = n_rejected[r.response_id]
+    return found
+
 # %% ../nbs/07_guided_decoding.ipynb #7a7e0002
 def run_guided_decoding(
     prompts: str | Path,  # folder of the prompts table
@@ -290,8 +346,11 @@ def run_guided_decoding(
     batch_size: int = 4,  # prompts at a time, to begin with
     shard_size: int = 32,  # prompts per shard
     seed: int = 0,
+    held_out: bool = False,  # only prompts that are kept from training
+    limit: int = 0,  # only the first prompts; 0 is all
+    claims: ClaimCheckOptions | None = None,  # how the candidates' claims are checked; None checks none
 ) -> StageFolder:
-    """The stage: candidates of both policies with rewards, choices, and the manifest.
+    """The stage: candidates of both policies with rewards, choices, checked claims, and the manifest.
 
     Raises ValueError for senseless options, for a response whose prompt is not in `prompts` (by its id), and
     for a model that gives no numbers."""
@@ -300,6 +359,9 @@ def run_guided_decoding(
 
     if n_candidates < 1 or temperature < 0 or top_k < 0 or max_new_tokens < 1 or batch_size < 1:
         raise ValueError("need n_candidates, max_new_tokens and batch_size >= 1, temperature and top_k >= 0")
+    if claims:
+        check_claims_options(claims)
+    how = {"dtype": dtype, "attention": attention, "device": device}
     vlm = open_vlm(
         policy,
         adapter,
@@ -319,9 +381,14 @@ def run_guided_decoding(
     inputs = {"prompts": table_sha(prompts, "prompts"), "policy": vlm.sha}
     inputs["adapter"] = folder_sha(Path(resolve_path(adapter)))
     inputs |= {"responses": table_sha(responses, "responses")} if responses else {}
+    parameters |= {"held_out": held_out} if held_out else {}
+    parameters |= {"limit": limit} if limit else {}
+    parameters |= {"claims": claims.identity} if claims else {}
     stage = StageFolder(out, "guided_decoding", parameters, inputs)
     if not stage.is_done:
         rows = read_table(prompts, "prompts", Prompt)
+        rows = held_out_prompts(rows) if held_out else rows
+        rows = rows[:limit] if limit else rows
         if responses:
             given = read_table(responses, "responses", Response)
             ids = given_ids(rows, given)
@@ -333,9 +400,14 @@ def run_guided_decoding(
                 for source in ("base", "aligned")
             }
         sizes = {"batch_size": batch_size, "shard_size": shard_size}
-        fill_candidates(stage, vlm, make, prompts, [p for p in rows if p.prompt_id in ids], ids, beta, sizes)
+        asked = [p for p in rows if p.prompt_id in ids]
+        told = fill_candidates(stage, vlm, make, prompts, asked, ids, beta, sizes)
     del vlm
     free_memory()
+    if not stage.is_done:
+        if claims:
+            told |= check_candidates(stage.path, prompts, policy, claims, how)
+        stage.finish(**told)
     return stage
 
 
@@ -348,8 +420,8 @@ def fill_candidates(
     ids: dict,  # of each prompt id, the ids of its candidates
     beta: float,
     sizes: dict,  # batch_size and shard_size
-) -> None:
-    "Makes the candidates of each source, the choices, and the manifest."
+) -> dict:
+    "Makes the candidates of each source and the choices; returns what the manifest says about them."
     slow = plain_path_note(vlm, "candidate")
     if slow:
         print(slow)
@@ -372,46 +444,47 @@ def fill_candidates(
     for warning in numbers.warnings():
         print(f"WARNING: {warning}")
     write_table(stage.path, "choices", make_choices(candidates, beta))
-    stage.finish(
-        len(tables) * sum(map(len, ids.values())),
-        len(candidates),
-        [*tables, "choices"],
-        set_aside,
-        batch_size={"asked": sizes["batch_size"], "used": fitted},
-        warnings=([slow] if slow else []) + numbers.warnings(),
+    return {
+        "rows_in": len(tables) * sum(map(len, ids.values())),
+        "rows_out": len(candidates),
+        "tables": [*tables, "choices"],
+        "set_aside": set_aside,
+        "batch_size": {"asked": sizes["batch_size"], "used": fitted},
+        "warnings": ([slow] if slow else []) + numbers.warnings(),
         **vlm.notes,
-    )
+    }
 
 # %% ../nbs/07_guided_decoding.ipynb #82325d7d
-def guidance_curve(candidates, is_bad, beta=0.1, seed=0):
-    "Rows (policy, ranking, n_candidates, value %, ci_low, ci_high, words): the share of best-of-N answers for which `is_bad(candidate)`."
-    from rlaifv_nb.evaluation import ratio_interval
+def guidance_curve(
+    candidates: list[Candidate],
+    count: Callable,  # candidate -> a number to be small, or None where it is not known
+    beta: float = 0.1,
+    seed: int = 0,
+    factor: float = 100,  # 100: `count` is 0 or 1, and the value a share in percent; 1: the mean of any number
+) -> list[dict]:
+    """Rows (policy, ranking, n_candidates, value, ci_low, ci_high, words) of the best-of-N answers.
 
-    groups, bad = {}, {}
+    A chosen answer whose number is not known is left out of the mean."""
+    from rlaifv_nb.benchmarks.intervals import ratio_interval
+
+    groups = {}
+    counts = {}
     for c in candidates:
         groups.setdefault(c.policy, {}).setdefault(c.prompt_id, []).append(c)
-        bad[c.policy, c.response_id] = is_bad(c)
+        counts[c.policy, c.response_id] = count(c)
     rows = []
     for policy, by_prompt in groups.items():
         for ranking in RANKINGS:
             for n in powers_up_to(min(map(len, by_prompt.values()))):
-                chosen = [
-                    [best_of(block, ranking, beta) for block in blocks_of(group, n)]
-                    for group in by_prompt.values()
-                ]
-                value, low, high = ratio_interval(
-                    [(sum(bad[c.policy, c.response_id] for c in best), len(best)) for best in chosen], seed
-                )
+                chosen = [[best_of(b, ranking, beta) for b in blocks_of(g, n)] for g in by_prompt.values()]
+                pairs = []
+                for best in chosen:
+                    numbers = [counts[policy, c.response_id] for c in best]
+                    numbers = [number for number in numbers if number is not None]
+                    pairs.append((sum(numbers), len(numbers)))
+                interval = [round(float(factor / 100 * x), 3) for x in ratio_interval(pairs, seed)]
                 words = sum(len(c.text.split()) for best in chosen for c in best) / sum(map(len, chosen))
-                rows.append(
-                    {
-                        "policy": policy,
-                        "ranking": ranking,
-                        "n_candidates": n,
-                        "value": round(float(value), 3),
-                        "ci_low": round(float(low), 3),
-                        "ci_high": round(float(high), 3),
-                        "words": round(words, 2),
-                    }
-                )
+                row = {"policy": policy, "ranking": ranking, "n_candidates": n}
+                row |= dict(zip(("value", "ci_low", "ci_high"), interval))
+                rows.append(row | {"words": round(words, 2)})
     return rows

@@ -14,9 +14,10 @@ import pytest
 from tiny_models import ARCHITECTURES, open_tiny
 
 from rlaifv_nb.benchmarks.answers import answer_pictures, run_answers
-from rlaifv_nb.benchmarks.evaluate import Request, check_request, compare_folders, run_evaluate
+from rlaifv_nb.benchmarks.evaluate import Request, compare_folders, run_evaluate
 from rlaifv_nb.benchmarks.protocol import Question
 from rlaifv_nb.benchmarks.tables import BENCHMARKS, open_questions, read_counts, write_answer_file
+from rlaifv_nb.evaluation import evaluate
 from rlaifv_nb.iconworld.miniature import write_miniature
 from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.records import Score, package_folder, read_manifest, read_table
@@ -387,8 +388,20 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
 @pytest.mark.parametrize(
     "request_, says",
     [
-        (Request("nope", "m"), "choose one of iconworld, amber"),
-        (Request("iconworld", "m", data="x", num_beams=3), "data, num_beams: the icon world"),
+        (Request("nope", "m"), "choose one of iconworld, claims, amber"),
+        (
+            Request("iconworld", "m", data="x", num_beams=3),
+            "data, num_beams: the benchmark iconworld has no use",
+        ),
+        (Request("iconworld", "m", name="x"), "name: the benchmark iconworld has no use"),
+        (Request("iconworld", answers="a"), "asks a model itself"),
+        (Request("claims", "org/m", data="x"), "claims needs a splitter"),
+        (Request("claims", "org/m", splitter="org/s"), "claims needs data"),
+        (
+            Request("claims", "org/m", data="x", splitter="org/s", mode="official"),
+            "mode: the benchmark claims",
+        ),
+        (Request("amber", "m", data="d", splitter="org/s"), "splitter: only the benchmark claims"),
         (Request("amber"), "give one of"),
         (Request("amber", "m", answers="a", data="d"), "give one of"),
         (Request("amber", answers="a", adapter="b", data="d"), "adapter"),
@@ -403,9 +416,10 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
         (Request("mmhal", "m", data="d", judge="local:x", trust_prompt="p"), "no use"),
     ],
 )
-def test_requests_without_meaning_are_refused(request_, says):
+def test_requests_without_meaning_are_refused(request_, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        check_request(request_)
+        evaluate(tmp_path / "never", **vars(request_))
+    assert not (tmp_path / "never").exists()
 
 
 def test_official_tools_that_are_missing_are_named(tmp_path, capsys):
@@ -498,7 +512,7 @@ def answer_file_of_first(data, folder):
 
 def test_a_run_stands_on_the_board_with_its_recipe_and_every_model(tmp_path):
     run, results = tmp_path / "mine", package_folder("data") / "results" / "seed_0"
-    run_evaluate(
+    evaluate(
         run / "06_evaluation", "iconworld", "packaged:iconworld-vlm", "packaged:iconworld-aligned", limit=3
     )
     shutil.copy(results / "manifest.json", run)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlaifv_nb.benchmarks.iconworld import read_cases
 from rlaifv_nb.engine import models
 from rlaifv_nb.engine.models import open_vlm, surface_ids
-from rlaifv_nb.evaluation import read_cases, run_evaluation
+from rlaifv_nb.evaluation import run_evaluation
 from rlaifv_nb.feedback import FeedbackOptions, judge_claims, label_of, labeler_warnings, run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, run_guided_decoding
 from rlaifv_nb.iconworld.world import balanced_claims, make_scene, question_text, write_prompts
@@ -367,7 +368,7 @@ def test_defaults_are_those_of_the_parameters_cell(notebook, function):
     "call",
     [
         lambda out: run_evaluation(out, POLICY, n_scenes=0),
-        lambda out: run_evaluation(out, POLICY, batch_size=0),
+        lambda out: run_evaluation(out, POLICY, batch_size=-1),
         lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, top_k=-1),
         lambda out: run_guided_decoding(out, out, POLICY, ADAPTER, temperature=-1.0),
         lambda out: run_feedback(out, out, out, out, None, options=FeedbackOptions(abstain_mass=1.5)),

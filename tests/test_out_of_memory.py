@@ -13,10 +13,11 @@ import torch
 from stages import POLICY, SPLITTER
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from rlaifv_nb.benchmarks.iconworld import Case
 from rlaifv_nb.claims import ClaimsOptions, run_claims
 from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
-from rlaifv_nb.evaluation import Case, run_evaluation
+from rlaifv_nb.evaluation import run_evaluation
 from rlaifv_nb.feedback import FeedbackOptions, PortionedAsker, run_feedback
 from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.records import (

@@ -115,7 +115,7 @@ def recipe_for(folder, evaluate):
     )
     return replace(
         recipe,
-        prompts={"source": str(folder / "prompts"), "n_per_round": 4},
+        prompts={"source": str(folder / "prompts"), "n_per_round": 4, "n_dev": 1},
         parameters={k: PARAMETERS[k] for k in PARAMETERS if k != "04_reward_pairs"},
     )
 
@@ -508,6 +508,7 @@ def test_guided_decoding_of_photographs_draws_no_curve(tables):
     found = run_cells("07_guided_decoding", prompts=prompts, out=out, n_candidates=2, max_new_tokens=4)
     assert (
         not found["icon_world"]
+        and not found["curves"]
         and not list(Path(out).glob("curve-*"))
         and read_manifest(out)["set_aside"] == {"unreadable picture": 4}
     )

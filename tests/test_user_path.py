@@ -174,7 +174,9 @@ def test_photographs_go_from_the_readme_to_an_honest_report(album):
     manifest = read_manifest(run / "round_1/05_dpo")
     assert manifest["train_pairs"] + manifest["dev_pairs"] == len(pairs) > 10
     page = (run / "report.html").read_text()
-    assert "Nothing was evaluated: whether this helped on these pictures is not known." in page
+    assert re.search(r"<h1>(One picture is|Two pictures are) too few to tell whether this helped", page)
+    assert "own base model" in page and "gave the feedback" in page, "who checks, and what follows from it"
+    assert 'id="before-and-after"' in page and "06_evaluation_claims/table.md" in page
     assert "the plumbing only" in page and "are rejected" in page, (
         "the packaged model knows none of these things, and the page says so"
     )
@@ -219,7 +221,7 @@ def test_fewer_steps_may_be_asked_for(album, capsys):
         == 0
     )
     page = (album / "runs/least/report.html").read_text()
-    assert "Nothing was evaluated" in page and re.search(r"<strong>\d → \d|<strong>\d\.\d+ → \d\.\d+", page)
+    assert "too few to tell" in page and re.search(r"<strong>\d → \d|<strong>\d\.\d+ → \d\.\d+", page)
 
 
 def test_what_cannot_be_enough_is_refused_before_anything_runs(album, capsys):

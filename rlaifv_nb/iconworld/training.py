@@ -535,7 +535,7 @@ def measure_vlm(policy, n_scenes, batch_size=100):
     accuracy of yes/no answers by type.
     """
     from rlaifv_nb.engine.models import open_vlm
-    from rlaifv_nb.evaluation import evaluate_batch, score_cases
+    from rlaifv_nb.benchmarks.iconworld import evaluate_batch, score_cases
 
     vlm = open_vlm(policy)
     cases = []

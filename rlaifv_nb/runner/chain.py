@@ -177,8 +177,8 @@ def content_sha(name, path, round):
     """
     if name == "prompts":
         hashes = read_manifest(path)["rounds"] if (path / "manifest.json").exists() else []
-        return "".join(hashes[round - 1 : round])[:12]
-    files = shard_paths(path, name) or sorted(path.glob(f"{name}-*.jsonl"))
+        return "".join(hashes[max(round - 1, 0) : round or None])[:12]
+    files = shard_paths(path, "prompts" if name == "data" else name) or sorted(path.glob(f"{name}-*.jsonl"))
     if not files:
         files = sorted(p for p in path.rglob("*") if p.is_file())
     if not files:

@@ -35,7 +35,8 @@ _EVALUATE_OPTIONS = (
         "--data",
         str,
         "FOLDER",
-        "where the benchmark's files and its images/ are; missing files are listed with their source",
+        "where the benchmark's files and its images/ are (missing files are listed with their source); for "
+        "claims a prompts table, or pictures and questions of your own",
     ),
     ("--answers", str, "FILE", "score this answer file instead of a model"),
     (
@@ -49,8 +50,13 @@ _EVALUATE_OPTIONS = (
         str,
         "SPEC",
         "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a "
-        "judge",
+        "judge; for claims the labeler, a vision-language model (default: the base model)",
     ),
+    ("--splitter", str, "MODEL", "claims: the language model that divides answers"),
+    ("--splitter-quantisation", str, "HOW", "claims: none or nf4"),
+    ("--judge-quantisation", str, "HOW", "claims: none or nf4"),
+    ("--facts-prompt", str, "FILE", "claims: how the splitter is asked for facts, as in 02_claims"),
+    ("--question-prompt", str, "FILE", "claims: how the splitter is asked for a question"),
     ("--prompt", str, "FILE", "your own prompt for the judge"),
     ("--trust-prompt", str, "FILE", "your own second prompt of refomb"),
     ("--repeats", int, "N", "how often the judge is asked the same question"),
@@ -86,7 +92,7 @@ def _add_evaluation_commands(commands):
         "--bench",
         required=True,
         metavar="NAME",
-        help="iconworld, amber, objhal, mmhal, refomb, ... (an unknown one lists all)",
+        help="iconworld, claims, amber, objhal, mmhal, refomb, ... (an unknown one lists all)",
     )
     for name, kind, shown, text in _EVALUATE_OPTIONS:
         how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": shown}
@@ -110,8 +116,9 @@ def _add_evaluation_commands(commands):
 # %% ../../nbs/runner/07_command.ipynb #433a1062
 def _command_evaluate(args):
     "Measures, prints the tables, and compares with another evaluation if one is named."
-    from rlaifv_nb.benchmarks.evaluate import Request, evaluation_text, run_evaluate, write_comparison
+    from rlaifv_nb.benchmarks.evaluate import Request, write_comparison
     from rlaifv_nb.benchmarks.judges import JudgeError
+    from rlaifv_nb.evaluation import evaluate, evaluation_text
 
     settings = {k: v for k, v in vars(args).items() if k in Request.__dataclass_fields__}
     request = Request(**settings)
@@ -121,7 +128,7 @@ def _command_evaluate(args):
     try:
         if args.compare:
             read_manifest(args.compare)
-        run_evaluate(out, **settings)
+        evaluate(out, **settings)
         print(evaluation_text(out))
         if args.compare:
             print(write_comparison(args.compare, out))

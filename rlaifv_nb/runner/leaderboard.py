@@ -35,6 +35,8 @@ class Entry:
 def set_of(manifest):
     "Which items were measured, as text."
     p, inputs = manifest["parameters"], manifest["inputs"]
+    if p.get("bench") == "claims":
+        return f"prompts {inputs['prompts'][:8]}, {p['limit'] or 'all'} of those kept from training"
     if manifest["stage"] == "evaluation":
         return f"{p['n_scenes']:,} scenes of the split {p['split']}, seed {p['seed']}"
     if "questions" in inputs:
@@ -49,7 +51,7 @@ def read_entries(folder):
     if manifest["stage"] == "evaluation":
         above = (
             json.loads(run.read_text(encoding="utf-8"))
-            if run.exists() and folder.name == "06_evaluation"
+            if run.exists() and folder.name.startswith("06_evaluation")
             else {}
         )
         made = {
@@ -72,7 +74,7 @@ def read_entries(folder):
     }
     above = (
         f"{folder.parent.name}: "
-        if manifest["stage"] == "evaluation" and folder.name == "06_evaluation"
+        if manifest["stage"] == "evaluation" and folder.name.startswith("06_evaluation")
         else ""
     )
     return [
@@ -96,8 +98,11 @@ def find_entries(folder):
     for started in sorted(Path(folder).rglob("started.json")):
         here = started.parent
         try:
-            if json.loads(started.read_text(encoding="utf-8"))["stage"] not in ("evaluate", "evaluation"):
+            plan = json.loads(started.read_text(encoding="utf-8"))
+            if plan["stage"] not in ("evaluate", "evaluation"):
                 continue
+            if plan["stage"] == "evaluation" and plan["parameters"].get("bench", "claims") != "claims":
+                continue  # a published benchmark of several models, each in a folder of its own
             if not (here / "manifest.json").exists():
                 raise ValueError("not finished: there is no manifest.json")
             entries += read_entries(here)
@@ -108,7 +113,7 @@ def find_entries(folder):
 # %% ../../nbs/runner/06_leaderboard.ipynb #c4a9945a
 SHOWN = {
     "POPE": ("accuracy", "precision", "recall", "F1", "yes ratio"),
-    "": ("response", "mention", "any_claim", "cover", "accuracy", "F1"),
+    "": ("rejected", "with rejected", "response", "mention", "any_claim", "cover", "accuracy", "F1"),
 }
 LESS_IS_BETTER = {
     "CHAIR",
@@ -125,6 +130,10 @@ LESS_IS_BETTER = {
     "number",
     "relation",
     "unread",
+    "rejected",
+    "with rejected",
+    "rejected per answer",
+    "abstained",
     "response over all",
     "failed",
 }

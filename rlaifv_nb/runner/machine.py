@@ -35,6 +35,9 @@ def wanted_models(steps: list[Step]) -> list[WantedModel]:
         if step.notebook in MODEL_KEYS:
             name = step.parameters[MODEL_KEYS[step.notebook]]
             wanted.append(WantedModel(str(name), step.notebook != "02_claims"))
+        if step.round == 0 and step.parameters.get("splitter"):
+            wanted.append(WantedModel(str(step.parameters["splitter"]), False))
+            wanted.append(WantedModel(str(step.parameters["judge"]), True))
     return list(dict.fromkeys(wanted))
 
 # %% ../../nbs/runner/02_machine.ipynb #ac40000a

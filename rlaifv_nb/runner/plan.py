@@ -10,16 +10,16 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'nearest_card', 'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen',
            'upright_size', 'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of',
            'within', 'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens',
-           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'Planned', 'Launches',
-           'step_launches', 'step_floor', 'Decoder', 'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent',
-           'seconds_of', 'decoding_steps', 'mean_answer', 'answer_steps', 'batch_words', 'refills', 'sampling_memory',
-           'sampling_load', 'instruction_tokens', 'Asking', 'askings_of', 'rows_of_texts', 'claims_memory',
-           'claims_load', 'feedback_memory', 'questions_load', 'feedback_load', 'dpo_memory', 'features_bytes',
-           'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load', 'guided_candidates', 'guided_memory',
-           'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes', 'written', 'free_bytes', 'disk_problem',
-           'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by', 'about_stage', 'shown_time',
-           'milder_to_stronger', 'advise', 'fits_with', 'plan_recipe', 'speeds_of', 'fit_of', 'plan_table',
-           'disk_lines', 'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
+           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'n_items',
+           'benchmark_parameters', 'Planned', 'Launches', 'step_launches', 'step_floor', 'Decoder', 'decoder_of',
+           'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'decoding_steps', 'mean_answer', 'answer_steps',
+           'batch_words', 'refills', 'sampling_memory', 'sampling_load', 'instruction_tokens', 'Asking', 'askings_of',
+           'rows_of_texts', 'claims_memory', 'claims_load', 'feedback_memory', 'questions_load', 'feedback_load',
+           'dpo_memory', 'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load',
+           'guided_candidates', 'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes',
+           'written', 'free_bytes', 'disk_problem', 'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by',
+           'about_stage', 'shown_time', 'milder_to_stronger', 'advise', 'fits_with', 'plan_recipe', 'speeds_of',
+           'fit_of', 'plan_table', 'disk_lines', 'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
 
 # %% ../../nbs/runner/03_plan.ipynb #a11e33af
 import inspect
@@ -37,10 +37,12 @@ from PIL import ExifTags, Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..benchmarks.tables import open_questions
 from ..engine import dryrun as dry
 from ..engine.caches import picture_features
 from ..engine.models import ask_with, pinned, prompt_inputs
 from ..engine.prefix import ROWS, generate_texts, grow, read, read_prompts, rows_for
+from ..evaluation import OWN, OWN_OF_OTHERS
 from ..exchange.inputs import HUB, input_kind, read_input
 from ..records import Prompt, read_table, resolve_path
 from .machine import SMALL_FILES
@@ -49,6 +51,7 @@ from rlaifv_nb.runner.recipes import (
     MODEL_KEYS,
     OPTION_KEYS,
     RecipeError,
+    Step,
     parameter_defaults,
     plan_run,
     prompts_per_round,
@@ -498,6 +501,8 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
 
     With them what other stages say that matters to it, and the number of `times` that it runs."""
     steps = [step for step in plan_run(recipe) if step.notebook in MODEL_KEYS]
+    others = [step for step in steps if step.parameters.get("bench", "iconworld") != "iconworld"]
+    steps = [step for step in steps if step not in others]
     found = {}
     for step in steps:
         defaults = parameter_defaults(Path(notebooks) / f"{step.notebook}.ipynb")
@@ -511,7 +516,57 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
         "lora_rank": found["05_dpo"]["lora_rank"],
     }
     times = {name: sum(step.notebook == name for step in steps) for name in found}
-    return {name: shared | {"times": times[name]} | p for name, p in found.items()}
+    planned = {name: shared | {"times": times[name]} | p for name, p in found.items()}
+    for step in others:
+        planned |= benchmark_parameters(recipe, step, planned, notebooks)
+    return planned
+
+
+def n_items(recipe, step: Step) -> int:
+    "How many prompts, or a published benchmark's questions, a step of 06_evaluation asks each model."
+    limit = step.parameters.get("limit", 0)
+    if step.parameters["bench"] == "claims":
+        n = recipe.rounds * recipe.prompts.get("n_dev", 0) or prompts_per_round(recipe)
+        return min(n, limit) if limit else n
+    return len(open_questions(step.parameters["bench"], step.parameters["data"], limit))
+
+
+def benchmark_parameters(recipe, step: Step, planned: dict, notebooks: Path) -> dict:
+    """The parts of a benchmark as stages of their `kind`: the answers of all models, and for `claims` their division and
+    the verdicts. `keys` says what a part's parameters are called in 06_evaluation."""
+    defaults = parameter_defaults(Path(notebooks) / "06_evaluation.ipynb")
+    p = defaults | step.parameters
+    for name, value in zip(("max_new_tokens", "batch_size"), OWN.get(p["bench"], OWN_OF_OTHERS)):
+        p[name] = p[name] or value
+    models = 1 + recipe.rounds
+    common = {"n_per_round": n_items(recipe, step), "answer": p["max_new_tokens"], "dtype": p["dtype"]}
+    names = ("policy", "quantisation", "batch_size", "max_new_tokens", *OPTION_KEYS)
+    own = {name: p[name] for name in names}
+    own |= {"kind": "01_sampling", "n_samples": 1, "times": models, "merge_adapter": False, "refill": False}
+    parts = {f"{step.out}, answers": planned["01_sampling"] | common | own}
+    if p["bench"] != "claims":
+        return parts
+    keys = {
+        "batch_size": "splitter_batch_size",
+        "quantisation": "splitter_quantisation",
+        "splitter": "splitter",
+    }
+    keys |= {"max_new_tokens": "list_tokens"}
+    keys |= {name: name for name in ("facts_prompt", "question_prompt", "questions")}
+    parts[f"{step.out}, claims"] = _part("02_claims", keys, p, models, notebooks) | common
+    keys = {name: f"judge_{name}" for name in ("batch_size", "quantisation", *OPTION_KEYS)} | {
+        "labeler": "judge"
+    }
+    parts[f"{step.out}, verdicts"] = _part("03_feedback", keys, p, models, notebooks) | common
+    shared = {name: planned["01_sampling"][name] for name in ("n_pairs", "lora_rank")}
+    return {name: shared | part for name, part in parts.items()}
+
+
+def _part(kind: str, keys: dict, p: dict, models: int, notebooks: Path) -> dict:
+    "Parameters of a stage that runs inside of 06_evaluation, where they are called as `keys` says."
+    own = {name: p[key] for name, key in keys.items()}
+    defaults = parameter_defaults(Path(notebooks) / f"{kind}.ipynb")
+    return defaults | own | {"kind": kind, "keys": keys, "n_samples": models, "times": 1}
 
 # %% ../../nbs/runner/03_plan.ipynb #d69e5b7c
 @dataclass
@@ -1000,6 +1055,8 @@ def guided_load(s: Planned) -> Load:
     decoder = decoder_of(s.vlm)
     given = bool(p["responses"])
     n = prompts_per_round(s.recipe) if given else 2 * p["n_scenes"]
+    if not given and p["prompts"]:  # both policies, on what is kept from training
+        n = 2 * (p["limit"] or s.recipe.rounds * s.recipe.prompts.get("n_dev", 0))
     each = guided_candidates(s)
     answer = mean_answer(s)
     batch = p["batch_size"]
@@ -1134,6 +1191,9 @@ def open_stage(
     `known` keeps prompts for other stages that ask the same model in the same way.
     Raises RecipeError for a model without a configuration."""
     device = "cuda" if card else "cpu"
+    notebook = p.get("kind", notebook)
+    if "n_per_round" in p:
+        recipe = replace(recipe, prompts=recipe.prompts | {"n_per_round": p["n_per_round"]})
     config, processor, problem = read_model(config_folder(p[MODEL_KEYS[notebook]], configs))
     dtype = p.get("dtype", "auto")
     dtype = ("bfloat16" if card else "float32") if dtype == "auto" else dtype
@@ -1187,9 +1247,9 @@ def plan_stage(
     `speed`: measured tokens per second, all kinds together; `planned`: the stage, if it is open already.
     Raises RecipeError for a model without a configuration."""
     s = planned or open_stage(notebook, p, recipe, card, lengths, configs)
-    memory, load_of = COSTS[notebook]
+    memory, load_of = COSTS[s.notebook]
     load = load_of(s)
-    name = str(p[MODEL_KEYS[notebook]])
+    name = str(p[MODEL_KEYS[s.notebook]])
     work, batch = memory(s)
     kept, meanwhile = written(s)
     n_weights = sum(w.numel() for key, w in s.vlm.model.named_parameters() if "lora_" not in key)
@@ -1278,18 +1338,20 @@ def advise(notebook: str, p: dict, recipe, card: Card, lengths: Lengths, configs
     "Which key to change, and to what, so that the stage fits the card; or that nothing helps."
     for quantised in [{}, {"quantisation": "nf4"}][: 1 + (p["quantisation"] == "none")]:
         stage = open_stage(notebook, p | quantised, recipe, card, lengths, configs)
-        tries = milder_to_stronger(notebook, p, quantised)
-        if fits_with(tries[-1], stage, notebook, card):
-            changed = next(changed for changed in tries if fits_with(changed, stage, notebook, card))
-            keys = [f"{notebook}.{key}={json.dumps(value)}" for key, value in changed.items()]
+        tries = milder_to_stronger(stage.notebook, p, quantised)
+        if fits_with(tries[-1], stage, card):
+            changed = next(changed for changed in tries if fits_with(changed, stage, card))
+            place = "06_evaluation" if "kind" in p else notebook
+            names = {key: p.get("keys", {}).get(key, key) for key in changed}
+            keys = [f"{place}.{names[key]}={json.dumps(value)}" for key, value in changed.items()]
             return "set " + " and ".join(keys)
     return "no setting of this stage fits: choose a smaller model or a larger card"
 
 
-def fits_with(changed: dict, stage, notebook: str, card: Card) -> bool:
+def fits_with(changed: dict, stage: Planned, card: Card) -> bool:
     "Whether an opened stage fits a card with changed parameters."
-    work, batch = COSTS[notebook][0](replace(stage, p=stage.p | changed))
-    plan = StagePlan(notebook, "", dry.weight_bytes(stage.vlm.model), work, batch)
+    work, batch = COSTS[stage.notebook][0](replace(stage, p=stage.p | changed))
+    plan = StagePlan(stage.notebook, "", dry.weight_bytes(stage.vlm.model), work, batch)
     return plan.gib(card) <= card.gib
 
 # %% ../../nbs/runner/03_plan.ipynb #8f4a6342
@@ -1310,7 +1372,7 @@ def plan_recipe(
     lines = [f"pictures: {pictures.about}"]
     for notebook, p in stage_parameters(recipe, notebooks).items():
         planned = open_stage(notebook, p, recipe, card, lengths, configs, pictures, known)
-        speed = (speeds or {}).get(notebook, 0.0)
+        speed = (speeds or {}).get(p.get("kind", notebook), 0.0)
         plan, line = plan_stage(notebook, p, recipe, card, lengths, configs, speed, planned)
         if card and plan.gib(card) > card.gib:
             plan = replace(plan, advice=advise(notebook, p, recipe, card, lengths, configs))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'INPUT_KEYS', 'STAGES', 'OPTION_KEYS', 'DEVICES', 'RECIPE_KEYS', 'MODEL_KEYS',
-           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'require_name',
-           'typed', 'merge', 'changed', 'packaged_recipes', 'inherit', 'load_recipe', 'Step', 'options_of',
-           'chain_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text', 'open_notebook',
-           'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach', 'reach_of',
-           'reach_problem', 'check_amounts', 'plumbing_warning', 'code_sha', 'absolute', 'check_library']
+           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'evaluate_entries',
+           'require_name', 'typed', 'merge', 'changed', 'packaged_recipes', 'inherit', 'load_recipe', 'Step',
+           'options_of', 'chain_parameters', 'labeler_of', 'claims_parameters', 'guided_parameters',
+           'evaluation_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text',
+           'open_notebook', 'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach',
+           'reach_of', 'reach_problem', 'check_amounts', 'plumbing_warning', 'code_sha', 'absolute', 'check_library']
 
 # %% ../../nbs/runner/01_recipes.ipynb #331cc0d2
 import ast
@@ -22,8 +23,11 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from ..benchmarks.claims import HELD_OUT
+from ..benchmarks.tables import BENCHMARKS, open_questions
+from ..evaluation import Evaluation, bench_names, check_evaluation, options_used_by
 from ..exchange.inputs import HUB, INPUT_OPTIONS, count_rows, input_kind
-from ..records import package_folder, sha256_of
+from ..records import Prompt, package_folder, read_table, sha256_of
 
 # %% ../../nbs/runner/01_recipes.ipynb #988ae918
 ROUND_STAGES = ("01_sampling", "02_claims", "03_feedback", "04_pairs", "05_dpo")
@@ -51,6 +55,7 @@ OPTION_KEYS = {"system_prompt": str, "pad_pictures": bool, "max_pixels": int}
 DEVICES = ("auto", "cuda", "cpu")
 # Parameters that may be files or folders.
 _PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt"), "05_dpo": ("cache",)}
+_EVALUATE_PATHS = ("data", "judge", "splitter", "prompt", "trust_prompt", "facts_prompt", "question_prompt")
 
 
 class RecipeError(ValueError):
@@ -98,8 +103,8 @@ WORKING_PARAMETERS = {
     "02_claims": ("batch_size",),
     "03_feedback": ("batch_size", "max_tokens"),
     "05_dpo": ("max_tokens", "cache", "cache_gb", "loader_workers", "min_steps"),
-    "06_evaluation": ("batch_size",),
-    "07_guided_decoding": ("batch_size",),
+    "06_evaluation": ("batch_size", "splitter_batch_size", "judge_batch_size", "max_requests"),
+    "07_guided_decoding": ("batch_size", "splitter_batch_size", "judge_batch_size"),
 }
 
 # %% ../../nbs/runner/01_recipes.ipynb #f3806c6b
@@ -121,6 +126,31 @@ class RecipeLoader(yaml.SafeLoader):
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+# %% ../../nbs/runner/01_recipes.ipynb #e7a1d002
+def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
+    """What `evaluate` lists, as (notebook, folder, options of the benchmark); `06_evaluation` is the icon world.
+
+    Raises RecipeError for an unknown benchmark, an entry without one, and one that appears twice."""
+    names = [*FINAL_STAGES, *bench_names()]
+    found = []
+    for entry in evaluate:
+        options = dict(entry) if isinstance(entry, dict) else {"bench": entry}
+        if "bench" not in options:
+            raise RecipeError(f"{where}, evaluate: {entry!r} names no benchmark; write {{bench: NAME, ...}}")
+        bench = require_name(options["bench"], names, f"{where}, evaluate")
+        if bench == "07_guided_decoding":
+            folder = notebook = bench
+            options.pop("bench")
+        else:
+            notebook = "06_evaluation"
+            options["bench"] = "iconworld" if bench == notebook else bench
+            folder = notebook if options["bench"] == "iconworld" else f"{notebook}_{bench}"
+            folder += "_official" if options.get("mode") == "official" else ""
+        if folder in [other for _, other, _ in found]:
+            raise RecipeError(f"{where}, evaluate: {bench} appears twice")
+        found.append((notebook, folder, options))
+    return found
 
 # %% ../../nbs/runner/01_recipes.ipynb #2ceae54a
 def require_name(name, names, where: str):
@@ -212,7 +242,7 @@ def _localise(raw, folder):
                 raise RecipeError(f"{key}: there is no {done[key]}")
     if isinstance(raw.get("prompts"), dict):
         done["prompts"] = _localise_prompts(raw["prompts"], folder)
-    return _localise_parameters(done, folder)
+    return _localise_parameters(_localise_evaluate(done, folder), folder)
 
 
 def _localise_prompts(prompts, folder):
@@ -246,6 +276,31 @@ def _localise_parameters(raw, folder):
                 raise RecipeError(f"parameters.{notebook}.{name}: there is no file {path}")
         done[notebook] = own | paths
     return raw | {"parameters": done}
+
+
+def _localise_evaluate(raw, folder):
+    "Makes files, folders and models in `evaluate` absolute. Raises RecipeError for one that does not exist."
+    if not isinstance(raw.get("evaluate"), list):
+        return raw
+    entries = []
+    for entry in raw["evaluate"]:
+        if isinstance(entry, dict):
+            entry = entry | _localised_options(entry, folder)
+        entries.append(entry)
+    return raw | {"evaluate": entries}
+
+
+def _localised_options(entry, folder):
+    "The options of an entry of `evaluate` that are paths, absolute."
+    found = {}
+    for key in _EVALUATE_PATHS:
+        value = entry.get(key)
+        is_source = key == "data" and isinstance(value, str) and value and not value.startswith(HUB)
+        if is_source or _is_path(value):
+            found[key] = _resolved(value, folder)
+            if not Path(found[key]).exists():
+                raise RecipeError(f"evaluate: {entry.get('bench')}: {key}: there is no {found[key]}")
+    return found
 
 # %% ../../nbs/runner/01_recipes.ipynb #3340c225
 def _source_of(raw: dict):
@@ -341,8 +396,7 @@ def _make_recipe(raw, where):
     if not 1 <= raw["rounds"] <= _MAX_ROUNDS:
         raise RecipeError(f"{where}: rounds: from 1 to {_MAX_ROUNDS}, not {raw['rounds']}")
     _check_feedback(raw["feedback"], raw["rounds"], where)
-    for notebook in raw["evaluate"]:
-        require_name(notebook, FINAL_STAGES, f"{where}, evaluate")
+    evaluate_entries(raw["evaluate"], where)
     for notebook, parameters in raw["parameters"].items():
         require_name(notebook, STAGES, f"{where}, parameters")
         typed(parameters, dict, f"{where}: parameters.{notebook}")
@@ -491,30 +545,78 @@ def chain_parameters(recipe, notebook, k):
         ),
     }[notebook]
 
+# %% ../../nbs/runner/01_recipes.ipynb #3fb0c667
+def labeler_of(recipe: Recipe) -> str:
+    "The model that judges a recipe's claims, without an adapter."
+    return recipe.policy if recipe.labeler in ("base", "policy") else recipe.labeler
+
+
+def claims_parameters(recipe: Recipe, options: dict) -> dict:
+    """What the benchmark `claims` takes over from the recipe: its prompts, and how its stages divide and judge.
+
+    Nothing about the judge is taken over where `options` name another one."""
+    division = recipe.parameters.get("02_claims", {})
+    names = ("facts_prompt", "question_prompt", "questions")
+    taken = {name: division[name] for name in names if name in division}
+    others = {"quantisation": "splitter_quantisation", "batch_size": "splitter_batch_size"}
+    others |= {"max_new_tokens": "list_tokens"}
+    taken |= {other: division[name] for name, other in others.items() if name in division}
+    taken |= {"data": PurePosixPath("prompts"), "splitter": recipe.splitter, "labeler": labeler_of(recipe)}
+    if options.get("judge", labeler_of(recipe)) == labeler_of(recipe):
+        judging = recipe.parameters.get("03_feedback", {})
+        names = ("quantisation", "batch_size")
+        taken |= {f"judge_{name}": judging[name] for name in names if name in judging}
+        taken |= {f"judge_{name}": value for name, value in options_of(recipe, "labeler").items()}
+        taken |= {name: judging[name] for name in ("abstain_mass",) if name in judging}
+        taken["judge"] = labeler_of(recipe)
+    sampling = recipe.parameters.get("01_sampling", {})
+    names = ("quantisation", "batch_size", "max_new_tokens")
+    return taken | {name: sampling[name] for name in names if name in sampling}
+
+# %% ../../nbs/runner/01_recipes.ipynb #3a2f5b5b
+def guided_parameters(recipe: Recipe) -> dict:
+    "What 07_guided_decoding takes over from a recipe with pictures of its own, which have no known truth."
+    if recipe.prompts["source"] == "iconworld":
+        return {}
+    others = ("data", "labeler", "quantisation", "batch_size", "max_new_tokens")
+    taken = {name: v for name, v in claims_parameters(recipe, {}).items() if name not in others}
+    return taken | {"prompts": PurePosixPath("prompts"), "held_out": True}
+
+
+def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
+    """The parameters of 06_evaluation for one entry of `evaluate`: what the benchmark takes over from the recipe, then
+    those of the recipe's `06_evaluation` that mean something to it, then the entry's own."""
+    bench = options["bench"]
+    taken = claims_parameters(recipe, options) if bench == "claims" else {}
+    given = recipe.parameters.get("06_evaluation", {})
+    taken |= {name: value for name, value in given.items() if name in options_used_by(bench)}
+    return taken | {name: value for name, value in options.items() if (name, value) != ("bench", "iconworld")}
+
 # %% ../../nbs/runner/01_recipes.ipynb #5d97b59b
 def plan_run(recipe):
     """The steps of a run in order: prompts, the stages of each round (five, or four with the reward as
     feedback), and what `evaluate` lists.
     """
 
-    def step(notebook, k, out):
-        return Step(
-            k, notebook, {**recipe.parameters.get(notebook, {}), **chain_parameters(recipe, notebook, k)}, out
-        )
+    def step(notebook, k, out, given):
+        return Step(k, notebook, {**given, **chain_parameters(recipe, notebook, k)}, out)
 
     n_prompts = recipe.rounds * recipe.prompts["n_per_round"]
-    first = Step(0, "prompts", {**recipe.prompts, "seed": recipe.seed, "n_prompts": n_prompts}, "prompts")
-    rounds = [
-        step(notebook, k, f"round_{k}/{notebook}")
-        for k in range(1, recipe.rounds + 1)
-        for notebook in _stages_of(recipe, k)
-    ]
-    return [first, *rounds, *(step(notebook, 0, notebook) for notebook in recipe.evaluate)]
+    steps = [Step(0, "prompts", {**recipe.prompts, "seed": recipe.seed, "n_prompts": n_prompts}, "prompts")]
+    for k in range(1, recipe.rounds + 1):
+        for notebook in _stages_of(recipe, k):
+            steps.append(step(notebook, k, f"round_{k}/{notebook}", recipe.parameters.get(notebook, {})))
+    for notebook, folder, options in evaluate_entries(recipe.evaluate, recipe.where):
+        given = guided_parameters(recipe) | recipe.parameters.get(notebook, {})
+        if notebook == "06_evaluation":
+            given = evaluation_parameters(recipe, options)
+        steps.append(step(notebook, 0, folder, given))
+    return steps
 
 # %% ../../nbs/runner/01_recipes.ipynb #4e5e26ac
 def restart_option(step):
     "The command line option that makes this step again."
-    return f"--from {step.notebook}" + (f" --round {step.round}" if step.round else "")
+    return f"--from {step.notebook} --round {step.round}" if step.round else f"--from {step.out}"
 
 # %% ../../nbs/runner/01_recipes.ipynb #f02e4960
 def first_remade(steps, notebook, round):
@@ -525,7 +627,10 @@ def first_remade(steps, notebook, round):
     """
     if not notebook:
         return len(steps)
-    require_name(notebook, list(dict.fromkeys(s.notebook for s in steps)), "--from")
+    finals = {s.out: i for i, s in enumerate(steps) if s.round == 0}  # benchmarks go by their folders
+    require_name(notebook, list(dict.fromkeys([*(s.notebook for s in steps), *finals])), "--from")
+    if notebook in finals and not round:
+        return finals[notebook]
     places = [i for i, s in enumerate(steps) if s.notebook == notebook]
     of_round = [i for i in places if steps[i].round == round]
     if not of_round and round == 0:
@@ -563,6 +668,10 @@ def recipe_text(recipe, run):
     values["prompts"] = recipe.prompts | {
         key: stored(recipe.prompts[key], run) for key in ("source", "images") if key in recipe.prompts
     }
+    values["evaluate"] = [
+        {k: stored(v, run) for k, v in entry.items()} if isinstance(entry, dict) else entry
+        for entry in recipe.evaluate
+    ]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=150)
 
 # %% ../../nbs/runner/01_recipes.ipynb #a1ee609e
@@ -621,8 +730,9 @@ def check_recipe(recipe, notebooks):
             _refuse_chain_keys(name, kinds, own, where)
             require_name(name, [kind for kind in kinds if kind not in own], where)
             checked.setdefault(notebook, {})[name] = typed(value, kinds[name], f"{where}.{name}")
+    recipe = replace(recipe, parameters=checked)
     variants = {name: check_recipe(variant, notebooks) for name, variant in recipe.variants.items()}
-    return replace(recipe, parameters=checked, variants=variants)
+    return replace(recipe, evaluate=_check_evaluate(recipe, notebooks), variants=variants)
 
 
 def _chain_keys(recipe, notebook):
@@ -645,6 +755,38 @@ def _refuse_chain_keys(name, kinds, own, where):
     elif name not in own:
         return
     raise RecipeError(f"{where}: {name!r} is set by the chain itself, from {keys} outside of `parameters`")
+
+# %% ../../nbs/runner/01_recipes.ipynb #75b46ddc
+def _check_evaluate(recipe: Recipe, notebooks: Path) -> list:
+    "The list `evaluate` with typed options. Raises RecipeError for options that a benchmark cannot obey."
+    where = f"{recipe.where}, evaluate"
+    entries = []
+    found = evaluate_entries(recipe.evaluate, recipe.where)
+    for entry, (notebook, _, options) in zip(recipe.evaluate, found, strict=True):
+        kinds = notebook_parameters(Path(notebooks) / f"{notebook}.ipynb")
+        own = ["out", *chain_parameters(recipe, notebook, 0)]
+        typed_options = {}
+        for name, value in options.items():
+            if name in own:
+                raise RecipeError(
+                    f"{where}: {name!r} is set by the chain itself, from the keys outside of `evaluate`"
+                )
+            free = [kind for kind in kinds if kind not in own]
+            typed_options[name] = typed(value, kinds[require_name(name, free, where)], f"{where}: {name}")
+        if notebook == "06_evaluation":
+            _check_evaluation(recipe, typed_options, where)
+        entries.append(typed_options if isinstance(entry, dict) else entry)
+    return entries
+
+
+def _check_evaluation(recipe: Recipe, options: dict, where: str) -> None:
+    "Raises RecipeError for an evaluation that has no meaning, before anything runs."
+    given = evaluation_parameters(recipe, options) | chain_parameters(recipe, "06_evaluation", 0)
+    given = {name: str(v) if isinstance(v, PurePosixPath) else v for name, v in given.items()}
+    try:
+        check_evaluation(Evaluation(**given | {"adapters": ""}))
+    except ValueError as e:
+        raise RecipeError(f"{where}: {e}") from e
 
 # %% ../../nbs/runner/01_recipes.ipynb #e4c0a002
 def parameter_defaults(path: Path) -> dict:
@@ -763,6 +905,37 @@ def _rows_problem(recipe: Recipe) -> str:
         return f"prompts.n_dev: {kept}, {source} has {rows}: at most {rows - 1}"
     return ""
 
+# %% ../../nbs/runner/01_recipes.ipynb #b64374cb
+def _held_out_problem(recipe: Recipe) -> str:
+    "What is missing for the benchmark `claims`, which asks the prompts that are kept from training; else empty."
+    entries = evaluate_entries(recipe.evaluate, recipe.where)
+    source = recipe.prompts["source"]
+    asked = []
+    for notebook, _, options in entries:
+        guided = notebook == "07_guided_decoding" and source != "iconworld"
+        if guided or (options.get("bench") == "claims" and "data" not in options):
+            asked.append(notebook if guided else "claims")
+    if not asked or recipe.prompts.get("n_dev"):
+        return ""
+    if not source.startswith(HUB) and source != "iconworld" and input_kind(source) == "prompts":
+        if any(row.split in HELD_OUT for row in read_table(source, "prompts", Prompt)):
+            return ""
+    return (
+        f"evaluate: {asked[0]} asks prompts that are kept from training, and this recipe keeps none: set "
+        "prompts.n_dev (for example `n_dev: 2` of twelve), or give it `data` of its own"
+    )
+
+
+def _files_problem(recipe: Recipe) -> str:
+    "Which files of a benchmark that the recipe evaluates on are missing, and where they come from; else empty."
+    for _, _, options in evaluate_entries(recipe.evaluate, recipe.where):
+        if options.get("bench") in BENCHMARKS:
+            try:
+                open_questions(options["bench"], options["data"], options.get("limit", 0))
+            except (FileNotFoundError, ValueError) as e:
+                return f"evaluate: {e}"
+    return ""
+
 # %% ../../nbs/runner/01_recipes.ipynb #3bdfb687
 def check_amounts(recipe: Recipe, notebooks: Path):
     """Raises RecipeError when a recipe's numbers do not fit, naming those that do: more prompts than its
@@ -773,6 +946,7 @@ def check_amounts(recipe: Recipe, notebooks: Path):
         reach = reach_of(recipe, k, notebooks)
         if reach and not problem:
             problem = reach_problem(reach)
+    problem = problem or _held_out_problem(recipe) or _files_problem(recipe)
     if problem:
         raise RecipeError(f"{recipe.where}: {problem}")
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rlaifv_nb.benchmarks.iconworld import Case, read_cases
 from rlaifv_nb.claims import run_claims
 from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
-from rlaifv_nb.evaluation import Case, read_cases, run_evaluation
+from rlaifv_nb.evaluation import run_evaluation
 from rlaifv_nb.feedback import run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, reward_of, run_guided_decoding
 from rlaifv_nb.records import (
