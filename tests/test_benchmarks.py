@@ -1,4 +1,4 @@
-"""Benchmarks on the icon world: answer files written wrong on purpose score what counting by hand says; and intervals keep their promise."""
+"""Answer files written wrong on purpose score what counting by hand says; intervals keep their promise."""
 
 import json
 from statistics import NormalDist
@@ -40,7 +40,8 @@ from rlaifv_nb.iconworld.world import OBJECTS, make_scene
 SCENES = [make_scene("dev", i) for i in range(3)]
 # Scene 0: chair, clock, door, cat. Scene 1: lamp, clock, bed. Scene 2: plane, sun, umbrella, star.
 CAPTIONS = [
-    "There are two black chairs and a dog. The dog sits by a clock.",  # 4 mentions, 2 of an absent dog; 2 of 4 objects covered
+    # 4 mentions, 2 of an absent dog; 2 of 4 objects covered
+    "There are two black chairs and a dog. The dog sits by a clock.",
     "A lamp, two clocks and three beds.",  # 3 mentions, all right; 3 of 3 covered
     "How lovely.",
 ]  # nothing; 0 of 4 covered
