@@ -1,4 +1,4 @@
-"""Benchmarks on the icon world: answer files written wrong on purpose score what counting by hand says; and intervals keep their promise."""
+"""Answer files written wrong on purpose score what counting by hand says; intervals keep their promise."""
 
 import json
 from statistics import NormalDist
@@ -34,13 +34,14 @@ from rlaifv_nb.benchmarks.pope import count_pope_answers, pope_figures
 from rlaifv_nb.benchmarks.protocol import read_json_rows, require_ids
 from rlaifv_nb.benchmarks.reading import simple_lemmas
 from rlaifv_nb.benchmarks.refomb import count_preferences, preference_figures, read_preference
-from rlaifv_nb.benchmarks.tables import compare_published, read_published
+from rlaifv_nb.benchmarks.tables import BENCHMARKS, PARTS, compare_published, read_published
 from rlaifv_nb.iconworld.world import OBJECTS, make_scene
 
 SCENES = [make_scene("dev", i) for i in range(3)]
 # Scene 0: chair, clock, door, cat. Scene 1: lamp, clock, bed. Scene 2: plane, sun, umbrella, star.
 CAPTIONS = [
-    "There are two black chairs and a dog. The dog sits by a clock.",  # 4 mentions, 2 of an absent dog; 2 of 4 objects covered
+    # 4 mentions, 2 of an absent dog; 2 of 4 objects covered
+    "There are two black chairs and a dog. The dog sits by a clock.",
     "A lamp, two clocks and three beds.",  # 3 mentions, all right; 3 of 3 covered
     "How lovely.",
 ]  # nothing; 0 of 4 covered
@@ -344,3 +345,19 @@ def test_published_figures_are_told_apart_by_version():
         and "arXiv v1" in table
         and "retired" in table
     )
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=list(BENCHMARKS))
+def test_a_benchmark_has_all_that_it_promises(benchmark):
+    asks = benchmark.read_questions is not None
+    assert asks == bool(benchmark.files) == bool(benchmark.answer_file) == (benchmark.answer_row is not None)
+    assert benchmark.judge or not benchmark.options
+    scores = benchmark.count or benchmark.judge or benchmark.read_reviews
+    assert bool(scores) == bool(benchmark.parts), "parts without anything that counts them, or the reverse"
+    published = {row["benchmark"] for row in read_published()}
+    for part in benchmark.parts:
+        assert PARTS[part.name] == part, "two parts with one name"
+        assert set(part.rate) | set(part.published) <= set(benchmark.modes)
+        assert not part.published or part.benchmark in published
+    if benchmark.needs_judge("clean"):
+        assert benchmark.needs_judge("official")

@@ -1,6 +1,7 @@
-"""The same answer files give the same figures, to the last digit, as the official scripts gave (tests/data/parity, made by make_fixtures.py).
+"""The same answer files give the same figures, to the last digit, as the official scripts gave.
 
-The answer files come from seeds (parity_cases.py); NLTK and spaCy are replaced by the same simple rules on both sides."""
+Those are in tests/data/parity, made by make_fixtures.py. The answer files come from seeds (parity_cases.py);
+NLTK and spaCy are replaced by the same simple rules on both sides."""
 
 import json
 import math
@@ -58,7 +59,7 @@ def fixture(name):
 
 
 def official_data(*path):
-    "A file of the official repositories' data, looked for in folders `shared/official` beside or above the checkout."
+    "A file of the official repositories, from a folder `shared/official` beside or above the checkout."
     for folder in HERE.parents:
         if (found := folder.joinpath("shared", "official", *path)).exists():
             return found

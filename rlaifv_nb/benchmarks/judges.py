@@ -118,7 +118,8 @@ class Budget:
         "Counts one request that is about to be sent. Raises BudgetSpent when none is left."
         with self.lock:
             for unit in ("requests", "tokens"):
-                used, limit = getattr(self, unit), getattr(self, f"max_{unit}")
+                used = getattr(self, unit)
+                limit = getattr(self, f"max_{unit}")
                 if limit and used >= limit:
                     raise BudgetSpent(f"the budget of {limit} {unit} is spent")
             self.requests += 1
@@ -260,14 +261,17 @@ def read_reply(body):
     Raises ValueError for what the protocol does not have."""
     try:
         row = json.loads(body)
-        choice, usage = row["choices"][0], row.get("usage") or {}
-        text, reason = choice["message"]["content"], choice.get("finish_reason")
+        choice = row["choices"][0]
+        text = choice["message"]["content"]
+        reason = str(choice.get("finish_reason"))
+        usage = row.get("usage") or {}
+        tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
         version = " ".join(str(row[k]) for k in ("model", "system_fingerprint") if row.get(k))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         raise ValueError(f"no answer in {body[:200]!r} ({type(e).__name__}: {e})") from e
     if not (text is None or isinstance(text, str)):
         raise ValueError(f"the content is not a string in {body[:200]!r}")
-    return Reply(text or "", str(reason), version, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    return Reply(text or "", reason, version, *tokens)
 
 
 def retry_after(value, longest=300):
@@ -336,7 +340,8 @@ def _endpoint_replies(prompts, post, concurrency, budget):
     """Yields answers as they come, up to `concurrency` requests at a time.
 
     After a failure nothing new is sent; what is under way is still yielded."""
-    stop, failures = threading.Event(), []
+    stop = threading.Event()
+    failures = []
 
     def answer(position, prompt):
         found = None

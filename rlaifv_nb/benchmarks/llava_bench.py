@@ -63,7 +63,8 @@ def count_points(reviews: list[dict]) -> dict:
     `reviews` are rows with `category` and `tuple`. Raises ValueError naming a row without them."""
     counts = {}
     for number, row in enumerate(reviews, 1):
-        points, category = row.get("tuple"), row.get("category")
+        points = row.get("tuple")
+        category = row.get("category")
         is_pair = isinstance(points, list) and len(points) == 2
         if not (is_pair and all(isinstance(p, int | float) for p in points) and isinstance(category, str)):
             found = f"category {category!r} and tuple {points!r}"
@@ -92,8 +93,8 @@ def point_figures(sums: dict, mode: str = "clean") -> dict:
         else:
             figures[category] = 100 * row["model"] / row["reference"]
     if mode == "clean":
-        failed, n = rows["all"]["failed"], rows["all"]["n"]
-        figures["failed"] = 100 * failed / (failed + n)
+        failed = rows["all"]["failed"]
+        figures["failed"] = 100 * failed / (failed + rows["all"]["n"])
     return figures
 
 # %% ../../nbs/benchmarks/13_llava_bench.ipynb #da26e554

@@ -128,9 +128,7 @@ class Part:
     name: str
     figures: Callable  # (summed counts, mode) -> {figure: value}
     n_items: int  # of the published set; a smaller one is not set beside published figures
-    rate: dict = field(
-        default_factory=dict
-    )  # by which two models are usually compared: {mode: (figure, factor)}
+    rate: dict = field(default_factory=dict)  # {mode: (figure that models are compared by, factor)}
     published: dict = field(default_factory=dict)  # {mode: {figure: (its name in published.json, factor)}}
     published_as: str = ""  # the benchmark's name in published.json, where it is not the part's
 

@@ -122,7 +122,8 @@ def preference_figures(sums: dict, mode: str = "clean") -> dict:
     The clean mode adds unread and, where both orders were judged, consistent and first. For trust, count
     the texts of the hallucination summaries and read `win` as trust."""
     check_mode(mode)
-    total, per_type = Counter(), {}
+    total = Counter()
+    per_type = {}
     for (type, name), value in sums.items():
         total[name] += value
         per_type.setdefault(type, Counter())[name] += value

@@ -257,7 +257,8 @@ def published_tables(
             for name, (published, factor) in PARTS[m.part].published.get(mode, {}).items():
                 if f"{m.part}: {name}" in found:
                     own[published] = tuple(factor * v for v in found[f"{m.part}: {name}"])
-        n, n_published = len(parts[0].counts), PARTS[parts[0].part].n_items
+        n = len(parts[0].counts)
+        n_published = PARTS[parts[0].part].n_items
         if own and n != n_published:
             sizes = f"which are of {n_published:,} items, these of {n:,}"
             blocks.append(f"**{benchmark}**: not set beside published figures, {sizes}.")
