@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from .intervals import compare_models, ratio_interval, sum_counts
-from ..claims import read_templates, run_claims
-from ..feedback import plain_path_note, run_feedback
+from ..claims import ClaimsOptions, read_templates, run_claims
+from ..feedback import FeedbackOptions, plain_path_note, run_feedback
 from rlaifv_nb.records import (
     Claim,
     Prompt,
@@ -448,16 +448,14 @@ def divide_answers(out: Path, folder: str | Path, options: ClaimCheckOptions, op
 
     how = {name: opened[name] for name in ("dtype", "attention", "device") if name in opened}
     llm = open_llm(options.splitter, quantisation=options.splitter_quantisation, **how)
-    run_claims(
-        folder,
-        out / "answers",
-        out / "claims",
-        llm,
+    division = ClaimsOptions(
         questions=options.questions,
         max_new_tokens=options.list_tokens,
         batch_size=options.splitter_batch_size,
-        templates=read_templates(options.facts_prompt, options.question_prompt),
+        facts_prompt=options.facts_prompt,
+        question_prompt=options.question_prompt,
     )
+    run_claims(folder, out / "answers", out / "claims", llm, options=division)
 
 
 def check_answers(
@@ -468,15 +466,8 @@ def check_answers(
 
     how = {name: opened[name] for name in ("dtype", "attention", "device") if name in opened}
     vlm = open_vlm(judge, quantisation=options.judge_quantisation, **how, **options.judge_asked)
-    run_feedback(
-        folder,
-        out / "answers",
-        out / "claims",
-        out / "feedback",
-        vlm,
-        abstain_mass=options.abstain_mass,
-        batch_size=min(options.judge_batch_size, 64),
-    )
+    judging = FeedbackOptions(abstain_mass=options.abstain_mass, batch_size=min(options.judge_batch_size, 64))
+    run_feedback(folder, out / "answers", out / "claims", out / "feedback", vlm, options=judging)
 
 # %% ../../nbs/benchmarks/16_claims.ipynb #3bf99dba
 def run_claims_benchmark(
