@@ -6,9 +6,9 @@
 __all__ = ['YES_NO_SUFFIX', 'Prompt', 'Response', 'Claim', 'Verdict', 'Candidate', 'Pair', 'RefLogp', 'Score', 'Choice',
            'sha256_of', 'prompt_id_of', 'response_id_of', 'claim_id_of', 'seed_of', 'write_text', 'write_json',
            'write_rows', 'read_rows', 'shard_paths', 'read_table', 'write_table', 'table_sha', 'package_folder',
-           'resolve_path', 'require_one_of', 'require_in_range', 'option', 'StageOptions', 'is_out_of_memory',
-           'free_memory', 'HalvingWork', 'SetAside', 'StageFolder', 'read_manifest', 'changed_keys', 'peak_memory_gib',
-           'library_versions']
+           'resolve_path', 'git_commit', 'require_one_of', 'require_in_range', 'option', 'StageOptions',
+           'is_out_of_memory', 'free_memory', 'HalvingWork', 'SetAside', 'StageFolder', 'read_manifest', 'changed_keys',
+           'peak_memory_gib', 'library_versions']
 
 # %% ../nbs/00_records.ipynb #e25a3d76
 import errno
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -260,6 +261,23 @@ def resolve_path(name):
             f"{', '.join(sorted('packaged:' + p.name for p in path.parent.glob('*')))}"
         )
     return str(path)
+
+# %% ../nbs/00_records.ipynb #e4dbf531
+def git_commit():
+    """The commit of the checkout that this library runs from, `+` when files have changed since; empty for an
+    installed package.
+    """
+
+    def git(*args):
+        return subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 # %% ../nbs/00_records.ipynb #5f0d1a02
 def require_one_of(value, allowed, name: str):

@@ -1,4 +1,4 @@
-"""Claims that a labeler rejects, before and after: figures by hand, the whole with packaged models, the door."""
+"""Claims that a labeler rejects, before and after: figures by hand, a whole evaluation, the door."""
 
 import dataclasses
 import json
@@ -170,8 +170,8 @@ def test_the_labeler_is_named_with_what_follows_from_who_it_is():
     assert "own base model" in own and "feedback" not in own and "judge: MODEL" in own
     teacher = " ".join(labeler_caveats("org/a", "org/b", "org/a"))
     assert "gave the feedback" in teacher and "own base" not in teacher
-    assert "/home/someone/model" not in " ".join(
-        labeler_caveats("/home/someone/model", "/home/someone/model", "")
+    assert "/models/of-someone/model" not in " ".join(
+        labeler_caveats("/models/of-someone/model", "/models/of-someone/model", "")
     )
 
 
@@ -250,7 +250,7 @@ def test_the_whole_agrees_with_its_own_tables(finished):
 
 
 def test_the_same_bytes_again_and_stopped_anywhere(finished, prompts, tmp_path, monkeypatch):
-    """Stopped after the first shard of the second model, and after the claims, it ends with the same bytes."""
+    """Stopped within the second model's answers, and after the claims, it ends with the same bytes."""
     out = tmp_path / "stopped"
     answer = claims.answer_prompts
     seen = []

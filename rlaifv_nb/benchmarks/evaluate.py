@@ -41,6 +41,7 @@ from rlaifv_nb.benchmarks.tables import (
 )
 from rlaifv_nb.records import (
     StageFolder,
+    git_commit,
     read_manifest,
     resolve_path,
     sha256_of,
@@ -314,8 +315,6 @@ def finish_evaluation(
     generated: dict,  # the manifest of the answers, if they were made here
 ) -> None:
     "Writes counts, scores, tables and the manifest."
-    from rlaifv_nb.runner.chain import git_commit
-
     scores = measure_scores(r.label, measured, r.mode, r.protocol, r.seed)
     write_counts(stage.path, measured)
     write_table(stage.path, "scores", scores)

@@ -534,8 +534,8 @@ def measure_vlm(policy, n_scenes, batch_size=100):
     """Figures of the vision-language model on test scenes in percent, by name: hallucination (greedy) and
     accuracy of yes/no answers by type.
     """
-    from rlaifv_nb.engine.models import open_vlm
     from rlaifv_nb.benchmarks.iconworld import evaluate_batch, score_cases
+    from rlaifv_nb.engine.models import open_vlm
 
     vlm = open_vlm(policy)
     cases = []

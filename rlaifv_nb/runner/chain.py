@@ -6,7 +6,7 @@
 __all__ = ['LIBRARY', 'EXAMPLE', 'ALLOCATOR_VARIABLES', 'prepare_prompts', 'StepError', 'content_sha', 'step_record', 'is_done',
            'heading_level', 'is_example', 'is_program', 'is_run_cell', 'program_of', 'kernel_environment',
            'environment_for_kernels', 'Progress', 'kernel_settings', 'papermill_parameters', 'execute_notebook',
-           'run_step', 'describe_rows', 'run_lock', 'git_commit', 'run_manifest', 'end_round', 'run_chain']
+           'run_step', 'describe_rows', 'run_lock', 'run_manifest', 'end_round', 'run_chain']
 
 # %% ../../nbs/runner/05_chain.ipynb #ba85bf9a
 import fcntl
@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -40,6 +39,7 @@ from rlaifv_nb.exchange.inputs import (
 from rlaifv_nb.records import (
     StageFolder,
     changed_keys,
+    git_commit,
     library_versions,
     read_manifest,
     sha256_of,
@@ -555,23 +555,6 @@ def run_lock(run):
         except OSError as e:
             raise StepError(f"another chain is running in {run}") from e
         yield
-
-# %% ../../nbs/runner/05_chain.ipynb #ae2b7d1d
-def git_commit():
-    """The commit of the checkout that this library runs from, `+` when files have changed since; empty for an
-    installed package.
-    """
-
-    def git(*args):
-        return subprocess.run(
-            ["git", *args], cwd=LIBRARY, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 # %% ../../nbs/runner/05_chain.ipynb #071b9b1b
 def run_manifest(recipe, steps, run):

@@ -10,16 +10,17 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'nearest_card', 'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen',
            'upright_size', 'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of',
            'within', 'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens',
-           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'n_items',
-           'benchmark_parameters', 'Planned', 'Launches', 'step_launches', 'step_floor', 'Decoder', 'decoder_of',
-           'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'decoding_steps', 'mean_answer', 'answer_steps',
-           'batch_words', 'refills', 'sampling_memory', 'sampling_load', 'instruction_tokens', 'Asking', 'askings_of',
-           'rows_of_texts', 'claims_memory', 'claims_load', 'feedback_memory', 'questions_load', 'feedback_load',
-           'dpo_memory', 'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory', 'evaluation_load',
-           'guided_candidates', 'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes', 'adapter_bytes',
-           'written', 'free_bytes', 'disk_problem', 'StagePlan', 'open_stage', 'floor_of', 'plan_stage', 'spent_by',
-           'about_stage', 'shown_time', 'milder_to_stronger', 'advise', 'fits_with', 'plan_recipe', 'speeds_of',
-           'fit_of', 'plan_table', 'disk_lines', 'print_plan', 'time_line', 'missing_bytes', 'run_disk_problem']
+           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'with_own_sizes',
+           'n_items', 'benchmark_parameters', 'Planned', 'Launches', 'step_launches', 'step_floor', 'Decoder',
+           'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'decoding_steps', 'mean_answer',
+           'answer_steps', 'batch_words', 'refills', 'sampling_memory', 'sampling_load', 'instruction_tokens', 'Asking',
+           'askings_of', 'rows_of_texts', 'claims_memory', 'claims_load', 'feedback_memory', 'questions_load',
+           'feedback_load', 'dpo_memory', 'features_bytes', 'cached_share', 'dpo_load', 'evaluation_memory',
+           'evaluation_load', 'guided_candidates', 'guided_memory', 'guided_load', 'cached_bytes', 'download_bytes',
+           'adapter_bytes', 'written', 'free_bytes', 'disk_problem', 'StagePlan', 'open_stage', 'floor_of',
+           'plan_stage', 'spent_by', 'about_stage', 'shown_time', 'milder_to_stronger', 'advise', 'fits_with',
+           'plan_recipe', 'speeds_of', 'fit_of', 'plan_table', 'disk_lines', 'print_plan', 'time_line', 'missing_bytes',
+           'run_disk_problem']
 
 # %% ../../nbs/runner/03_plan.ipynb #a11e33af
 import inspect
@@ -506,7 +507,8 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
     found = {}
     for step in steps:
         defaults = parameter_defaults(Path(notebooks) / f"{step.notebook}.ipynb")
-        found.setdefault(step.notebook, defaults | step.parameters)
+        p = defaults | step.parameters
+        found.setdefault(step.notebook, with_own_sizes(p) if step.notebook == "06_evaluation" else p)
     pairs = parameter_defaults(Path(notebooks) / "04_pairs.ipynb") | recipe.parameters.get("04_pairs", {})
     sampling = found["01_sampling"]
     shared = {
@@ -522,6 +524,15 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
     return planned
 
 
+def with_own_sizes(p: dict) -> dict:
+    "Parameters of 06_evaluation, with the benchmark's own answer length and batch size where none is given."
+    max_new_tokens, batch_size = OWN.get(p["bench"], OWN_OF_OTHERS)
+    return p | {
+        "max_new_tokens": p["max_new_tokens"] or max_new_tokens,
+        "batch_size": p["batch_size"] or batch_size,
+    }
+
+
 def n_items(recipe, step: Step) -> int:
     "How many prompts, or a published benchmark's questions, a step of 06_evaluation asks each model."
     limit = step.parameters.get("limit", 0)
@@ -532,12 +543,10 @@ def n_items(recipe, step: Step) -> int:
 
 
 def benchmark_parameters(recipe, step: Step, planned: dict, notebooks: Path) -> dict:
-    """The parts of a benchmark as stages of their `kind`: the answers of all models, and for `claims` their division and
-    the verdicts. `keys` says what a part's parameters are called in 06_evaluation."""
+    """The parts of a benchmark as stages of their `kind`: the answers of all models, and for `claims` their
+    division and the verdicts. `keys` says what a part's parameters are called in 06_evaluation."""
     defaults = parameter_defaults(Path(notebooks) / "06_evaluation.ipynb")
-    p = defaults | step.parameters
-    for name, value in zip(("max_new_tokens", "batch_size"), OWN.get(p["bench"], OWN_OF_OTHERS)):
-        p[name] = p[name] or value
+    p = with_own_sizes(defaults | step.parameters)
     models = 1 + recipe.rounds
     common = {"n_per_round": n_items(recipe, step), "answer": p["max_new_tokens"], "dtype": p["dtype"]}
     names = ("policy", "quantisation", "batch_size", "max_new_tokens", *OPTION_KEYS)

@@ -23,9 +23,6 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from ..benchmarks.claims import HELD_OUT
-from ..benchmarks.tables import BENCHMARKS, open_questions
-from ..evaluation import Evaluation, bench_names, check_evaluation, options_used_by
 from ..exchange.inputs import HUB, INPUT_OPTIONS, count_rows, input_kind
 from ..records import Prompt, package_folder, read_table, sha256_of
 
@@ -129,16 +126,19 @@ RecipeLoader.add_implicit_resolver(
 
 # %% ../../nbs/runner/01_recipes.ipynb #e7a1d002
 def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
-    """What `evaluate` lists, as (notebook, folder, options of the benchmark); `06_evaluation` is the icon world.
+    """What `evaluate` lists, as (notebook, folder, options of the benchmark); `06_evaluation` is the icon
+    world.
 
-    Raises RecipeError for an unknown benchmark, an entry without one, and one that appears twice."""
-    names = [*FINAL_STAGES, *bench_names()]
+    Raises RecipeError for an unknown benchmark, an entry without one, and one that appears twice.
+    """
     found = []
     for entry in evaluate:
         options = dict(entry) if isinstance(entry, dict) else {"bench": entry}
         if "bench" not in options:
             raise RecipeError(f"{where}, evaluate: {entry!r} names no benchmark; write {{bench: NAME, ...}}")
-        bench = require_name(options["bench"], names, f"{where}, evaluate")
+        bench = options["bench"]
+        if bench not in (*FINAL_STAGES, "iconworld", "claims"):
+            _require_benchmark(bench, where)
         if bench == "07_guided_decoding":
             folder = notebook = bench
             options.pop("bench")
@@ -151,6 +151,13 @@ def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
             raise RecipeError(f"{where}, evaluate: {bench} appears twice")
         found.append((notebook, folder, options))
     return found
+
+
+def _require_benchmark(bench, where):
+    "Raises RecipeError unless there is a benchmark of this name. The list is imported only when needed."
+    from rlaifv_nb.benchmarks.tables import bench_names
+
+    require_name(bench, [*FINAL_STAGES, *bench_names()], f"{where}, evaluate")
 
 # %% ../../nbs/runner/01_recipes.ipynb #2ceae54a
 def require_name(name, names, where: str):
@@ -552,7 +559,7 @@ def labeler_of(recipe: Recipe) -> str:
 
 
 def claims_parameters(recipe: Recipe, options: dict) -> dict:
-    """What the benchmark `claims` takes over from the recipe: its prompts, and how its stages divide and judge.
+    """What the benchmark `claims` takes over from the recipe: prompts, and how its stages divide and judge.
 
     Nothing about the judge is taken over where `options` name another one."""
     division = recipe.parameters.get("02_claims", {})
@@ -584,8 +591,10 @@ def guided_parameters(recipe: Recipe) -> dict:
 
 
 def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
-    """The parameters of 06_evaluation for one entry of `evaluate`: what the benchmark takes over from the recipe, then
-    those of the recipe's `06_evaluation` that mean something to it, then the entry's own."""
+    """The parameters of 06_evaluation for one entry of `evaluate`: what the benchmark takes over from the
+    recipe, then those of the recipe's `06_evaluation` that mean something to it, then the entry's own."""
+    from rlaifv_nb.evaluation import options_used_by
+
     bench = options["bench"]
     taken = claims_parameters(recipe, options) if bench == "claims" else {}
     given = recipe.parameters.get("06_evaluation", {})
@@ -781,6 +790,8 @@ def _check_evaluate(recipe: Recipe, notebooks: Path) -> list:
 
 def _check_evaluation(recipe: Recipe, options: dict, where: str) -> None:
     "Raises RecipeError for an evaluation that has no meaning, before anything runs."
+    from rlaifv_nb.evaluation import Evaluation, check_evaluation
+
     given = evaluation_parameters(recipe, options) | chain_parameters(recipe, "06_evaluation", 0)
     given = {name: str(v) if isinstance(v, PurePosixPath) else v for name, v in given.items()}
     try:
@@ -907,7 +918,9 @@ def _rows_problem(recipe: Recipe) -> str:
 
 # %% ../../nbs/runner/01_recipes.ipynb #b64374cb
 def _held_out_problem(recipe: Recipe) -> str:
-    "What is missing for the benchmark `claims`, which asks the prompts that are kept from training; else empty."
+    "What is missing for evaluations that ask the prompts kept from training; empty if nothing."
+    from rlaifv_nb.benchmarks.claims import HELD_OUT
+
     entries = evaluate_entries(recipe.evaluate, recipe.where)
     source = recipe.prompts["source"]
     asked = []
@@ -927,7 +940,9 @@ def _held_out_problem(recipe: Recipe) -> str:
 
 
 def _files_problem(recipe: Recipe) -> str:
-    "Which files of a benchmark that the recipe evaluates on are missing, and where they come from; else empty."
+    "Which files of a benchmark are missing, and where they come from; empty if none."
+    from rlaifv_nb.benchmarks.tables import BENCHMARKS, open_questions
+
     for _, _, options in evaluate_entries(recipe.evaluate, recipe.where):
         if options.get("bench") in BENCHMARKS:
             try:

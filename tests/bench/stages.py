@@ -41,7 +41,7 @@ def options_class(stage):
 
 
 def asked(stage, **options):
-    "The keyword arguments that ask a stage of this checkout for these options: one object, or each by its name."
+    "Keyword arguments that ask a stage of this checkout for these options: one object, or each by its name."
     made = options_class(stage)
     if made:
         return {"options": made(**options)}
