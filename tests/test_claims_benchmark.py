@@ -170,8 +170,8 @@ def test_the_labeler_is_named_with_what_follows_from_who_it_is():
     assert "own base model" in own and "feedback" not in own and "judge: MODEL" in own
     teacher = " ".join(labeler_caveats("org/a", "org/b", "org/a"))
     assert "gave the feedback" in teacher and "own base" not in teacher
-    assert "/home/someone/model" not in " ".join(
-        labeler_caveats("/home/someone/model", "/home/someone/model", "")
+    assert "/models/mine/model" not in " ".join(
+        labeler_caveats("/models/mine/model", "/models/mine/model", "")
     )
 
 

@@ -29,8 +29,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from ..benchmarks.claims import HELD_OUT
-from ..benchmarks.tables import BENCHMARKS, open_questions
-from ..evaluation import Evaluation, bench_names, check_evaluation, options_used_by
+from ..benchmarks.tables import BENCHMARKS, bench_names, open_questions
 from ..exchange.inputs import HUB, INPUT_OPTIONS, count_rows, input_kind
 from ..records import Prompt, package_folder, read_table, sha256_of
 
@@ -520,6 +519,8 @@ def guided_parameters(recipe: Recipe) -> dict:
 def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
     """The parameters of 06_evaluation for one entry of `evaluate`: what the benchmark takes over from the recipe, then
     those of the recipe's `06_evaluation` that mean something to it, then the entry's own."""
+    from rlaifv_nb.evaluation import options_used_by
+
     bench = options["bench"]
     taken = claims_parameters(recipe, options) if bench == "claims" else {}
     given = recipe.parameters.get("06_evaluation", {})
@@ -692,6 +693,8 @@ def check_evaluate(recipe: Recipe, notebooks: Path) -> list:
 
 def check_options(recipe: Recipe, options: dict, where: str) -> None:
     "Raises RecipeError for an evaluation that has no meaning, before anything runs."
+    from rlaifv_nb.evaluation import Evaluation, check_evaluation
+
     given = evaluation_parameters(recipe, options) | chain_parameters(recipe, "06_evaluation", 0)
     given = {name: str(v) if isinstance(v, PurePosixPath) else v for name, v in given.items()}
     try:
