@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'OWN', 'OWN_OF_OTHERS', 'Evaluation', 'parse_adapters', 'options_used_by', 'with_own_sizes', 'claims_options',
-           'check_evaluation', 'prompts_folder', 'request_of', 'run_published', 'run_evaluation', 'evaluation_settings',
+           'request_of', 'check_evaluation', 'prompts_folder', 'run_published', 'run_evaluation', 'evaluation_settings',
            'evaluate', 'score_table', 'evaluation_text', 'Shown', 'icon_claims', 'shown_icons', 'rejections',
            'shared_by_prompt', 'shown_claims', 'shown_text']
 
@@ -143,6 +143,13 @@ def claims_options(e: Evaluation) -> ClaimsOptions:
     return ClaimsOptions(**{f.name: getattr(e, f.name) for f in fields(ClaimsOptions)})
 
 
+def request_of(e: Evaluation, name: str, adapter: str) -> Request:
+    "The `Request` that evaluates one of the models."
+    taken = {f.name for f in fields(Request)} & options_used_by(e.bench)
+    given = {field: getattr(e, field) for field in taken}
+    return Request(model=e.policy, adapter=adapter, name=name, **given)
+
+
 def check_evaluation(e: Evaluation) -> None:
     "Raises ValueError for an unknown benchmark, and for options that it has no use for or cannot obey."
     used = options_used_by(e.bench)
@@ -176,14 +183,7 @@ def prompts_folder(data: str, out: str | Path) -> str | Path:
         write_table(made, "prompts", [replace(row, split="test") for row in rows])
     return made
 
-# %% ../nbs/06_evaluation.ipynb #543bea7a
-def request_of(e: Evaluation, name: str, adapter: str) -> Request:
-    "The `Request` that evaluates one of the models."
-    taken = {f.name for f in fields(Request)} & options_used_by(e.bench)
-    given = {field: getattr(e, field) for field in taken}
-    return Request(model=e.policy, adapter=adapter, name=name, **given)
-
-
+# %% ../nbs/06_evaluation.ipynb #1f436836
 def run_published(out: str | Path, e: Evaluation) -> StageFolder:
     "Every model on a published benchmark, in folders of their names; scores, comparisons, the manifest."
     from rlaifv_nb.engine.models import folder_sha, model_folder
