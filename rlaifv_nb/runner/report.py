@@ -27,7 +27,6 @@ import yaml
 
 from ..benchmarks.claims import MEASURES as CLAIM_MEASURES
 from ..benchmarks.claims import AnswerCase, Difference, in_words
-from ..evaluation import shared_by_prompt
 from rlaifv_nb.records import (
     Claim,
     Pair,
@@ -613,7 +612,9 @@ def answer_part(case: AnswerCase) -> tuple[str, str, list]:
 
 
 def show_claims_before_after(run: Path, folder: str, n: int = 3) -> str:
-    "The held-out prompts whose number of rejected claims changed most, as the first and the last model answer them."
+    "The held-out prompts whose number of rejected claims changed most, as first and last model answer them."
+    from rlaifv_nb.evaluation import shared_by_prompt
+
     prompts = {p.prompt_id: p for p in read_table(run / "prompts", "prompts", Prompt)}
     rows = [row for row in shared_by_prompt(run / folder) if row[0].prompt_id in prompts][:n]
     cases = []
