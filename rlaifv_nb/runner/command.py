@@ -146,15 +146,15 @@ def _command_leaderboard(args):
 # %% ../../nbs/runner/07_command.ipynb #9180ec5f
 HELP = """A vision-language model learns from its own checked answers to hallucinate less.
 
-  rlaifv run tiny                    the whole chain in minutes on a CPU, in runs/tiny; run it again to resume
+  rlaifv run tiny                      the whole chain in minutes on a CPU; run it again to resume
   rlaifv run tiny --out runs/soft --set 05_dpo.beta=0.05
-  rlaifv run tiny --from 05_dpo --round 2             delete that step and all later ones, and make them again
-  rlaifv run tiny --rounds 3 --from 06_evaluation     add a third round to the same run
+  rlaifv run tiny --from 05_dpo --round 2              delete that step and all later ones, then redo them
+  rlaifv run tiny --rounds 3 --from 06_evaluation      add a third round to the same run
   rlaifv run ablations                 a recipe with variants: one run each, and a table that compares them
   rlaifv report runs/tiny              write report.html of a run, finished or not
-  rlaifv plan llava15-7b-24gb --gpu 24     memory, tokens, hours and disk before anything is loaded
-  rlaifv import photos --question "Describe the image." --out my_prompts   your own pictures and questions
-  rlaifv export runs/tiny --to merged --out my_model     the trained model, or a run's pairs in public formats
+  rlaifv plan llava15-7b-24gb --gpu 24                 memory, tokens, hours and disk, before loading anything
+  rlaifv import photos --question "What is shown?" --out my_prompts    your own pictures and questions
+  rlaifv export runs/tiny --to merged --out my_model   the trained model, or pairs in public formats
   rlaifv recipes                       list the packaged recipes
   rlaifv evaluate MODEL --adapter FOLDER --bench amber --data FOLDER   measure a model on a benchmark's files
   rlaifv evaluate --answers FILE --bench amber --data FOLDER           measure a file of answers
