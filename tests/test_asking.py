@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_models import CHATML, LLAVA_TEMPLATE, SMOL_TEMPLATE, build_tiny, open_tiny, processor_of
 
-from rlaifv_nb.benchmarks.answers import Question, run_answers
+from rlaifv_nb.benchmarks.answers import run_answers
 from rlaifv_nb.benchmarks.evaluate import Request, check_request
+from rlaifv_nb.benchmarks.protocol import Question
 from rlaifv_nb.engine.caches import picture_features
 from rlaifv_nb.engine.models import (
     answer_ids,

@@ -1,4 +1,6 @@
-"""Benchmarks on the icon world: answer files written wrong on purpose score what counting by hand says; and intervals keep their promise."""
+"""Benchmarks on the icon world: answer files written wrong on purpose score what counting by hand says; and
+intervals keep their promise.
+"""
 
 import json
 from statistics import NormalDist
@@ -8,6 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlaifv_nb.benchmarks.amber import (
+    AmberWords,
+    amber_figures,
+    amber_table,
+    count_amber_answers,
+    count_amber_descriptions,
+    description_figures,
+    read_amber_annotations,
+    read_amber_answers,
+)
+from rlaifv_nb.benchmarks.halbench import coco_words, count_mentions, mention_figures, text_mentions
 from rlaifv_nb.benchmarks.intervals import (
     average_repeats,
     compare_models,
@@ -18,42 +31,19 @@ from rlaifv_nb.benchmarks.intervals import (
     minimum_detectable_difference,
     sum_counts,
 )
-from rlaifv_nb.benchmarks.judgements import (
-    count_preferences,
-    count_ratings,
-    preference_figures,
-    rating_figures,
-    read_preference,
-)
-from rlaifv_nb.benchmarks.objects import (
-    AmberWords,
-    coco_words,
-    count_amber_descriptions,
-    count_mentions,
-    description_figures,
-    mention_figures,
-    simple_lemmas,
-    text_mentions,
-)
-from rlaifv_nb.benchmarks.questions import (
-    amber_figures,
-    amber_table,
-    compare_published,
-    count_amber_answers,
-    count_pope_answers,
-    pope_figures,
-    read_amber_annotations,
-    read_amber_answers,
-    read_json_rows,
-    read_published,
-    require_ids,
-)
+from rlaifv_nb.benchmarks.mmhal import count_ratings, rating_figures
+from rlaifv_nb.benchmarks.pope import count_pope_answers, pope_figures
+from rlaifv_nb.benchmarks.protocol import read_json_rows, require_ids
+from rlaifv_nb.benchmarks.reading import simple_lemmas
+from rlaifv_nb.benchmarks.refomb import count_preferences, preference_figures, read_preference
+from rlaifv_nb.benchmarks.tables import compare_published, read_published
 from rlaifv_nb.iconworld.world import OBJECTS, make_scene
 
 SCENES = [make_scene("dev", i) for i in range(3)]
 # Scene 0: chair, clock, door, cat. Scene 1: lamp, clock, bed. Scene 2: plane, sun, umbrella, star.
 CAPTIONS = [
-    "There are two black chairs and a dog. The dog sits by a clock.",  # 4 mentions, 2 of an absent dog; 2 of 4 objects covered
+    # 4 mentions, 2 of an absent dog; 2 of 4 objects covered
+    "There are two black chairs and a dog. The dog sits by a clock.",
     "A lamp, two clocks and three beds.",  # 3 mentions, all right; 3 of 3 covered
     "How lovely.",
 ]  # nothing; 0 of 4 covered
@@ -338,7 +328,7 @@ def test_wrong_inputs_are_named(work, message):
 
 
 def test_a_row_that_is_no_object_is_named(tmp_path):
-    with pytest.raises(ValueError, match="row 2 is no JSON object but list"):
+    with pytest.raises(ValueError, match="row 2 is not a JSON object but list"):
         read_json_rows(save(tmp_path / "a.json", [{"id": 1}, ["id", 2]]))
 
 

@@ -1,6 +1,9 @@
-"""The same answer files give the same figures, to the last digit, as the official scripts gave (tests/data/parity, made by make_fixtures.py).
+"""The same answer files give the same figures, to the last digit, as the official scripts gave
+(tests/data/parity, made by make_fixtures.py).
 
-The answer files come from seeds (parity_cases.py); NLTK and spaCy are replaced by the same simple rules on both sides."""
+The answer files come from seeds (parity_cases.py); NLTK and spaCy are replaced by the same simple rules on
+both sides.
+"""
 
 import json
 import math
@@ -11,45 +14,40 @@ from pathlib import Path
 import parity_cases as cases
 import pytest
 
-from rlaifv_nb.benchmarks.intervals import sum_counts
-from rlaifv_nb.benchmarks.judgements import (
-    count_points,
-    count_preferences,
-    count_ratings,
-    point_figures,
-    preference_figures,
-    rating_figures,
-    read_preference,
-    read_reviews,
-)
-from rlaifv_nb.benchmarks.objects import (
+from rlaifv_nb.benchmarks.amber import (
     AmberWords,
-    coco_words,
+    amber_figures,
+    count_amber_answers,
     count_amber_descriptions,
-    count_mentions,
     description_figures,
-    mention_figures,
     open_amber_tools,
+    read_amber_annotations,
+    read_amber_answers,
+    read_amber_words,
+)
+from rlaifv_nb.benchmarks.halbench import (
+    coco_words,
+    count_mentions,
+    mention_figures,
     open_halbench_tools,
     parse_object_list,
     phrase_mentions,
-    read_amber_words,
     read_coco_truth,
     read_coco_words,
     read_halbench_answers,
     text_mentions,
 )
-from rlaifv_nb.benchmarks.questions import (
-    always_no,
-    amber_figures,
-    count_amber_answers,
-    count_mmstar_answers,
-    count_pope_answers,
-    mmstar_figures,
-    pope_figures,
-    read_amber_annotations,
-    read_amber_answers,
-    read_pope,
+from rlaifv_nb.benchmarks.intervals import sum_counts
+from rlaifv_nb.benchmarks.llava_bench import count_points, point_figures
+from rlaifv_nb.benchmarks.mmhal import count_ratings, rating_figures
+from rlaifv_nb.benchmarks.mmstar import count_mmstar_answers, mmstar_figures
+from rlaifv_nb.benchmarks.pope import count_pope_answers, pope_figures, read_pope
+from rlaifv_nb.benchmarks.reading import always_no
+from rlaifv_nb.benchmarks.refomb import (
+    count_preferences,
+    preference_figures,
+    read_preference,
+    read_review_file,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +61,9 @@ def fixture(name):
 
 
 def official_data(*path):
-    "A file of the official repositories' data, looked for in folders `shared/official` beside or above the checkout."
+    """A file of the official repositories' data, looked for in folders `shared/official` beside or above the
+    checkout.
+    """
     for folder in HERE.parents:
         if (found := folder.joinpath("shared", "official", *path)).exists():
             return found
@@ -227,7 +227,7 @@ def test_refomb(tmp_path):
                 [{"image": i["id"], "type_name": i["type"], "review": t} for i, t in zip(items, verdicts)]
             )
         )
-        texts, types = read_reviews(tmp_path / "saved.json")
+        texts, types = read_review_file(tmp_path / "saved.json")
         ours = preference_figures(sums_of(count_preferences, texts, types, mode="official"), "official")
         scores = {id: read_preference(t, "official") for id, t in texts.items()}
         for part in ("win", "trust"):
@@ -281,7 +281,7 @@ def test_missing_libraries_say_what_to_install(monkeypatch):
 def test_answer_files_that_official_scripts_would_misread(tmp_path):
     "Rows that the official readers skip, count twice or cut off are errors that name the row."
     (tmp_path / "double.json").write_text('[{"id": 7, "response": "Yes"}, {"id": 7, "response": "No"}]')
-    with pytest.raises(ValueError, match="row 2: id 7 comes twice"):
+    with pytest.raises(ValueError, match="row 2: id 7 appears twice"):
         read_amber_answers(tmp_path / "double.json")
     (tmp_path / "short.json").write_text('{"question": "a", "answer": "yes"}\n')
     (tmp_path / "labels.json").write_text(

@@ -13,16 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from tiny_models import ARCHITECTURES, open_tiny
 
-from rlaifv_nb.benchmarks.answers import (
-    BENCHES,
-    Question,
-    answer_pictures,
-    open_questions,
-    run_answers,
-    write_answer_file,
-)
+from rlaifv_nb.benchmarks.answers import answer_pictures, run_answers
 from rlaifv_nb.benchmarks.evaluate import Request, check_request, compare_folders, run_evaluate
-from rlaifv_nb.benchmarks.measures import read_counts
+from rlaifv_nb.benchmarks.protocol import Question
+from rlaifv_nb.benchmarks.tables import BENCHMARKS, open_questions, read_counts, write_answer_file
 from rlaifv_nb.iconworld.miniature import write_miniature
 from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.records import Score, package_folder, read_manifest, read_table
@@ -360,7 +354,7 @@ def test_a_model_answers_every_format(bench, data, tmp_path):
     "change, says",
     [
         (lambda d: (d / "MMStar.tsv").write_text("index\tquestion\n1\tWhat?\n"), "no columns"),
-        (lambda d: (d / "RefoMB_dev.jsonl").write_text('{"id": 1}\n'), "'question' must be a text"),
+        (lambda d: (d / "RefoMB_dev.jsonl").write_text('{"id": 1}\n'), "'question' must be a string"),
         (
             lambda d: (d / "mmhal-bench_answer_template.json").write_text('[{"image_id": "x"}]'),
             "row 1 has no question",
@@ -369,7 +363,7 @@ def test_a_model_answers_every_format(bench, data, tmp_path):
             lambda d: (d / "obj_halbench_300_with_image.jsonl").write_text(
                 '{"image_id": 1, "question": "Q"}\n' * 2
             ),
-            "comes twice",
+            "appears twice",
         ),
     ],
 )
@@ -381,12 +375,12 @@ def test_bad_question_files_are_named(change, says, tmp_path):
             open_questions(bench, folder)
 
 
-@pytest.mark.parametrize("bench", list(BENCHES))
+@pytest.mark.parametrize("bench", [name for name, b in BENCHMARKS.items() if b.files])
 def test_missing_files_are_named_with_their_origin(bench, tmp_path):
     with pytest.raises(FileNotFoundError) as e:
         open_questions(bench, tmp_path)
     assert all(
-        name in str(e.value) and origin in str(e.value) for name, origin in BENCHES[bench].files.items()
+        name in str(e.value) and origin in str(e.value) for name, origin in BENCHMARKS[bench].files.items()
     )
 
 

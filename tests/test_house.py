@@ -39,11 +39,6 @@ LEVELS = (
 
 # Imports that go up for now, each with the reason. An entry that is no longer needed must be deleted.
 UPWARD = {
-    ("benchmarks.intervals", "evaluation"): "until ratio_interval moves from 06 to the intervals",
-    (
-        "benchmarks.questions",
-        "evaluation",
-    ): "until discriminative and count_answers move from 06 to the intervals",
     ("benchmarks.evaluate", "evaluation"): "until 06 is the door of all evaluation",
     ("benchmarks.evaluate", "runner.chain"): "until 06 is the door of all evaluation",
 }

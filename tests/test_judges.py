@@ -1,4 +1,6 @@
-"""Judges against a real HTTP server on this machine: what it is asked, how often, what is kept, and what a killed run leaves."""
+"""Judges against a real HTTP server on this machine: what it is asked, how often, what is kept, and what a
+killed run leaves.
+"""
 
 import json
 import os

@@ -7,10 +7,15 @@ import random
 
 import pytest
 
-from rlaifv_nb.benchmarks.answers import open_questions
-from rlaifv_nb.benchmarks.measures import PARTS, measure_answers, measure_reviews, measure_scores
-from rlaifv_nb.benchmarks.questions import read_published
-from rlaifv_nb.benchmarks.reviews import read_refomb_items
+from rlaifv_nb.benchmarks.refomb import read_refomb_items
+from rlaifv_nb.benchmarks.tables import (
+    PARTS,
+    measure_answers,
+    measure_reviews,
+    measure_scores,
+    open_questions,
+    read_published,
+)
 from rlaifv_nb.iconworld.miniature import (
     N_LIKELY,
     absent_objects,

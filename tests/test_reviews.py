@@ -1,4 +1,6 @@
-"""Judged benchmarks through a real HTTP server: what counting by hand says, what is asked, what is kept, and what a stopped review leaves."""
+"""Judged benchmarks through a real HTTP server: what counting by hand says, what is asked, what is kept, and
+what a stopped review leaves.
+"""
 
 import json
 import random
@@ -7,29 +9,32 @@ import re
 import pytest
 from judge_server import running_server
 from test_benchmarks_parity import official_data
+from test_evaluate import answer_file, small_data
 
-from rlaifv_nb.benchmarks.fact_review import is_supported, review_facts
+from rlaifv_nb.benchmarks.halbench import coco_words, review_halbench
+from rlaifv_nb.benchmarks.intervals import sum_counts
 from rlaifv_nb.benchmarks.judges import BudgetSpent, open_judge
-from rlaifv_nb.benchmarks.objects import coco_words
-from rlaifv_nb.benchmarks.reviews import (
-    read_llava_bench_items,
-    read_mmhal_answers,
-    read_mmhal_items,
-    read_preference_labels,
+from rlaifv_nb.benchmarks.llava_bench import read_llava_bench_items, review_llava_bench
+from rlaifv_nb.benchmarks.mmhal import read_mmhal_answers, read_mmhal_items, review_mmhal
+from rlaifv_nb.benchmarks.refomb import (
+    is_supported,
     read_refomb_answers,
     read_refomb_items,
-    read_reviews_of,
-    read_template,
-    review_agreement,
-    review_halbench,
-    review_llava_bench,
-    review_mmhal,
+    review_facts,
     review_refomb,
+)
+from rlaifv_nb.benchmarks.reviews import (
+    read_figures,
+    read_preference_labels,
+    read_prompt,
+    read_reviews_of,
+    review_agreement,
     review_table,
 )
+from rlaifv_nb.benchmarks.tables import BENCHMARKS, figures_of
 from rlaifv_nb.claims import parse_facts, read_templates
 from rlaifv_nb.iconworld.world import caption_text, is_true, make_scene, read_claims
-from rlaifv_nb.records import read_manifest
+from rlaifv_nb.records import read_manifest, sha256_of
 
 FACTS = read_templates().facts
 # What the reference and the model say of a picture of a cat and a red ball.
@@ -117,7 +122,7 @@ def test_refomb_by_hand(server, tmp_path):
     }
     assert (
         manifest["inputs"]["prompt: review"]
-        == read_template("packaged:prompts/refomb_review.txt", "question").sha
+        == read_prompt("packaged:prompts/refomb_review.txt", "question").sha
     )
     assert (
         manifest["parameters"]["judge"]["model"] == "echo"
@@ -216,7 +221,10 @@ def test_a_cut_verdict_is_unreadable_in_clean_mode(server, tmp_path):
 
 
 def test_a_stopped_review_goes_on_and_ends_with_the_same_bytes(server, tmp_path):
-    table = lambda name: (tmp_path / name / "reviews-00000.jsonl").read_bytes()
+
+    def table(name):
+        return (tmp_path / name / "reviews-00000.jsonl").read_bytes()
+
     whole = review_refomb(ANSWERS, ITEMS, opened(server, tmp_path / "judge"), tmp_path / "whole")
     before = len(server.requests)
     with pytest.raises(BudgetSpent, match="19 of 30 judgements are missing"):
@@ -239,7 +247,8 @@ def test_a_stopped_review_goes_on_and_ends_with_the_same_bytes(server, tmp_path)
 
 def test_your_own_prompt(server, tmp_path):
     (tmp_path / "mine.txt").write_text(
-        "{description}|{question}\nAnswer of model A:\n{answer_a}\n\nAnswer of model B:\n{answer_b}\n\n{not a place}"
+        "{description}|{question}\nAnswer of model A:\n{answer_a}\n\nAnswer of model B:\n{answer_b}\n\n{not "
+        "a place}"
     )
     tricky = ANSWERS | {0: "{answer_a} [[A]] {description}"}
     review_refomb(
@@ -257,7 +266,8 @@ def test_your_own_prompt(server, tmp_path):
         and [
             {
                 "role": "user",
-                "content": "A cat and a red ball.|What is in picture 0?\nAnswer of model A:\nA cat.\n\nAnswer of model B:\n"
+                "content": "A cat and a red ball.|What is in picture 0?\nAnswer of model A:\nA "
+                "cat.\n\nAnswer of model B:\n"
                 "{answer_a} [[A]] {description}\n\n{not a place}",
             }
         ]
@@ -554,3 +564,52 @@ def test_support(fact, supported):
         )
         == supported
     )
+
+
+def moody(bench):
+    "A judge whose verdicts depend on every letter of the prompt, now and then unreadable."
+
+    def reply(body):
+        text = body["messages"][-1]["content"]
+        n = int(sha256_of(text)[:8], 16)
+        objects = ["dog", "puppy", "cat", "man"]
+        return {
+            "refomb": f"[[{'ABC'[n % 3]}]]",
+            "refomb-facts": "- There is a dog.\n" + "- There is a cat.\n" * (n % 2),
+            "mmhal": f"Rating: {n % 8}",
+            "llava-bench": f"{n % 11 or 'none'} {1 + n // 11 % 10}",
+            "objhal": json.dumps(objects[n % 3 :]) if n % 4 else "none",
+        }[bench]
+
+    return reply
+
+
+def name_in_review(part, name):
+    "How a figure is called in the review of RefoMB, which has two parts with the same figures."
+    if part not in ("RefoMB win", "RefoMB trust"):
+        return name
+    part = part.removeprefix("RefoMB ")
+    return name.replace("win", part) if name.startswith("win") else f"{name}: {part}"
+
+
+JUDGED = [(name, mode) for name, b in BENCHMARKS.items() if b.judge for mode in b.modes]
+
+
+@pytest.mark.parametrize("bench, mode", JUDGED)
+def test_the_counts_of_a_benchmark_have_the_figures_of_its_review(bench, mode, server, tmp_path):
+    "An evaluation keeps counts per item, a review keeps figures: they must be the same numbers."
+    benchmark, data = BENCHMARKS[bench], small_data(tmp_path / "data")
+    server.reply = moody(bench)
+    path = answer_file(bench, data, tmp_path / "answers")
+    judge = opened(server, tmp_path / "judge", temperature=1.0, seed=1)
+    measured = benchmark.judge(
+        data, path, benchmark.open_questions(data), mode, "builtin", judge, tmp_path / "out"
+    )
+    kept, n_figures = read_figures(tmp_path / "out"), 0
+    assert [m.part for m in measured] == [part.name for part in benchmark.parts]
+    for m in measured:
+        for name, value in figures_of(m.part, mode)(sum_counts(m.counts)).items():
+            there = kept[name_in_review(m.part, name)][0]
+            assert value == there or value != value and there != there, (m.part, name)
+            n_figures += 1
+    assert n_figures >= 2

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..benchmarks.measures import PARTS, number
+from ..benchmarks.tables import PARTS, number
 from ..records import Score, read_table, write_text
 from .report import html_table, page, plain, source
 
