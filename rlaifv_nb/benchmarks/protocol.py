@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..records import write_json, write_rows
+from ..records import require_one_of, write_json, write_rows
 
 # %% ../../nbs/benchmarks/02_protocol.ipynb #c13357ed
 MODES = ("official", "clean")
@@ -22,14 +22,12 @@ TOOLS = ("official", "builtin")
 
 def check_mode(mode: str) -> None:
     "Raises ValueError unless the mode is official or clean."
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: choose one of {', '.join(MODES)}")
+    require_one_of(mode, MODES, "mode")
 
 
 def check_tools(tools: str) -> None:
     "Raises ValueError unless the tools are official or builtin."
-    if tools not in TOOLS:
-        raise ValueError(f"tools={tools!r}: choose one of {', '.join(TOOLS)}")
+    require_one_of(tools, TOOLS, "tools")
 
 # %% ../../nbs/benchmarks/02_protocol.ipynb #fe4e9c47
 def read_json_rows(path) -> list[dict]:

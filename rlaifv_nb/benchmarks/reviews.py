@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Template', 'read_prompt', 'text_template', 'Review', 'repeats_of', 'ask_reviews', 'last_reviews', 'by_repeat',
-           'orders_of', 'in_order', 'comparison_tasks', 'review_stage', 'finish_review', 'read_reviews_of',
+           'orders_of', 'as_shown', 'comparison_tasks', 'review_stage', 'finish_review', 'read_reviews_of',
            'read_figures', 'review_table', 'repeat_note', 'read_judge_texts', 'read_preference_labels',
            'review_agreement']
 
@@ -130,7 +130,7 @@ def orders_of(mode: str) -> tuple[str, ...]:
     return ("second",) if mode == "official" else ("second", "first")
 
 
-def in_order(order: str, model: str, reference: str) -> tuple[str, str]:
+def as_shown(order: str, model: str, reference: str) -> tuple[str, str]:
     "The two answers as they are shown."
     return (reference, model) if order == "second" else (model, reference)
 
@@ -246,7 +246,7 @@ def read_judge_texts(path) -> list[str]:
         except (KeyError, IndexError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise ValueError(f"{path}, row {number} holds no judge's text")
+            raise ValueError(f"{path}, row {number} has no judge's text")
         texts.append(text)
     return texts
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'PARTS', 'OWN_BENCHMARKS', 'find_benchmark', 'bench_names', 'open_questions', 'write_answer_file',
-           'measure_answers', 'measure_reviews', 'figures_of', 'n_units', 'certain_end', 'measure_scores', 'number',
-           'detectable', 'part_table', 'measure_table', 'read_published', 'compare_published', 'published_tables',
-           'write_counts', 'read_counts', 'compare_measured', 'comparison_table']
+           'measure_answers', 'measure_reviews', 'figures_of', 'certain_end', 'measure_scores', 'number', 'detectable',
+           'measure_table', 'read_published', 'compare_published', 'published_tables', 'write_counts', 'read_counts',
+           'compare_measured', 'comparison_table']
 
 # %% ../../nbs/benchmarks/15_tables.ipynb #bb4217a8
 import json
@@ -37,7 +37,7 @@ from rlaifv_nb.benchmarks.protocol import (
     read_json_rows,
 )
 from .refomb import REFOMB, REFOMB_FACTS
-from ..records import Score, resolve_path, shard_paths, write_table
+from ..records import Score, require_one_of, resolve_path, shard_paths, write_table
 
 # %% ../../nbs/benchmarks/15_tables.ipynb #6835faa4
 BENCHMARKS: dict[str, Benchmark] = {
@@ -64,9 +64,7 @@ PARTS: dict[str, Part] = {part.name: part for benchmark in BENCHMARKS.values() f
 
 def find_benchmark(name: str) -> Benchmark:
     "The benchmark of this name. Raises ValueError that names all of them."
-    if name not in BENCHMARKS:
-        raise ValueError(f"bench={name!r}: choose one of {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
+    return BENCHMARKS[require_one_of(name, BENCHMARKS, "bench")]
 
 # %% ../../nbs/benchmarks/15_tables.ipynb #e7a1b001
 OWN_BENCHMARKS = ("iconworld", "claims")  # of this project: their notebooks come after this one
@@ -87,7 +85,7 @@ def open_questions(bench: str, folder: str | Path, limit: int = 0) -> list[Quest
 
 
 def write_answer_file(bench: str, questions: list[Question], answers: dict, out: str | Path) -> Path:
-    "The benchmark's own answer file in the folder `out`, from `{question_id: Answer}`; returns its path."
+    "Writes `{question_id: ModelAnswer}` as the benchmark's own answer file in a folder; returns its path."
     texts = {id: answer.text for id, answer in answers.items()}
     return find_benchmark(bench).write_answers(questions, texts, out)
 
@@ -126,7 +124,7 @@ def figures_of(part: str, mode: str) -> Callable:
     return figures
 
 
-def n_units(measured: Measured) -> int:
+def _n_units(measured: Measured) -> int:
     "How many units an interval draws: pictures, if items are grouped by them."
     return len(set(measured.groups.values())) if measured.groups else len(measured.counts)
 
@@ -147,7 +145,7 @@ def measure_scores(
         intervals = figure_intervals(m.counts, figures_of(m.part, mode), m.groups, seed)
         for name, (value, low, high) in intervals.items():
             if name == rate and low == high and factor * value in (0, 100):
-                low, high = certain_end(value, n_units(m), factor)
+                low, high = certain_end(value, _n_units(m), factor)
             metric = f"{m.part}: {name}"
             scores.append(
                 Score(model, metric, float(value), len(m.counts), float(low), float(high), protocol)
@@ -179,10 +177,10 @@ def detectable(measured: Measured, scores: list[Score], mode: str) -> str:
     )
 
 
-def part_table(measured: Measured, scores: list[Score], mode: str) -> str:
+def _part_table(measured: Measured, scores: list[Score], mode: str) -> str:
     "The figures of one part with 95% intervals and, if there are any, those of always answering No."
     blind = figures_of(measured.part, mode)(sum_counts(measured.blind)) if measured.blind else {}
-    about = f" about {n_units(measured)} pictures" if measured.groups else ""
+    about = f" about {_n_units(measured)} pictures" if measured.groups else ""
     lines = [f"**{measured.part}**, {mode} mode, {len(measured.counts)} items{about}", ""]
     lines += ["| figure | value | 95% interval |", "|---|---|---|"]
     if blind:
@@ -203,7 +201,7 @@ def measure_table(measured: list[Measured], scores: list[Score], mode: str) -> s
     "A Markdown table for every part, and what difference it could show."
     blocks = []
     for m in measured:
-        blocks += [part_table(m, scores, mode), detectable(m, scores, mode)]
+        blocks += [_part_table(m, scores, mode), detectable(m, scores, mode)]
     return "\n\n".join(block for block in blocks if block)
 
 # %% ../../nbs/benchmarks/15_tables.ipynb #f385ad49
