@@ -185,7 +185,7 @@ def prompts_folder(data: str, out: str | Path) -> str | Path:
 
 # %% ../nbs/06_evaluation.ipynb #1f436836
 def run_published(out: str | Path, e: Evaluation) -> StageFolder:
-    "Every model on a published benchmark, in folders of their names; scores, comparisons, the manifest."
+    "Every model on a published benchmark, in folders of their names; scores, comparisons, manifest."
     from rlaifv_nb.engine.models import folder_sha, model_folder
 
     out = Path(out)
@@ -268,7 +268,7 @@ def evaluate(
     data: str | Path = "",
     **settings,  # the other fields of `Request`
 ) -> dict:
-    """What `rlaifv evaluate` does: a model, a file of answers or saved reviews on one benchmark; returns the manifest.
+    """What `rlaifv evaluate` does, with a model, a file of answers or saved reviews; returns the manifest.
 
     Raises ValueError for what cannot be asked for, FileNotFoundError that lists a benchmark's missing files with
     their source, JudgeError."""
