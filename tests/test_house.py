@@ -23,18 +23,18 @@ LIBRARY = ROOT / "rlaifv_nb"
 
 # From the ground up: a module imports from its own level (see `test_inside_a_wing`) and from those below.
 # iconworld/03_training is a workshop and not a part of the ground: it makes the packaged models with the
-# engine and
-# the stages, measures them with 06, and nothing imports it.
+# engine and the stages, measures them with 06, and nothing imports it. 06 reads pictures of your own, which
+# is what exchange/01_inputs is for.
 LEVELS = (
     ("records",),
-    ("show",),
     ("engine",),
+    ("show",),
     ("iconworld.world", "iconworld.miniature"),
     ("sampling", "claims", "feedback", "pairs", "reward_pairs", "dpo"),
     ("benchmarks",),
+    ("exchange",),
     ("evaluation", "guided_decoding"),
     ("iconworld.training",),
-    ("exchange",),
     ("runner",),
 )
 
