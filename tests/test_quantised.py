@@ -61,9 +61,9 @@ def relative_error(some, others):
 
 @pytest.mark.parametrize("dtype, limit, each", [("float32", 1e-5, 1e-3), ("bfloat16", 0.02, 0.1)])
 def test_gradients_of_4bit_equal_those_of_dequantised_weights(dtype, limit, each):
-    """Measured on a CPU with AVX512-BF16: relative errors of 0 in float32, and 0.012 in bfloat16, its rounding.
+    """Measured on a CPU with AVX512-BF16: relative errors of 0 in float32 and 0.012 in bfloat16 (rounding).
 
-    Where bitsandbytes may repack the weights it is 1.006 in both, that is, another gradient altogether."""
+    Where bitsandbytes may repack the weights they are 1.006 in both, that is, other gradients altogether."""
     quantised, plain = quantised_and_plain(dtype)
     a, b = lora_gradients(quantised), lora_gradients(plain)
     assert a.keys() == b.keys() and len(a) == 2 * 4 * 7

@@ -364,7 +364,7 @@ def test_responses_to_other_prompts_are_refused():
     [
         ({"feedback": ["reward"]}, "round 1 cannot be reward"),
         ({"feedback": ["claims", "rewards"]}, "feedback: unknown 'rewards'; did you mean reward"),
-        ({"feedback": []}, "one word a round"),
+        ({"feedback": []}, "one word per round"),
         ({"feedback": ["claims"] * 3}, "not 3 for 2 rounds"),
         ({"feedback": "claims"}, "feedback must be a list"),
     ],
