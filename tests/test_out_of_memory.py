@@ -13,7 +13,9 @@ import torch
 from stages import POLICY, SPLITTER
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from rlaifv_nb.benchmarks.answers import ModelAnswer, run_answers
 from rlaifv_nb.benchmarks.iconworld import Case
+from rlaifv_nb.benchmarks.protocol import Question
 from rlaifv_nb.claims import ClaimsOptions, run_claims
 from rlaifv_nb.dpo import DpoOptions, run_dpo
 from rlaifv_nb.engine.models import open_llm, open_vlm
@@ -23,6 +25,7 @@ from rlaifv_nb.guided_decoding import run_guided_decoding
 from rlaifv_nb.records import (
     Candidate,
     Claim,
+    Prompt,
     RefLogp,
     Response,
     Verdict,
@@ -69,12 +72,20 @@ def guide(inputs, out, **sizes):
     run_guided_decoding(inputs / "prompts", out, POLICY, ADAPTER, n_candidates=2, max_new_tokens=60, **sizes)
 
 
+def answer(inputs, out, shard_size, **sizes):
+    rows = read_table(inputs / "prompts", "prompts", Prompt)
+    questions = [Question(row.prompt_id, row.image_path, row.question) for row in rows]
+    pictures = inputs / "prompts"
+    run_answers(questions, pictures, out, open_vlm(POLICY), max_new_tokens=60, shard_size=shard_size, **sizes)
+
+
 # each stage as a function, a batch and a shard that make two shards or more, and its tables
 STAGES = {
     "01_sampling": (sample, 8, 8, {"responses": Response}),
     "02_claims": (divide, 32, 64, {"claims": Claim}),
     "03_feedback": (judge, 8, 8, {"verdicts": Verdict}),
     "06_evaluation": (evaluate, 8, 8, {"cases-0": Case, "cases-1": Case}),
+    "answers to a benchmark": (answer, 8, 8, {"answers": ModelAnswer}),
     "07_guided_decoding": (guide, 8, 8, {"candidates-base": Candidate, "candidates-aligned": Candidate}),
 }
 

@@ -200,11 +200,13 @@ def run_answers(
     batch_size: int = 8,  # pictures at a time
     share: bool = True,  # read each picture once
     adapter_sha: str = "",  # of the model's adapter
+    shard_size: int = 64,  # pictures per shard
 ) -> dict:
     """The stage: a model's answers to questions, as `{question_id: ModelAnswer}`.
 
-    Writes a shard for every `batch_size` pictures, and the manifest. Raises ValueError for settings out of
-    range, or when no picture at all can be read (the folder of pictures is probably missing)."""
+    Writes shards and the manifest. A batch that does not fit into memory is halved; how many pictures go
+    together is not part of what identifies the stage. Raises ValueError for settings out of range, or when no
+    picture at all can be read (the folder of pictures is probably missing)."""
     if min(max_new_tokens, num_beams, batch_size) < 1:
         raise ValueError("need max_new_tokens, num_beams and batch_size of at least 1")
     decoding = "greedy" if num_beams == 1 else f"beam search, {num_beams} beams"
@@ -212,7 +214,6 @@ def run_answers(
     parameters = dict(
         max_new_tokens=max_new_tokens,
         decoding=decoding,
-        batch_size=batch_size,
         sharing=vlm.sharing_problem if share else "off",
         protocol=ANSWERS,
         added=added,
@@ -228,7 +229,7 @@ def run_answers(
         def answer(chunk):
             return _answer_chunk(vlm, chunk, images, max_new_tokens, num_beams, share)
 
-        stage.map("answers", groups.values(), answer, batch_size)
+        used = stage.map("answers", groups.values(), answer, shard_size, min(batch_size, shard_size))
         answers = read_table(out, "answers", ModelAnswer)
         set_aside = stage.set_aside("answers")
         if questions and not answers:
@@ -237,7 +238,8 @@ def run_answers(
                 f"no picture could be read ({first}): put the pictures into {images} and delete {out}"
             )
         cut = sum(a.finish_reason == "length" for a in answers)
-        stage.finish(len(questions), len(answers), ["answers"], set_aside, truncated=cut)
+        fitted = {"asked": batch_size, "used": used}
+        stage.finish(len(questions), len(answers), ["answers"], set_aside, truncated=cut, batch_size=fitted)
     return {a.question_id: a for a in read_table(out, "answers", ModelAnswer)}
 
 # %% ../../nbs/benchmarks/04_answers.ipynb #2d4be284
