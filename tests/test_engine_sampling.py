@@ -1,4 +1,6 @@
-"""01_sampling as a stage: a stream of prompts in shards, refill on = off, the adapter merged in 16 bits, and what the manifest says."""
+"""01_sampling as a stage: prompts streamed in shards, and refill on = off.
+
+Also the adapter merged in 16 bits, and what the manifest says."""
 
 import pytest
 import torch

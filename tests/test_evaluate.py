@@ -281,7 +281,8 @@ def test_halbench_with_and_without_a_judge(data, judge, tmp_path):
     run_evaluate(tmp_path / "rule", "objhal", answers=path, data=data)
     run_evaluate(tmp_path / "judged", "objhal", answers=path, data=data, judge=judge.spec)
     rule, judged = values(tmp_path / "rule"), values(tmp_path / "judged")
-    # dog is everywhere, a man in pictures 0 and 2: cat and man are false of 1, cat of 3; the two-word answer is not asked about
+    # dog is everywhere, a man in pictures 0 and 2: cat and man are false of 1, cat of 3;
+    # the two-word answer is not asked about
     assert (rule["Object HalBench: response"], rule["Object HalBench: mention"]) == (50, 50)
     assert (
         judged["Object HalBench: response"] == pytest.approx(200 / 3)

@@ -1,4 +1,4 @@
-"""Before anything runs: are there enough rows, pairs and steps? And after it: does the report say what is not known?"""
+"""Before a run: are there enough rows, pairs and steps? After it: does the report say what is not known?"""
 
 import base64
 import io
@@ -159,8 +159,8 @@ def test_too_few_steps_are_an_error_before_anything_runs(home, notebooks):
     )
     with pytest.raises(
         RecipeError,
-        match="my.yaml: round 1 can give at most 20 pairs .10 prompts to train on, 2 pairs each., and with epochs=2 and "
-        "batch_size=16 at most 3 steps: too few",
+        match="my.yaml: round 1 can give at most 20 pairs .10 prompts to train on, 2 pairs each., "
+        "and with epochs=2 and batch_size=16 at most 3 steps: too few",
     ):
         check_amounts(own, notebooks)
     check_amounts(replace(own, parameters={"05_dpo": {"batch_size": 4}}), notebooks)
@@ -214,7 +214,9 @@ def test_a_source_of_ones_own_takes_nothing_over_from_another_source(home):
 
 
 def test_a_recipe_that_was_mended_starts_without_further_ado(home, capsys, monkeypatch):
-    """A source that lacks something is found in the first step; what that step has left must not stand in the way of the next try."""
+    """A source that lacks something is found in the first step.
+
+    What that step has left must not stand in the way of the next try."""
     Path("pictures/photo3.jpg").write_bytes(b"")
     Path("my.yaml").write_text(
         yaml.safe_dump(
@@ -268,7 +270,7 @@ def test_the_readmes_recipes_fit_twelve_photographs(home):
 
 @pytest.fixture
 def tables(tmp_path):
-    """Tables about three pictures whose prompts have ids of other people: numbers, spaces, slashes, umlauts, quotes."""
+    """Three pictures whose prompts have ids of other people: numbers, spaces, slashes, umlauts, quotes."""
     ids = ["7", "photo 1/größe-00", 'a-00-01 "<b>&#?']
     prompts = []
     for k, name in enumerate(ids):
@@ -353,7 +355,9 @@ def test_any_prompt_id_is_a_source_and_repeats_are_set_aside(tables):
 
 
 def run_of(tmp_path, manifest=None, **recipe):
-    """A run about one photograph: an answer with three claims, one that was cut off, one that could not be divided; a pair and its training."""
+    """A run about one photograph, up to a pair and its training.
+
+    One answer has three claims, one was cut off, one could not be divided."""
     run = tmp_path / "run"
     write_text(
         run / "recipe.yaml",

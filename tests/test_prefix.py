@@ -1,4 +1,6 @@
-"""Reading a prompt once changes nothing: on = off = the model's own forward and `generate`, over random ragged batches of real architectures."""
+"""Reading a prompt once changes nothing: on = off = the model's own forward and `generate`.
+
+Checked over random ragged batches of real architectures."""
 
 import functools
 
@@ -68,8 +70,10 @@ def next_token_logits(vlm, inputs, branch):
 
 
 def same_answer(a, b, vlm, inputs, seed, temperature, never, rounding=1e-5):
-    """Whether two sampled answers are the same, or part where rounding decides: where the uniform number lies on the
-    edge between both tokens (at temperature 0, where both are equally probable)."""
+    """Whether two sampled answers are the same, or part where rounding decides.
+
+    It decides where the uniform number lies on the edge between both tokens (at temperature 0, where both are
+    equally probable)."""
     if a == b:
         return True
     k = next(k for k, (x, y) in enumerate(zip(a[0] + [vlm.end_id], b[0] + [vlm.end_id])) if x != y)
@@ -174,7 +178,9 @@ def test_greedy_equals_generate(name):
 
 
 def lora_gradients(vlm, rows, layout, checkpointing, budget=None):
-    "Log-probabilities of all rows and gradients of every LoRA matrix for a loss that weighs all tokens differently."
+    """Log-probabilities of all rows, and the gradients of every LoRA matrix.
+
+    The loss weighs all tokens differently."""
     torch.manual_seed(1)
     model = get_peft_model(
         vlm.core, LoraConfig(r=4, target_modules=lora_targets(vlm.core), init_lora_weights=False)
@@ -184,11 +190,14 @@ def lora_gradients(vlm, rows, layout, checkpointing, budget=None):
         model.enable_input_require_grads()
     try:
         logps = [
-            l
+            logp
             for group in (pack_by_budget(rows, budget) if budget else [rows])
-            for l in row_logps(vlm.core, collate_rows(group, layout))
+            for logp in row_logps(vlm.core, collate_rows(group, layout))
         ]
-        sum((l * torch.linspace(1, 2, len(l))).sum() * (k % 3 + 1) for k, l in enumerate(logps)).backward()
+        loss = 0
+        for k, logp in enumerate(logps):
+            loss = loss + (logp * torch.linspace(1, 2, len(logp))).sum() * (k % 3 + 1)
+        loss.backward()
         return torch.cat(logps).detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     finally:
         if checkpointing:
@@ -254,7 +263,9 @@ def test_the_entry_of_a_picture_makes_the_row_of_any_question(name, tmp_path):
             and layout_problem(vlm.core, packed_row(vlm, inputs, [[20, 30], [40]]), layout) == ""
         )
         row = packed_row(vlm, other, [[20, 21, 22], [23]])
-        entry = get_or_compute(cache, [str(scene)], lambda keys: [picture_entry(vlm, inputs)])[0]
+        entry = get_or_compute(cache, [str(scene)], lambda keys, inputs=inputs: [picture_entry(vlm, inputs)])[
+            0
+        ]
         made, positions = question_inputs(vlm, entry, DESCRIBE[1])
         assert all(torch.equal(made[k], other[k]) for k in made) and torch.equal(
             positions, positions_of(vlm.core, other)

@@ -1,4 +1,6 @@
-"""4-bit layers give the gradients of their dequantised weights, also after an evaluation forward (a trap on CPUs with AVX512-BF16)."""
+"""4-bit layers give the gradients of their dequantised weights.
+
+Also after an evaluation forward: a trap on CPUs with AVX512-BF16."""
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ def lora_gradients(vlm):
     with torch.no_grad():
         row_logps(vlm.core, batch)
     vlm.model.train()
-    sum(l.sum() for l in row_logps(vlm.core, batch)).backward()
+    sum(logp.sum() for logp in row_logps(vlm.core, batch)).backward()
     return {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
 
 
@@ -59,8 +61,9 @@ def relative_error(some, others):
 
 @pytest.mark.parametrize("dtype, limit, each", [("float32", 1e-5, 1e-3), ("bfloat16", 0.02, 0.1)])
 def test_gradients_of_4bit_equal_those_of_dequantised_weights(dtype, limit, each):
-    """Measured on a CPU with AVX512-BF16: a relative error of 0 in float32 and of 0.012 in bfloat16, its rounding;
-    1.006 in both where bitsandbytes may repack the weights, that is, another gradient altogether."""
+    """Measured on a CPU with AVX512-BF16: relative errors of 0 in float32 and 0.012 in bfloat16 (rounding).
+
+    Where bitsandbytes may repack the weights they are 1.006 in both, that is, other gradients altogether."""
     quantised, plain = quantised_and_plain(dtype)
     a, b = lora_gradients(quantised), lora_gradients(plain)
     assert a.keys() == b.keys() and len(a) == 2 * 4 * 7
@@ -71,7 +74,9 @@ def test_gradients_of_4bit_equal_those_of_dequantised_weights(dtype, limit, each
 
 
 def test_16_bits_do_not_change_the_direction_of_a_step():
-    """Gradients of bfloat16 and NF4 against those of the same dequantised weights in float32; measured: 0.018."""
+    """Gradients of bfloat16 and NF4 against those of the same dequantised weights in float32.
+
+    Measured: 0.018."""
     half, _ = quantised_and_plain("bfloat16")
     _, whole = quantised_and_plain("float32")
     a, b = lora_gradients(half), lora_gradients(whole)

@@ -1,7 +1,8 @@
-"""From the README alone: a folder of pictures and a file of questions, one recipe, and an adapter that five plain lines load.
+"""From the README alone: pictures, questions, one recipe, and an adapter that five plain lines load.
 
-Drawn scenes stand for pictures wherever the packaged model has to know what it sees; README's own recipe runs on twelve real photographs where
-they are at hand (../shared/official)."""
+The pictures lie in a folder, the questions in a file. Drawn scenes stand for pictures wherever the packaged
+model has to know what it sees; README's own recipe runs on twelve real photographs where they are at hand
+(../shared/official)."""
 
 import contextlib
 import json
@@ -25,7 +26,9 @@ FIVE_LINES = re.compile(r"```python\n(from peft import PeftModel\n.*?)```", re.D
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """What a person brings: pictures as JPEG, questions, a recipe that makes tiny smaller. And what `rlaifv run` makes of it."""
+    """What a person brings, and what `rlaifv run` makes of it.
+
+    They bring pictures as JPEG, questions, and a recipe that makes tiny smaller."""
     home = tmp_path_factory.mktemp("home")
     (home / "pictures").mkdir()
     for i in range(14):
@@ -110,9 +113,11 @@ def test_the_cards_five_lines_load_the_adapter(home):
 
 def test_the_readme_shows_the_same_five_lines(home):
     """Only the names of base and adapter differ."""
-    plain = lambda text: re.sub(
-        r'from_pretrained\((model, )?"[^"]*"\).*', r"from_pretrained(\1...)", FIVE_LINES.search(text)[1]
-    )
+
+    def plain(text):
+        named = r'from_pretrained\((model, )?"[^"]*"\).*'
+        return re.sub(named, r"from_pretrained(\1...)", FIVE_LINES.search(text)[1])
+
     assert plain((ROOT / "README.md").read_text()) == plain(
         (home / "runs/mine/round_1/05_dpo/adapter/README.md").read_text()
     )
@@ -143,8 +148,9 @@ def readme_recipe(name):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """Twelve real photographs in a folder with a name of its own, questions and README's recipe for the packaged model; and what `rlaifv run` makes of it,
-    started from another folder."""
+    """Twelve real photographs, questions, and what `rlaifv run` makes of them, started from another folder.
+
+    The pictures' folder has a name of its own, and the recipe is README's for the packaged model."""
     found = sorted(PHOTOGRAPHS.rglob("*.jpg"))[::5]
     if len(found) < 12:
         pytest.skip("needs the photographs of ../shared/official/rlaifv/images beside the checkout")
@@ -209,8 +215,8 @@ def test_too_few_pairs_are_an_error_before_training(album, capsys):
 def test_no_pair_at_all_says_why(album, capsys):
     assert remade(album, "none", "04_pairs.min_difference=1000") == 2
     assert re.search(
-        r"04_pairs failed: .*no pair is left of 120 answers to 12 prompts.* differ by less than min_difference=1000, at most by \d+: lower "
-        r"04_pairs.min_difference",
+        r"04_pairs failed: .*no pair is left of 120 answers to 12 prompts.* "
+        r"differ by less than min_difference=1000, at most by \d+: lower 04_pairs.min_difference",
         capsys.readouterr().err,
     )
 
