@@ -1,4 +1,5 @@
-"""The seven stages on a handful of icon scenes, each as one call; run as a script so that a test can kill it."""
+"""The seven stages on a handful of icon scenes, each as one call; run as a script so that a test can kill
+it."""
 
 import sys
 from functools import partial

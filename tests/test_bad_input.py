@@ -1,4 +1,5 @@
-"""Bad input gets one clear message that names the row or the key; the rest of the work goes on, and nothing done is lost."""
+"""Bad input gets one clear message that names the row or the key; the rest of the work goes on, and
+nothing done is lost."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Reading what language models really write: lists of facts in all their shapes, questions, and prompt files."""
+"""Reading what language models really write: lists of facts in all their shapes, questions, and prompt
+files."""
 
 import json
 import re

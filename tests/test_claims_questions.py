@@ -160,7 +160,7 @@ def test_the_order_of_rule_splitter_and_statement(questions, by, prompts):
     assert [len(p) for p in asked] == [prompts] * bool(prompts), (
         "each distinct fact once, and only where the splitter is needed"
     )
-    for fact, (question, made_by, problem) in known.items():
+    for fact, (question, made_by, _) in known.items():
         assert (
             question == statement_question(fact)
             if made_by == BY_STATEMENT

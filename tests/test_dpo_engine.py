@@ -1,4 +1,5 @@
-"""Layouts and caches change how fast 05_dpo is and nothing else; a cache never answers for another model, adapter or text."""
+"""Layouts and caches change how fast 05_dpo is and nothing else; a cache never answers for another model,
+adapter or text."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Rows and slots that are refilled, blocks that grow, one instruction for all texts: on = off, on every architecture, in every dtype, and when memory runs out."""
+"""Rows and slots that are refilled, blocks that grow, one instruction for all texts: on = off, on every
+architecture, in every dtype, and when memory runs out."""
 
 import functools
 from contextlib import contextmanager
@@ -148,7 +149,8 @@ def test_never_more_prompts_alive_than_asked_and_read_when_their_turn_comes():
 
 @contextmanager
 def memory_for(vlm, limit):
-    "A language model that runs out of memory with more than `limit` tokens at a time; yields how often it did."
+    """A language model that runs out of memory with more than `limit` tokens at a time; yields how often it
+    did."""
     often = []
 
     def check(module, args, kwargs):

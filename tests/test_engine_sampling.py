@@ -1,4 +1,5 @@
-"""01_sampling as a stage: a stream of prompts in shards, refill on = off, the adapter merged in 16 bits, and what the manifest says."""
+"""01_sampling as a stage: a stream of prompts in shards, refill on = off, the adapter merged in 16 bits,
+and what the manifest says."""
 
 import pytest
 import torch

@@ -172,13 +172,15 @@ def test_every_comparison_and_every_prompt_is_counted_once(rows, least):
         (
             [("p", None), ("p", 0.0), ("q", None)],
             1.0,
-            "No prompt has two usable answers .*1 no usable answer, 1 one usable answer.* 01_sampling.n_samples",
+            "No prompt has two usable answers .*1 no usable answer, 1 one usable answer.* "
+            "01_sampling.n_samples",
         ),
         ([("p", -1.0), ("p", -1.0)], 1.0, "All 1 comparisons .* equal scores"),
         (
             [("p", 0.2), ("p", 0.6), ("p", 0.6)],
             1.0,
-            "Of 3 comparisons .* 1 are of equal scores and 2 differ by less than min_difference=1, at most by 0.4: lower",
+            "Of 3 comparisons .* 1 are of equal scores and 2 differ by less than min_difference=1, at most "
+            "by 0.4: lower",
         ),
     ],
 )
@@ -201,8 +203,8 @@ def test_warnings_name_what_will_not_teach():
     assert few.startswith("Only 1 of 4 prompts have a pair (of the others: 3 equal scores)")
     many, _ = P.pair_warnings(8, aside, compared, pairs, pairs, 0.02)
     assert (
-        "3 of 8 answers (38%) have no score: 3 truncated. Likely reason: they reach the token limit: raise 01_sampling.max_new_tokens"
-        in many
+        "3 of 8 answers (38%) have no score: 3 truncated. Likely reason: they reach the token limit: raise "
+        "01_sampling.max_new_tokens" in many
     )
     all_with = compared | {"prompts": compared["prompts"] | {"in": 1}}
     assert P.pair_warnings(20, aside, all_with, pairs, pairs, 0.02) == []
@@ -285,7 +287,10 @@ def test_extremes_differ_most_and_use_no_response_twice(scored, k, rng):
     rows, _ = P.candidate_pairs(
         responses, {r.response_id: float(score) for r, (_, score) in zip(responses, scored)}
     )
-    gap = lambda p: p.chosen_score - p.rejected_score
+
+    def gap(p):
+        return p.chosen_score - p.rejected_score
+
     sampled, spare = P.sample_pairs(rows, k, 0, 1, "extremes")
     assert sorted(p.pair_id for p in sampled + spare) == sorted(p.pair_id for p in rows)
     for prompt_id in {p.prompt_id for p in rows}:
@@ -328,9 +333,13 @@ def test_balance_reaches_tolerance_on_both_sides(rows, n_spare, tolerance, rng):
 @quick
 @given(st.lists(st.tuples(st.integers(8, 14), st.integers(8, 12)), min_size=1, max_size=7))
 def test_drops_are_few(rows):
-    """Tiny tables are the hard case: the last drop may tip the balance over. Even there at most two drops more than the best choice."""
+    """Tiny tables are the hard case: the last drop may tip the balance over. Even there at most two drops
+    more than the best choice."""
     rows = [pair(i, c, r) for i, (c, r) in enumerate(rows)]
-    balanced = lambda kept: abs(P.length_gap(kept)) <= 0.1
+
+    def balanced(kept):
+        return abs(P.length_gap(kept)) <= 0.1
+
     best = next(
         n for n in range(len(rows) + 1) if any(balanced(c) for c in combinations(rows, len(rows) - n))
     )
@@ -455,7 +464,8 @@ def test_run_without_any_difference_is_refused_with_a_remedy(stage):
     write_table(stage / "verdicts", "verdicts", [replace(v, label="abstain") for v in verdicts])
     with pytest.raises(
         ValueError,
-        match="no pair is left of 30 answers to 6 prompts.* All 36 comparisons .* are of equal scores.*01_sampling.n_samples",
+        match="no pair is left of 30 answers to 6 prompts.* All 36 comparisons .* are of equal scores"
+        ".*01_sampling.n_samples",
     ):
         run(stage)
     assert (
@@ -545,5 +555,6 @@ def test_import_is_light():
     """Neither torch nor `datasets` is needed to make pairs."""
     import subprocess
 
-    code = "import sys, rlaifv_nb.pairs; sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    heavy = "{'torch', 'datasets', 'transformers'}"
+    code = f"import sys, rlaifv_nb.pairs; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

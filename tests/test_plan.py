@@ -1,4 +1,5 @@
-"""`rlaifv plan`: what it says of memory is what torch's allocator counts, packaged recipes fit their cards, and what cannot fit is refused."""
+"""`rlaifv plan`: what it says of memory is what torch's allocator counts, packaged recipes fit their
+cards, and what cannot fit is refused."""
 
 import dataclasses
 import subprocess
@@ -246,7 +247,8 @@ def test_the_library_imports_without_cuda():
     names = sorted(".".join(("rlaifv_nb", *module.parts)) for module in modules)
     code = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-        "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & set(sys.modules)"
+        "import torch\nassert not torch.cuda.is_initialized() and not {'flash_attn', 'triton', 'pycuda'} & "
+        "set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

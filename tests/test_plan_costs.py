@@ -1,8 +1,8 @@
-"""What `rlaifv plan` says besides memory, each rule with numbers that can be worked out by hand: cards, pictures, hours, disk, and that recipes fit."""
+"""What `rlaifv plan` says besides memory, each rule with numbers that can be worked out by hand: cards,
+pictures, hours, disk, and that recipes fit."""
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from full_size_configs import FULL_SIZE, write_configs

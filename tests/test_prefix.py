@@ -1,4 +1,5 @@
-"""Reading a prompt once changes nothing: on = off = the model's own forward and `generate`, over random ragged batches of real architectures."""
+"""Reading a prompt once changes nothing: on = off = the model's own forward and `generate`, over random
+ragged batches of real architectures."""
 
 import functools
 
@@ -68,8 +69,8 @@ def next_token_logits(vlm, inputs, branch):
 
 
 def same_answer(a, b, vlm, inputs, seed, temperature, never, rounding=1e-5):
-    """Whether two sampled answers are the same, or part where rounding decides: where the uniform number lies on the
-    edge between both tokens (at temperature 0, where both are equally probable)."""
+    """Whether two sampled answers are the same, or part where rounding decides: where the uniform number lies
+    on the edge between both tokens (at temperature 0, where both are equally probable)."""
     if a == b:
         return True
     k = next(k for k, (x, y) in enumerate(zip(a[0] + [vlm.end_id], b[0] + [vlm.end_id])) if x != y)
@@ -174,7 +175,8 @@ def test_greedy_equals_generate(name):
 
 
 def lora_gradients(vlm, rows, layout, checkpointing, budget=None):
-    "Log-probabilities of all rows and gradients of every LoRA matrix for a loss that weighs all tokens differently."
+    """Log-probabilities of all rows and gradients of every LoRA matrix for a loss that weighs all tokens
+    differently."""
     torch.manual_seed(1)
     model = get_peft_model(
         vlm.core, LoraConfig(r=4, target_modules=lora_targets(vlm.core), init_lora_weights=False)

@@ -25,7 +25,7 @@ from published_models import PUBLISHED, build_published
 from test_architectures import teach, write_prompts
 
 from rlaifv_nb.engine.models import OpenModel, sharing_of
-from rlaifv_nb.records import Claim, Prompt, Response, package_folder, read_manifest, read_table, write_table
+from rlaifv_nb.records import Claim, Prompt, Response, package_folder, read_manifest, write_table
 from rlaifv_nb.runner import chain
 from rlaifv_nb.runner.chain import (
     heading_level,
@@ -42,7 +42,6 @@ from rlaifv_nb.runner.recipes import (
     chain_parameters,
     load_recipe,
     open_notebook,
-    stored,
 )
 
 TESTS, NOTEBOOKS = Path(__file__).resolve().parent, package_folder("nbs")
@@ -304,7 +303,8 @@ def test_examples_change_nothing_that_the_program_reads_later(notebook):
 
 
 def first_reads(cell):
-    "The global names that a cell binds (imports, too), and those that it reads while it runs, not in functions."
+    """The global names that a cell binds (imports, too), and those that it reads while it runs, not in
+    functions."""
     bound, read, tables = set(), set(), [symtable.symtable(cell.source, cell.id, "exec")]
     while tables:
         table = tables.pop()

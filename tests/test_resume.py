@@ -35,7 +35,8 @@ def is_underway(folder, stage):
 
 
 def start_and_kill(stage, inputs, out, seconds=240):
-    "Runs the stage in its own process and kills it as soon as it is underway; returns whether it was killed before its end."
+    """Runs the stage in its own process and kills it as soon as it is underway; returns whether it was killed
+    before its end."""
     process = subprocess.Popen(
         [sys.executable, HERE / "stages.py", stage, inputs, out],
         env=os.environ | {"PYTHONPATH": str(HERE)},

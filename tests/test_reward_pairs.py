@@ -1,4 +1,5 @@
-"""Pairs by the implicit reward: who may be chosen, the official draft's rule worked by hand, accounts, and 07's scores of given responses."""
+"""Pairs by the implicit reward: who may be chosen, the official draft's rule worked by hand, accounts, and
+07's scores of given responses."""
 
 from collections import Counter
 from dataclasses import replace
@@ -124,7 +125,10 @@ def test_chosen_beats_rejected_and_top_never_meets_bottom(candidates, limit):
 def test_what_stays_is_distinct_and_what_goes_has_a_twin(texts, similarity, n):
     candidates = [candidate(i, text, 0.0) for i, text in enumerate(texts)]
     kept, set_aside = R.distinct_candidates(candidates, similarity, n)
-    like = lambda a, b: R.jaccard(R.ngrams_of(a.text, n), R.ngrams_of(b.text, n))
+
+    def like(a, b):
+        return R.jaccard(R.ngrams_of(a.text, n), R.ngrams_of(b.text, n))
+
     assert len(kept) + len(set_aside) == len(candidates) and kept[:1] == candidates[:1]
     assert all(like(a, b) <= similarity for i, a in enumerate(kept) for b in kept[:i])
     of = {c.response_id: c for c in candidates}
@@ -163,11 +167,13 @@ def test_stage_accounts_for_everything_and_balances(tmp_path_factory, candidates
     assert again == pairs and read_manifest(tmp / "again")["tables"] == manifest["tables"]
 
 
-# the official draft's rule, worked by hand (pull request 37 of RLHF-V/RLAIF-V, data_pair_builder.py and dpo_data_filter)
+# the official draft's rule, worked by hand (pull request 37 of RLHF-V/RLAIF-V, data_pair_builder.py and
+# dpo_data_filter)
 
 
 def test_ten_answers_top_3_and_bottom_3():
-    """Sum and mean agree: the draft's top is 0 1 2, its bottom 7 8 9. The same answers here, but best meets worst (there: 0>7, 1>8, 2>9)."""
+    """Sum and mean agree: the draft's top is 0 1 2, its bottom 7 8 9. The same answers here, but best meets
+    worst (there: 0>7, 1>8, 2>9)."""
     drawn, spare, _ = R.reward_pairs_of(by_rank(10), 3, 3)
     assert numbers(drawn) == [(0, 9), (1, 8), (2, 7)]
     assert {a for a, _ in numbers(drawn + spare)} == {0, 1, 2} and {b for _, b in numbers(drawn + spare)} == {
@@ -179,8 +185,9 @@ def test_ten_answers_top_3_and_bottom_3():
 
 
 def test_only_what_is_in_both_tops_is_chosen():
-    """Sums 9 8 7 6 5 4 -1 -2 -3 -4. Answer 2 is long (70 tokens: 0.1 a token), 3 short (1: 6.0): by mean the top 3 is 3 0 1. In both: 0 1.
-    Answer 9 is long (400: -0.01), so the bottom 3 by mean is 6 7 8, by sum 7 8 9. In both: 7 8."""
+    """Sums 9 8 7 6 5 4 -1 -2 -3 -4. Answer 2 is long (70 tokens: 0.1 a token), 3 short (1: 6.0): by mean the
+    top 3 is 3 0 1. In both: 0 1. Answer 9 is long (400: -0.01), so the bottom 3 by mean is 6 7 8, by sum 7 8
+    9. In both: 7 8."""
     tokens = [10, 10, 70, 1, 10, 10, 10, 10, 10, 400]
     ten = [
         replace(candidate(i, f"answer {i}", reward), n_tokens=n)
@@ -194,20 +201,23 @@ def test_only_what_is_in_both_tops_is_chosen():
 
 
 def test_fault_top_and_bottom_overlap():
-    """Four answers, k = 3: the draft's top is 0 1 2, its bottom 1 2 3, and its pairs 0>1, 1>2, 2>3. Here k shrinks to 2."""
+    """Four answers, k = 3: the draft's top is 0 1 2, its bottom 1 2 3, and its pairs 0>1, 1>2, 2>3. Here k
+    shrinks to 2."""
     assert numbers(R.reward_pairs_of(by_rank(4), 3, 3)[0]) == [(0, 3), (1, 2)]
     assert numbers(R.reward_pairs_of(by_rank(3), 3, 3)[0]) == [(0, 2)]
     assert R.reward_pairs_of(by_rank(1), 3, 3)[2] == "fewer than two distinct candidates"
 
 
 def test_fault_short_texts_are_never_duplicates():
-    """A text of fewer than 10 words has no 10-gram, so the draft keeps two equal ones; a pair could then hold the same text twice."""
+    """A text of fewer than 10 words has no 10-gram, so the draft keeps two equal ones; a pair could then hold
+    the same text twice."""
     kept, twins = R.distinct_candidates([candidate(0, "A dog.", 1.0), candidate(1, "A dog.", -1.0)])
     assert len(kept) == 1 and twins == [SetAside("p-01", "near-duplicate", "p-00")]
 
 
 def test_ten_gram_similarity_by_hand():
-    """100 words have 91 10-grams; a changed last word changes one of them: 90 / 92 = 0.978 > 0.9. One in the middle changes ten: 81 / 101 = 0.80."""
+    """100 words have 91 10-grams; a changed last word changes one of them: 90 / 92 = 0.978 > 0.9. One in the
+    middle changes ten: 81 / 101 = 0.80."""
     words = [f"w{i}" for i in range(100)]
     end, middle = words[:99] + ["x"], words[:50] + ["x"] + words[51:]
     assert R.jaccard(R.ngrams_of(" ".join(words), 10), R.ngrams_of(" ".join(end), 10)) == 90 / 92
@@ -236,9 +246,13 @@ def test_fault_a_tie_is_no_preference():
 
 
 def test_fault_balance_is_one_sided(tmp_path):
-    """Chosen answers that are too short: the draft's mean difference is below 0.5 tokens, so it keeps the bias; ours brings the gap down."""
+    """Chosen answers that are too short: the draft's mean difference is below 0.5 tokens, so it keeps the
+    bias; ours brings the gap down."""
     write_table(tmp_path, "prompts", [Prompt(f"p{i}", "", "", "What?") for i in range(20)])
-    words = lambda n, name: " ".join(f"{name}{j}" for j in range(n))
+
+    def words(n, name):
+        return " ".join(f"{name}{j}" for j in range(n))
+
     rows = [
         (
             candidate(0, words(20, "good"), 1.0, prompt_id=f"p{i}"),
@@ -293,7 +307,8 @@ def test_tables_of_two_runs_are_refused(tmp_path):
 
 
 def test_given_responses_get_the_scores_of_sampled_candidates(tmp_path):
-    """07 samples candidates of the aligned policy; the same texts, given as responses, get the same rewards, and nothing is sampled."""
+    """07 samples candidates of the aligned policy; the same texts, given as responses, get the same rewards,
+    and nothing is sampled."""
     example, policy, adapter = (
         package_folder("data") / "example",
         "packaged:iconworld-vlm",
@@ -315,7 +330,10 @@ def test_given_responses_get_the_scores_of_sampled_candidates(tmp_path):
         tmp_path, tmp_path / "scored", policy, adapter, responses=str(tmp_path / "given")
     )
     scored, manifest = read_candidates(tmp_path / "scored"), read_manifest(stage.path)
-    same = lambda c: (c.response_id, c.text, c.n_tokens, c.finish_reason)
+
+    def same(c):
+        return c.response_id, c.text, c.n_tokens, c.finish_reason
+
     assert [same(c) for c in scored] == [same(c) for c in sampled]
     assert max(abs(R.sum_reward(a) - R.sum_reward(b)) for a, b in zip(scored, sampled)) < 1e-3
     assert (manifest["rows_in"], manifest["rows_out"], manifest["set_aside"]) == (5, 4, {"empty response": 1})
@@ -401,7 +419,8 @@ def test_parameters_of_reward_pairs_are_checked_against_the_notebook():
 
 
 def test_a_step_knows_its_candidates_by_their_tables(tmp_path):
-    """What else lies in 07's folder (its notebook, opened and saved) does not change what 04_reward_pairs was made from."""
+    """What else lies in 07's folder (its notebook, opened and saved) does not change what 04_reward_pairs was
+    made from."""
     from rlaifv_nb.runner.chain import content_sha
 
     write_table(tmp_path, "candidates-aligned", by_rank(3))

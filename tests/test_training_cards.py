@@ -1,4 +1,5 @@
-"""05_dpo as it runs beside a graphics card: two devices, 16 bits, several cards, too little memory, too few steps. All on a CPU."""
+"""05_dpo as it runs beside a graphics card: two devices, 16 bits, several cards, too little memory, too
+few steps. All on a CPU."""
 
 import gc
 import json
@@ -73,7 +74,8 @@ def few(tmp_path_factory):
 
 
 def train(few, out, adapter="", open_policy=None, **given):
-    "`run_dpo` on the few pairs; returns its manifest. What is not an option of training is one of opening the policy."
+    """`run_dpo` on the few pairs; returns its manifest. What is not an option of training is one of opening
+    the policy."""
     names = {f.name for f in fields(DpoOptions)}
     options = SETTING | {k: v for k, v in given.items() if k in names}
     opening = {k: v for k, v in given.items() if k not in names}
@@ -112,7 +114,8 @@ def plain(few, tmp_path_factory):
 
 @pytest.fixture
 def card(monkeypatch):
-    "A card that is not there: policies are opened on it, the trainer takes it for its device, and batches are pinned."
+    """A card that is not there: policies are opened on it, the trainer takes it for its device, and batches
+    are pinned."""
     tags, open_plain, collate = DeviceTags(), open_vlm, dpo.PairDataset.collate
 
     def opened(*args, **kwargs):
@@ -157,7 +160,8 @@ def test_tags_are_as_strict_as_pytorch():
 
 @pytest.mark.parametrize("cache_gb", [4.0, 2e-4, 0.0], ids=["room for all", "full", "of size 0"])
 def test_no_tensor_of_another_device_enters_a_batch(card, few, tmp_path, cache_gb):
-    """Reference, preflight, pinned batches, training and evaluation; with the cache empty and then as it was left."""
+    """Reference, preflight, pinned batches, training and evaluation; with the cache empty and then as it was
+    left."""
     for run in ("first", "again"):
         manifest = train(few, tmp_path / run, cache=str(tmp_path / "cache"), cache_gb=cache_gb)
     assert (manifest["engine"]["not_cached"] > 0) == (cache_gb < 1)
@@ -343,7 +347,8 @@ def test_a_pair_too_large_for_the_card_is_named(few, tmp_path, monkeypatch):
     maker = RowMaker(open_vlm(POLICY), by_id, few / "prompts")
     with pytest.raises(
         RuntimeError,
-        match=r"the pair \w.* \(\d+ tokens\) does not fit into memory even alone: smaller pictures \(max_pixels\)",
+        match=r"the pair \w.* \(\d+ tokens\) does not fit into memory even alone: "
+        r"smaller pictures \(max_pixels\)",
     ):
         reference_logps(maker, pairs[:4])
 
@@ -377,7 +382,8 @@ def decoded(monkeypatch):
 
 
 def test_a_picture_is_decoded_once_or_not_at_all(plain, few, tmp_path, decoded, monkeypatch):
-    """Beside the three looks at the first picture (is it readable, do layout and cache fit) and the preflight's, which read pixels on purpose."""
+    """Beside the three looks at the first picture (is it readable, do layout and cache fit) and the
+    preflight's, which read pixels on purpose."""
     monkeypatch.setattr(dpo, "preflight", lambda *args: {})
     n_pictures = len(tables(few)[0])
     train(few, tmp_path / "cold", cache=str(tmp_path / "cache"), epochs=4.0, evaluations=6)
@@ -453,7 +459,8 @@ def test_too_few_steps_are_refused_before_anything_is_opened(few, tmp_path):
 
     with pytest.raises(
         ValueError,
-        match=r"12 training pairs make 3 steps at batch_size 4 and epochs 1: too few to learn from \(min_steps 10\).*n_per_round",
+        match=r"12 training pairs make 3 steps at batch_size 4 and epochs 1: too few to learn from "
+        r"\(min_steps 10\).*n_per_round",
     ):
         train(few, tmp_path, open_policy=never, min_steps=10)
     by_id, pairs = tables(few)
@@ -469,7 +476,8 @@ def test_too_few_steps_are_refused_before_anything_is_opened(few, tmp_path):
 
 
 def test_what_ships_has_enough_steps():
-    """The notebook's own defaults on the packaged example, and the tiny recipe (282 training pairs in round 1)."""
+    """The notebook's own defaults on the packaged example, and the tiny recipe (282 training pairs in round
+    1)."""
     by_id = {p.prompt_id: p for p in read_table(PROMPTS, "prompts", Prompt)}
     require_enough(read_table(PAIRS, "pairs", Pair), by_id, DpoOptions())
     assert steps_of(282, 2.0, 16) == 36
@@ -524,7 +532,9 @@ def test_numbers_that_are_none_stop_the_training(few, tmp_path, monkeypatch):
     monkeypatch.setattr(
         dpo,
         "row_logps",
-        lambda core, batch: [_InfiniteGradient.apply(l) if core.training else l for l in real(core, batch)],
+        lambda core, batch: [
+            _InfiniteGradient.apply(logps) if core.training else logps for logps in real(core, batch)
+        ],
     )
     with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite, with the pairs"):
         train(few, tmp_path / "gradient")
