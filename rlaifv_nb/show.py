@@ -29,9 +29,10 @@ def badges(claims: list) -> str:
 
 # %% ../nbs/00_show.ipynb #732668bd
 def claim_list(claims):
-    """Claims as coloured chips, from (text, truth, verdict) triples: truth True, False or None, verdict yes, no, abstain or empty.
+    """Claims as coloured chips, from (text, truth, verdict) triples.
 
-    Where the truth is known it decides the colour, and a wrong verdict the outline; elsewhere the verdict does."""
+    Truth is True, False or None; the verdict is yes, no, abstain or empty. Where the truth is known it
+    decides the colour, and a wrong verdict the outline; elsewhere the verdict decides the colour."""
     chips = []
     for text, truth, verdict in claims:
         wrong = truth is not None and (verdict, truth) in (("yes", False), ("no", True))
@@ -58,7 +59,9 @@ def case(image, parts):
 
 # %% ../nbs/00_show.ipynb #b4e57b6b
 def picture(data, longest=320):
-    "A picture (the bytes of its file) as an <img> with its content inside: upright, whatever its mode, large ones made smaller."
+    """A picture (the bytes of its file) as an <img> with its content inside.
+
+    Upright, whatever its mode; its longer side is at most `longest` pixels."""
     from rlaifv_nb.engine.pictures import decode_image
 
     buffer, image = io.BytesIO(), decode_image(data, "of the report")
@@ -71,7 +74,9 @@ INK, COLOURS = "#010203", ("#2a9d8f", "#4f86c6", "#d98a29", "#a15fa8", "#8a8f98"
 
 
 def draw_panel(lines, ticks=(), log=False, **axes):
-    """One chart as SVG. `lines` are (label, x, y, low, high, style, colour number), low and high None or the edges of a band;
+    """One chart as SVG.
+
+    `lines` are (label, x, y, low, high, style, colour number), low and high None or the edges of a band;
     `ticks` are (x, label) pairs; `axes` goes to matplotlib's `Axes.set`."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -111,7 +116,9 @@ def draw_panel(lines, ticks=(), log=False, **axes):
 
 
 def draw_chart(panels, caption):
-    "Panels (arguments of `draw_panel`) side by side, on a phone one below the other, with one legend and a caption."
+    """Panels (arguments of `draw_panel`) side by side, with one legend and a caption.
+
+    On a phone they stand one below the other."""
     names = {line[0]: line[6] for panel in panels for line in panel["lines"]}
     legend = "".join(
         f'<li><i style="background:{COLOURS[colour % len(COLOURS)]}"></i>{html.escape(name)}</li>'
