@@ -45,7 +45,9 @@ from .show import badges
 # %% ../nbs/06_evaluation.ipynb #fb775461
 @dataclass(frozen=True)
 class Evaluation:
-    "What is evaluated, on which benchmark, and how. The parameters of 06_evaluation say what each field means."
+    """What is evaluated, on which benchmark, and how.
+
+    The parameters of 06_evaluation say what each field means."""
 
     policy: str
     adapters: str = ""
@@ -185,7 +187,7 @@ def prompts_folder(data: str, out: str | Path) -> str | Path:
 
 # %% ../nbs/06_evaluation.ipynb #1f436836
 def run_published(out: str | Path, e: Evaluation) -> StageFolder:
-    "Every model on a published benchmark, in folders of their names; scores, comparisons, the manifest."
+    "Every model on a published benchmark, in folders of their names; scores, comparisons, manifest."
     from rlaifv_nb.engine.models import folder_sha, model_folder
 
     out = Path(out)
@@ -222,8 +224,8 @@ def run_evaluation(
 ) -> StageFolder:
     """Base and adapters on one benchmark: scores, what led to them, and the manifest.
 
-    Raises ValueError for an unknown benchmark or senseless options, FileNotFoundError that names a benchmark's
-    missing files and their source, and what the benchmark itself raises."""
+    Raises ValueError for an unknown benchmark or senseless options, FileNotFoundError that names the missing
+    files of a benchmark and their source, and what the benchmark itself raises."""
     e = Evaluation(policy, adapters, **settings)
     check_evaluation(e)
     e = with_own_sizes(e)
@@ -240,7 +242,9 @@ def run_evaluation(
 
 # %% ../nbs/06_evaluation.ipynb #c978d0f9
 def evaluation_settings(r: Request) -> dict:
-    "What `run_evaluation` is given for a request about the icon world or claims. Raises ValueError without a model."
+    """What `run_evaluation` is given for a request about the icon world or claims.
+
+    Raises ValueError without a model."""
     problem = source_problem(r)
     if not problem and not r.model:
         problem = f"{r.bench} asks a model itself: name one"
@@ -268,10 +272,10 @@ def evaluate(
     data: str | Path = "",
     **settings,  # the other fields of `Request`
 ) -> dict:
-    """What `rlaifv evaluate` does: a model, a file of answers or saved reviews on one benchmark; returns the manifest.
+    """What `rlaifv evaluate` does, with a model, a file of answers or saved reviews; returns the manifest.
 
-    Raises ValueError for what cannot be asked for, FileNotFoundError that lists a benchmark's missing files with
-    their source, JudgeError."""
+    Raises ValueError for what cannot be asked for, FileNotFoundError that lists the missing files of a
+    benchmark with their source, JudgeError."""
     r = Request(bench, model, adapter, str(data), **settings)
     if bench not in (*OWN_BENCHMARKS, *BENCHMARKS):
         raise ValueError(f"bench={bench!r}: choose one of {', '.join((*OWN_BENCHMARKS, *BENCHMARKS))}")

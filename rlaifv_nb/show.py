@@ -28,11 +28,11 @@ def badges(claims: list) -> str:
     return " ".join(badge(text, verdict) for text, verdict in claims)
 
 # %% ../nbs/00_show.ipynb #732668bd
-def claim_list(claims):
-    """Claims as coloured chips, from (text, truth, verdict) triples.
+def claim_list(claims: list[tuple]) -> str:
+    """Claims as coloured chips of a report, from (text, truth, verdict) triples.
 
-    Truth is True, False or None; the verdict is yes, no, abstain or empty. Where the truth is known it
-    decides the colour, and a wrong verdict the outline; elsewhere the verdict decides the colour."""
+    Truth is True, False or None, the verdict yes, no, abstain or empty. Where the truth is known it decides
+    the colour, and a wrong verdict the outline; elsewhere the verdict does."""
     chips = []
     for text, truth, verdict in claims:
         wrong = truth is not None and (verdict, truth) in (("yes", False), ("no", True))
@@ -47,7 +47,7 @@ def claim_list(claims):
     return f"<ul class=claims>{''.join(chips)}</ul>"
 
 
-def case(image, parts):
+def case(image: str, parts: list[tuple]) -> str:
     "A picture beside texts: `parts` are (tag, text, claims)."
     cells = "".join(
         f"<div><span class=tag>{tag}</span><p>{html.escape(text)}</p>{claim_list(claims)}</div>"
@@ -58,10 +58,8 @@ def case(image, parts):
     )
 
 # %% ../nbs/00_show.ipynb #b4e57b6b
-def picture(data, longest=320):
-    """A picture (the bytes of its file) as an <img> with its content inside.
-
-    Upright, whatever its mode; its longer side is at most `longest` pixels."""
+def picture(data: bytes, longest: int = 320) -> str:
+    "The bytes of a picture's file as an <img> with its content inside: upright, large ones made smaller."
     from rlaifv_nb.engine.pictures import decode_image
 
     buffer, image = io.BytesIO(), decode_image(data, "of the report")
@@ -70,7 +68,8 @@ def picture(data, longest=320):
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 # %% ../nbs/00_show.ipynb #fe61526c
-INK, COLOURS = "#010203", ("#2a9d8f", "#4f86c6", "#d98a29", "#a15fa8", "#8a8f98")
+INK = "#010203"  # becomes currentColor
+COLOURS = ("#2a9d8f", "#4f86c6", "#d98a29", "#a15fa8", "#8a8f98")
 
 
 def draw_panel(lines, ticks=(), log=False, **axes):

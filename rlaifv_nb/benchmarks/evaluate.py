@@ -43,6 +43,7 @@ from rlaifv_nb.records import (
     StageFolder,
     git_commit,
     read_manifest,
+    require_one_of,
     resolve_path,
     sha256_of,
     write_rows,
@@ -149,9 +150,9 @@ class Request:
 # %% ../../nbs/benchmarks/18_evaluate.ipynb #3fe1eac0
 def check_request(r: Request) -> None:
     "Raises ValueError for an unknown benchmark or a combination that has no meaning."
-    find_benchmark(r.bench)
     check_mode(r.mode)
     check_tools(r.finder)
+    require_one_of(r.bench, BENCHMARKS, "bench")
     problem = source_problem(r) or _benchmark_problem(r)
     if problem:
         raise ValueError(problem)

@@ -54,7 +54,8 @@ def page(title, body):
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
 # %% ../../nbs/runner/04_report.ipynb #b1550f5f
