@@ -45,7 +45,9 @@ from .show import badges
 # %% ../nbs/06_evaluation.ipynb #fb775461
 @dataclass(frozen=True)
 class Evaluation:
-    "What is evaluated, on which benchmark, and how. The parameters of 06_evaluation say what each field means."
+    """What is evaluated, on which benchmark, and how.
+
+    The parameters of 06_evaluation say what each field means."""
 
     policy: str
     adapters: str = ""
@@ -222,8 +224,8 @@ def run_evaluation(
 ) -> StageFolder:
     """Base and adapters on one benchmark: scores, what led to them, and the manifest.
 
-    Raises ValueError for an unknown benchmark or senseless options, FileNotFoundError that names a benchmark's
-    missing files and their source, and what the benchmark itself raises."""
+    Raises ValueError for an unknown benchmark or senseless options, FileNotFoundError that names the missing
+    files of a benchmark and their source, and what the benchmark itself raises."""
     e = Evaluation(policy, adapters, **settings)
     check_evaluation(e)
     e = with_own_sizes(e)
@@ -240,7 +242,9 @@ def run_evaluation(
 
 # %% ../nbs/06_evaluation.ipynb #c978d0f9
 def evaluation_settings(r: Request) -> dict:
-    "What `run_evaluation` is given for a request about the icon world or claims. Raises ValueError without a model."
+    """What `run_evaluation` is given for a request about the icon world or claims.
+
+    Raises ValueError without a model."""
     problem = source_problem(r)
     if not problem and not r.model:
         problem = f"{r.bench} asks a model itself: name one"
@@ -270,8 +274,8 @@ def evaluate(
 ) -> dict:
     """What `rlaifv evaluate` does, with a model, a file of answers or saved reviews; returns the manifest.
 
-    Raises ValueError for what cannot be asked for, FileNotFoundError that lists a benchmark's missing files with
-    their source, JudgeError."""
+    Raises ValueError for what cannot be asked for, FileNotFoundError that lists the missing files of a
+    benchmark with their source, JudgeError."""
     r = Request(bench, model, adapter, str(data), **settings)
     if bench not in (*OWN_BENCHMARKS, *BENCHMARKS):
         raise ValueError(f"bench={bench!r}: choose one of {', '.join((*OWN_BENCHMARKS, *BENCHMARKS))}")

@@ -46,9 +46,12 @@ from rlaifv_nb.records import (
 def reward_of(candidate, ranking, beta=0.1):
     """The number by which a ranking orders candidates.
 
-    `reward_mean`: implicit reward a token (the paper's length-normalised self-feedback); `regularised`: the same plus the policy's mean log-probability a
-    token (regularised best-of-N, after Jinnai et al. 2024); `reward_sum`: the reward, summed (DPO); `likelihood`: the policy's mean log-probability a token;
-    `random`: a fixed random number."""
+    - `reward_mean`: implicit reward per token (the paper's length-normalised self-feedback)
+    - `regularised`: the same plus the policy's mean log-probability per token (regularised best-of-N, after
+      Jinnai et al. 2024)
+    - `reward_sum`: the reward, summed (DPO)
+    - `likelihood`: the policy's mean log-probability per token
+    - `random`: a fixed random number"""
     logratio = candidate.policy_sum_logp - candidate.reference_sum_logp
     if ranking == "reward_mean":
         return beta * logratio / candidate.n_tokens
@@ -295,9 +298,10 @@ def distinct_answers(candidates: list[Candidate]) -> list[Response]:
 def check_candidates(
     out: Path, folder: str | Path, policy: str, options: ClaimCheckOptions, opened: dict
 ) -> dict:
-    """Divides and checks all distinct candidates in the folder `out`, below `checked`; returns what the manifest says.
+    """Divides and checks all distinct candidates in the folder `out`; returns what the manifest says.
 
-    `folder` is that of the prompts table; `opened` is how models are opened."""
+    Its tables go below `checked` in `out`. `folder` is that of the prompts table; `opened` is how models are
+    opened."""
     checked = Path(out) / "checked"
     answers = distinct_answers(read_candidates(out))
     write_table(checked / "answers", "responses", answers)
@@ -460,7 +464,7 @@ def guidance_curve(
     count: Callable,  # candidate -> a number to be small, or None where it is not known
     beta: float = 0.1,
     seed: int = 0,
-    factor: float = 100,  # 100: `count` is 0 or 1, and the value a share in percent; 1: the mean of any number
+    factor: float = 100,  # 100 makes a percentage of a `count` that is 0 or 1; 1 keeps the mean of any number
 ) -> list[dict]:
     """Rows (policy, ranking, n_candidates, value, ci_low, ci_high, words) of the best-of-N answers.
 

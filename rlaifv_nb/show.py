@@ -31,8 +31,8 @@ def badges(claims: list) -> str:
 def claim_list(claims: list[tuple]) -> str:
     """Claims as coloured chips of a report, from (text, truth, verdict) triples.
 
-    Truth is True, False or None, the verdict yes, no, abstain or empty. Where the truth is known it decides the
-    colour, and a wrong verdict the outline; elsewhere the verdict does."""
+    Truth is True, False or None, the verdict yes, no, abstain or empty. Where the truth is known it decides
+    the colour, and a wrong verdict the outline; elsewhere the verdict does."""
     chips = []
     for text, truth, verdict in claims:
         wrong = truth is not None and (verdict, truth) in (("yes", False), ("no", True))
@@ -75,8 +75,8 @@ COLOURS = ("#2a9d8f", "#4f86c6", "#d98a29", "#a15fa8", "#8a8f98")
 def draw_panel(lines, ticks=(), log=False, **axes):
     """One chart as SVG.
 
-    `lines` are (label, x, y, low, high, style, colour number), low and high None or the edges of a band; `ticks` are
-    (x, label) pairs; `axes` goes to matplotlib's `Axes.set`."""
+    `lines` are (label, x, y, low, high, style, colour number), low and high None or the edges of a band;
+    `ticks` are (x, label) pairs; `axes` goes to matplotlib's `Axes.set`."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -115,7 +115,9 @@ def draw_panel(lines, ticks=(), log=False, **axes):
 
 
 def draw_chart(panels, caption):
-    "Panels (arguments of `draw_panel`) side by side, on a phone one below the other, with a legend and a caption."
+    """Panels (arguments of `draw_panel`) side by side, with one legend and a caption.
+
+    On a phone they stand one below the other."""
     names = {line[0]: line[6] for panel in panels for line in panel["lines"]}
     legend = "".join(
         f'<li><i style="background:{COLOURS[colour % len(COLOURS)]}"></i>{html.escape(name)}</li>'

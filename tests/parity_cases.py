@@ -1,8 +1,9 @@
-"""Random answer files from seeds: the official scripts and our protocols get the same ones.
+"""Random answer files from seeds, the same for the official scripts (data/parity/make_fixtures.py) and for
+ours (test_benchmarks_parity.py).
 
-data/parity/make_fixtures.py runs the official side, test_benchmarks_parity.py ours. The stand-ins for NLTK
-and spaCy are here too: simple rules, so that both sides find the same nouns. No file of this folder holds
-official code."""
+Also the stand-ins for NLTK and spaCy: simple rules, so that both sides find the same nouns. No file of this
+folder holds official code.
+"""
 
 import random
 import types
@@ -88,9 +89,9 @@ def is_noun(word):
 
 
 def similarity(near, word, other):
-    """The stand-in for word vectors.
-
-    1 for the same word, 0.81 for near pairs, 0.8 (not above the limit) for words of equal length, or 0.1."""
+    """The stand-in for word vectors: 1 for the same word, 0.81 for near pairs, 0.8 (not above the limit) for
+    words of equal length.
+    """
     return (
         1.0
         if word == other
@@ -106,7 +107,8 @@ def amber_case(seed, association=None, annotations=None):
     """One AMBER answer file with its annotations: random ones, or a part of the real ones.
 
     Seeds modulo 8 choose the manner: empty answers, all No, all Yes, lower case, no noun of the vocabulary,
-    the truth, and two mixtures."""
+    the truth, and two mixtures.
+    """
     rng, manner = random.Random(f"amber/{seed}"), seed % 8
     association = association or ASSOCIATION
     words = sorted(set(association).union(*association.values()))
@@ -174,9 +176,9 @@ def halbench_case(seed, synonyms=SYNONYMS):
         ]
         text = ""
         if manner != 0:
-            text += rng.choice(("", "Assistant: "))
-            text += _sentence(rng, pool, rng.randint(0, 20))
-            text += rng.choice(("", "  ", " ."))
+            start = rng.choice(("", "Assistant: "))
+            sentence = _sentence(rng, pool, rng.randint(0, 20))
+            text = start + sentence + rng.choice(("", "  ", " ."))
         caps.append(
             {
                 "image_id": id,
@@ -255,10 +257,11 @@ def mmhal_case(seed):
 
 
 def refomb_case(seed):
-    """Items with type and the judge's attempts.
+    """Items with type and the judge's attempts, of which all but the last are unreadable (the official script
+    asks again).
 
-    All attempts but the last are unreadable: the official script asks again.
-    Seeds modulo 6: all wins, all losses, all ties, several marks, mixtures."""
+    Seeds modulo 6: all wins, all losses, all ties, several marks, mixtures.
+    """
     rng, manner, items = random.Random(f"refomb/{seed}"), seed % 6, []
     for i in range(rng.randint(1, 30)):
         mark = {0: "B", 1: "A", 2: "C"}.get(manner) or rng.choice("ABC")

@@ -104,7 +104,7 @@ def answer_with_models(
     batch_size: int,  # prompts at a time, to begin with
     shard_size: int,  # prompts per shard
 ) -> None:
-    "The tables `answers-0`, `answers-1`, ... of the models, one open at a time, and `responses`, all of them."
+    "The tables `answers-0`, `answers-1`, ... of the models, one open at a time; `responses` holds them all."
     notes = {}
     warnings = []
     fitted = batch_size

@@ -45,7 +45,9 @@ PROTOCOL = "iconworld-1"
 # %% ../../nbs/benchmarks/17_iconworld.ipynb #3243bd10
 @dataclass(frozen=True)
 class Case:
-    "What one model said about one scene, counted. Pairs are (bad, all), but `covered` is (mentioned, present)."
+    """What one model said about one scene, counted.
+
+    Pairs are (bad, all), but `covered` is (mentioned, present)."""
 
     model: str
     scene_id: str
@@ -151,7 +153,7 @@ def right_answers(case: Case, type: str) -> tuple[int, int]:
 
 
 def score_cases(cases: list[Case], seed: int = 0) -> list[Score]:
-    """`Score` rows of one model from its cases: rates, words, and the discriminative figures (all, then by type).
+    """`Score` rows of one model from its cases: rates, words, and discriminative figures (all, then by type).
 
     Raises ValueError without a case, and for a case with an answer that is neither yes nor no."""
     if not cases:

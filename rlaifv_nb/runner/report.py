@@ -7,11 +7,11 @@ __all__ = ['MEASURES', 'CLAIM_TILES', 'GUIDED', 'DEFAULT_EVALUATE', 'page', 'sou
            'stage_warnings', 'failed_checks', 'stage_folders', 'show_warnings', 'Outcome', 'read_outcome', 'outcomes',
            'read_dicts', 'loss_text', 'outcome_tiles', 'show_outcome', 'read_scores', 'plain', 'change_of',
            'scores_table', 'show_headline', 'show_scores', 'facts_of', 'show_before_after', 'read_feedback',
-           'lost_answers', 'verdict_table', 'show_feedback', 'show_pairs', 'read_differences', 'claims_title',
-           'paragraphs', 'show_claims_headline', 'claim_scores_table', 'show_claim_scores', 'answer_part',
-           'show_claims_before_after', 'show_published', 'show_training', 'guided_panels', 'guided_text', 'show_guided',
-           'show_seconds', 'show_steps', 'show_setting', 'part', 'run_state', 'benchmarks_of', 'headline',
-           'show_benchmark', 'run_body', 'comparison_body', 'write_report']
+           'lost_answers', 'verdict_table', 'show_feedback', 'n_false', 'really_better', 'mean_words', 'show_pairs',
+           'read_differences', 'claims_title', 'paragraphs', 'show_claims_headline', 'claim_scores_table',
+           'show_claim_scores', 'answer_part', 'show_claims_before_after', 'show_published', 'show_training',
+           'guided_panels', 'guided_text', 'show_guided', 'show_seconds', 'show_steps', 'show_setting', 'part',
+           'run_state', 'benchmarks_of', 'headline', 'show_benchmark', 'run_body', 'comparison_body', 'write_report']
 
 # %% ../../nbs/runner/04_report.ipynb #1cfe01fe
 import html
@@ -52,11 +52,13 @@ def page(title, body):
     )
     body = body.replace("</section>", f"<nav>{links}</nav></section>", 1)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body><main>\n{body}\n</main></body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #b1550f5f
 def source(run, *paths):
     "The line that says which files a part was made from, as links relative to the report."
     names = [Path(os.path.relpath(p, run)).as_posix() for p in paths]
@@ -68,22 +70,27 @@ def source(run, *paths):
 
 
 def html_table(head, rows, left=()):
-    "A table of ready HTML cells; a row with a single cell is a group's title; columns in `left` are aligned left."
+    """A table of ready HTML cells.
+
+    A row with a single cell is the title of a group; columns whose index is in `left` are aligned left."""
 
     def cells(row, tag):
         return "".join(f"<{tag}{' class=left' if i in left else ''}>{c}</{tag}>" for i, c in enumerate(row))
 
-    body = "".join(
-        f"<tr class=group><td colspan={len(head)}>{r[0]}</td></tr>"
-        if len(r) == 1
-        else f"<tr>{cells(r, 'td')}</tr>"
-        for r in rows
-    )
-    return f"<div class=wide><table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = ""
+    for row in rows:
+        if len(row) == 1:
+            body += f"<tr class=group><td colspan={len(head)}>{row[0]}</td></tr>"
+        else:
+            body += f"<tr>{cells(row, 'td')}</tr>"
+    thead = f"<thead><tr>{cells(head, 'th')}</tr></thead>"
+    return f"<div class=wide><table>{thead}<tbody>{body}</tbody></table></div>"
 
-
+# %% ../../nbs/runner/04_report.ipynb #964e8309
 def prompt_picture(run: Path, prompt: Prompt) -> str:
-    "The picture of a prompt, or in its place that it cannot be shown: files of your own may have moved since."
+    """The picture of a prompt, or a sentence in its place that it cannot be read any more.
+
+    Pictures of your own may have moved since the run."""
     try:
         return picture((run / "prompts" / prompt.image_path).read_bytes())
     except (OSError, ValueError):
@@ -113,7 +120,7 @@ def stage_folders(run: Path) -> list[Path]:
     found = {folder for folder in found if not found & set(folder.parents)}  # not the parts of a benchmark
     return sorted(found, key=place)
 
-
+# %% ../../nbs/runner/04_report.ipynb #31c31de0
 def show_warnings(run: Path, recipe: dict) -> str:
     "What the recipe and the stages warn about, with links to where that is said; empty where nothing does."
     from rlaifv_nb.runner.recipes import plumbing_warning
@@ -136,7 +143,9 @@ def show_warnings(run: Path, recipe: dict) -> str:
 # %% ../../nbs/runner/04_report.ipynb #f2d0a003
 @dataclass(frozen=True)
 class Outcome:
-    "What training made of a round's pairs; losses and margin (nats) on held-out pairs, None where a manifest does not say."
+    """What training made of a round's pairs.
+
+    Losses, margin (nats) and accuracy are of held-out pairs; `loss_before` may be None: not known."""
 
     train_pairs: int
     dev_pairs: int
@@ -149,12 +158,16 @@ class Outcome:
 
     @property
     def learned(self) -> bool:
-        "Whether the held-out loss fell; where the loss before training is not known, whether the held-out margin grew."
-        return self.margin > 0 if self.loss_before is None else self.loss_best < self.loss_before
+        "Whether the held-out loss fell; where it is not known before training, whether the margin grew."
+        if self.loss_before is None:
+            return self.margin > 0
+        return self.loss_best < self.loss_before
 
-
+# %% ../../nbs/runner/04_report.ipynb #51856fb8
 def read_outcome(folder: Path) -> Outcome:
-    "The `Outcome` of a finished 05_dpo. Raises FileNotFoundError when it is not finished, or holds no curve or no best step."
+    """The `Outcome` of a finished 05_dpo.
+
+    Raises FileNotFoundError when it is not finished, or holds no curve or no best step."""
     curve = read_dicts(folder, "training")
     manifest = read_manifest(folder)
     if "best_step" not in manifest:
@@ -217,10 +230,11 @@ def outcome_tiles(outcome: Outcome) -> str:
         + "</div>"
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #f08f874f
 def show_outcome(run: Path, rounds, to_come: bool = False) -> str:
-    """The result of a run that evaluates nothing, or has not yet (`to_come`): what its last adapter learned, and that
-    nothing more is known."""
+    """The result of a run that evaluates nothing, or has not yet done so (`to_come`).
+
+    It says what the last adapter learned, and that nothing more is known."""
     done = outcomes(run, rounds)
     if not done:
         return (
@@ -265,7 +279,7 @@ MEASURES = {
     },
 }
 
-
+# %% ../../nbs/runner/04_report.ipynb #74f9f88b
 def read_scores(run: Path, folder: str = "06_evaluation") -> dict[str, dict[str, Score]]:
     "Model -> metric -> Score, models in the order of the table."
     models = {}
@@ -282,17 +296,19 @@ def plain(name):
 def change_of(old, new, relative):
     "`-80%` of a rate, or the plain difference."
     known = old == old and new == new and (old or not relative)
-    return (
-        (f"{100 * (new - old) / old:+.0f}%" if relative else f"{round(new - old, 1) or 0.0:+.1f}").replace(
-            "-", "−"
-        )
-        if known
-        else "–"
-    )
+    if not known:
+        return "–"
+    if relative:
+        text = f"{100 * (new - old) / old:+.0f}%"
+    else:
+        text = f"{round(new - old, 1) or 0.0:+.1f}"
+    return text.replace("-", "−")
 
 
 def scores_table(models, change=True):
-    "Metrics as rows, models as columns, each value with its interval, and (with `change`) the change from the first to the last."
+    """Metrics as rows, models as columns, each value with its interval.
+
+    With `change`, the last column is the change from the first model to the last."""
     metrics = list(dict.fromkeys(m for scores in models.values() for m in scores))
     named = {m for group in MEASURES.values() for m in group}
     groups = MEASURES | {"Other": {m: plain(m) for m in metrics if m not in named}}
@@ -312,17 +328,18 @@ def scores_table(models, change=True):
             rows.append([group[m], *cells] + [moved] * change)
     return html_table(["", *map(plain, models)] + ["change"] * change, rows)
 
-
+# %% ../../nbs/runner/04_report.ipynb #8ee173d0
 def show_headline(run):
     "The result in a sentence, and six figures before and after."
     models = read_scores(run)
-    names, (before, *_, after) = (
-        list(models),
-        list(models.values()) if len(models) > 1 else [*models.values()] * 2,
-    )
-    old, new = before["response"], after["response"]
+    names = list(models)
+    before = models[names[0]]
+    after = models[names[-1]]
+    old = before["response"]
+    new = after["response"]
+    verb = "fell" if new.value < old.value else "did not fall"
     first = (
-        f"Answers that name something absent {'fell' if new.value < old.value else 'did not fall'}: "
+        f"Answers that name something absent {verb}: "
         f"from <b class=num>{old.value:.1f}%</b> to <b class=num>{new.value:.1f}%</b>"
     )
     labels = {m: label for group in MEASURES.values() for m, label in group.items()}
@@ -333,17 +350,21 @@ def show_headline(run):
         if m in before and m in after
     )
     return (
-        f"<h1>{first}.</h1><p>Before: {plain(names[0])}, interval {old.ci_low:.1f} to {old.ci_high:.1f}; after: {plain(names[-1])}, "
-        f"{new.ci_low:.1f} to {new.ci_high:.1f}; change {change_of(old.value, new.value, True)}. {new.n:,} held-out pictures, protocol "
-        f"{html.escape(new.protocol_version)}.</p><div class=tiles>{tiles}</div>"
-        + source(run, *shard_paths(run / "06_evaluation", "scores"))
+        f"<h1>{first}.</h1>"
+        f"<p>Before: {plain(names[0])}, interval {old.ci_low:.1f} to {old.ci_high:.1f}; "
+        f"after: {plain(names[-1])}, {new.ci_low:.1f} to {new.ci_high:.1f}; "
+        f"change {change_of(old.value, new.value, True)}. "
+        f"{new.n:,} held-out pictures, protocol {html.escape(new.protocol_version)}.</p>"
+        f"<div class=tiles>{tiles}</div>" + source(run, *shard_paths(run / "06_evaluation", "scores"))
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #503bd893
 def show_scores(run):
     "All scores, and the rates of hallucination round by round."
-    models, lines = read_scores(run), []
-    for colour, (metric, label) in enumerate(list(MEASURES["Hallucination, % (less is better)"].items())[:3]):
+    models = read_scores(run)
+    lines = []
+    rates = list(MEASURES["Hallucination, % (less is better)"].items())[:3]
+    for colour, (metric, label) in enumerate(rates):
         row = [scores[metric] for scores in models.values() if metric in scores]
         lines.append(
             (
@@ -371,16 +392,20 @@ def show_scores(run):
 
 # %% ../../nbs/runner/04_report.ipynb #7e42d64f
 def facts_of(prompt, text):
-    "Fact -> whether it holds, for what `text` says about an icon world picture; empty for prompts from elsewhere."
+    """Fact -> whether it holds, for what `text` says about an icon world picture.
+
+    Empty for prompts from elsewhere."""
     from rlaifv_nb.iconworld.world import fact_text, is_true, read_claims, scene_of
 
     scene = scene_of(prompt)
     facts = {fact_text(c): is_true(scene, c) for c in read_claims(text)} if scene else {}
     return facts | ({text: all(facts.values())} if facts else {})
 
-
+# %% ../../nbs/runner/04_report.ipynb #56841f24
 def show_before_after(run, n=3):
-    "The first pictures about which the first model says something false, as the first and the last model describe them."
+    """The first pictures about which the first model says something false.
+
+    As the first and the last model describe them."""
     from rlaifv_nb.iconworld.world import draw_picture, scene_of
 
     folder, models = run / "06_evaluation", list(read_scores(run))
@@ -398,17 +423,22 @@ def show_before_after(run, n=3):
         draw_picture(scene_of(prompt)).save(buffer, "PNG")
         cases.append(case(picture(buffer.getvalue()), parts))
     return (
-        f"<p>The first {len(shown)} held-out pictures about which {plain(models[0])} says something false. Red claims are false.</p>"
+        f"<p>The first {len(shown)} held-out pictures about which {plain(models[0])} says something false. "
+        "Red claims are false.</p>"
         + "".join(cases)
         + source(
             run, *shard_paths(folder, "cases-0")[:1], *shard_paths(folder, f"cases-{len(models) - 1}")[:1]
         )
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #5ad5a3e5
 def read_feedback(run, k):
-    "Round k: prompts by id, responses by id, and response id -> its judged claims as (claim, truth, label), none where the reward has judged."
-    here, claims, by_reward = run / f"round_{k}", {}, (run / f"round_{k}" / "04_reward_pairs").exists()
+    """Round k: prompts by id, responses by id, and response id -> its judged claims.
+
+    A judged claim is (claim, truth, label). Where the reward made the pairs, there are none."""
+    here = run / f"round_{k}"
+    by_reward = (here / "04_reward_pairs").exists()
+    claims = {}
     prompts = {p.prompt_id: p for p in read_table(run / "prompts", "prompts", Prompt)}
     responses = {r.response_id: r for r in read_table(here / "01_sampling", "responses", Response)}
     labels = {
@@ -425,13 +455,16 @@ def read_feedback(run, k):
 
 
 def lost_answers(here: Path) -> dict[str, str]:
-    "Response id -> why an answer of the round in the folder `here` has no claims: cut off, or set aside when it was divided."
-    responses, aside = read_table(here / "01_sampling", "responses", Response), here / "02_claims"
+    """Response id -> why an answer of the round in the folder `here` has no claims.
+
+    It was cut off, or set aside when it was divided."""
+    responses = read_table(here / "01_sampling", "responses", Response)
+    aside = here / "02_claims"
     found = {r.response_id: "cut off at the token limit" for r in responses if r.finish_reason == "length"}
     rows = read_table(aside, "set_aside-claims", SetAside) if shard_paths(aside, "set_aside-claims") else []
     return found | {s.row_id: f"set aside: {s.reason}" for s in rows}
 
-
+# %% ../../nbs/runner/04_report.ipynb #3ba5d8ce
 def verdict_table(counts):
     "How the labeler judged claims that are true, false, and of unknown truth, from counts of (truth, label)."
     rows, labels = [], ("yes", "no", "abstain")
@@ -450,15 +483,12 @@ def show_feedback(run, k, n=4):
     prompts, responses, claims = read_feedback(run, k)
     lost = lost_answers(run / f"round_{k}")
     counts = Counter((truth, label) for judged in claims.values() for _, truth, label in judged)
-    right, wrong = (
-        sum(counts[key] for key in keys)
-        for keys in (((True, "yes"), (False, "no")), ((True, "no"), (False, "yes")))
-    )
-    known = (
-        f"The labeler was right about <b class=num>{100 * right / n_known:.1f}%</b> of {n_known:,} claims. "
-        if (n_known := right + wrong)
-        else ""
-    )
+    right = counts[True, "yes"] + counts[False, "no"]
+    n_known = right + counts[True, "no"] + counts[False, "yes"]
+    known = ""
+    if n_known:
+        share = f"<b class=num>{100 * right / n_known:.1f}%</b>"
+        known = f"The labeler was right about {share} of {n_known:,} claims. "
     cases = []
     for response in [r for r in responses.values() if r.sample_index == 0][:n]:
         prompt = prompts[response.prompt_id]
@@ -477,45 +507,50 @@ def show_feedback(run, k, n=4):
         )
     )
 
+# %% ../../nbs/runner/04_report.ipynb #47e395e0
+def n_false(prompt: Prompt, text: str) -> int:
+    "How many false claims a text makes about an icon world picture."
+    facts = facts_of(prompt, text)
+    return sum(truth is False for fact, truth in facts.items() if fact != text)
+
+
+def really_better(prompts: dict[str, Prompt], pairs: list[Pair]) -> str:
+    "In how many pairs chosen has fewer false claims, as a sentence; empty where truth is not known."
+    known = [p for p in pairs if facts_of(prompts[p.prompt_id], p.chosen)]
+    if not known:
+        return ""
+    fewer = 0
+    for p in known:
+        prompt = prompts[p.prompt_id]
+        fewer += n_false(prompt, p.chosen) < n_false(prompt, p.rejected)
+    return f" Chosen really has fewer false claims in <b class=num>{100 * fewer / len(known):.1f}%</b>."
+
+
+def mean_words(texts: list[str]) -> float:
+    "Words per text; 0 without a text."
+    return sum(len(text.split()) for text in texts) / max(1, len(texts))
+
 
 def show_pairs(run, k, n=3):
-    "The first pair of each of the first prompts of round k side by side, and whether chosen is longer, or really better."
-    folder, (prompts, _, claims) = (
-        max((run / f"round_{k}").glob("04_*"), default=run / f"round_{k}" / "04_pairs"),
-        read_feedback(run, k),
-    )
+    """The first pair of each of the first prompts of round k side by side.
+
+    And of all pairs, whether chosen is longer, or really better."""
+    here = run / f"round_{k}"
+    folder = max(here.glob("04_*"), default=here / "04_pairs")
+    prompts, _, claims = read_feedback(run, k)
     pairs = read_table(folder, "pairs", Pair)
-    false = lambda p, text: sum(
-        truth is False for fact, truth in facts_of(prompts[p.prompt_id], text).items() if fact != text
-    )
-    counted = [
-        (false(p, p.chosen), false(p, p.rejected)) for p in pairs if facts_of(prompts[p.prompt_id], p.chosen)
-    ]
-    better = (
-        f" Chosen really has fewer false claims in <b class=num>{100 * sum(a < b for a, b in counted) / len(counted):.1f}%</b>."
-        if counted
-        else ""
-    )
-    words = [
-        sum(len(text.split()) for text in texts) / max(1, len(pairs))
-        for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
-    ]
+    better = really_better(prompts, pairs)
+    chosen = mean_words([p.chosen for p in pairs])
+    rejected = mean_words([p.rejected for p in pairs])
     cases = []
     for p in list({p.prompt_id: p for p in reversed(pairs)}.values())[: -n - 1 : -1]:
-        cases.append(
-            case(
-                prompt_picture(run, prompts[p.prompt_id]),
-                [
-                    (f"{side} (score {score:g})", text, claims.get(i, []))
-                    for side, score, text, i in (
-                        ("chosen", p.chosen_score, p.chosen, p.chosen_id),
-                        ("rejected", p.rejected_score, p.rejected, p.rejected_id),
-                    )
-                ],
-            )
-        )
+        sides = [
+            (f"chosen (score {p.chosen_score:g})", p.chosen, claims.get(p.chosen_id, [])),
+            (f"rejected (score {p.rejected_score:g})", p.rejected, claims.get(p.rejected_id, [])),
+        ]
+        cases.append(case(prompt_picture(run, prompts[p.prompt_id]), sides))
     return (
-        f"<p>{len(pairs):,} pairs. Mean words: chosen {words[0]:.1f}, rejected {words[1]:.1f}.{better}</p>"
+        f"<p>{len(pairs):,} pairs. Mean words: chosen {chosen:.1f}, rejected {rejected:.1f}.{better}</p>"
         + "".join(cases)
         + source(run, *shard_paths(folder, "pairs")[:1])
     )
@@ -567,14 +602,15 @@ def show_claims_headline(run: Path, folder: str) -> str:
         f"<div><strong>{changed[name].before:.1f} → {changed[name].after:.1f}</strong>{label}</div>"
         for name, label in CLAIM_TILES.items()
     )
-    judge = f"The labeler was {manifest['judged_by']}; prompts that were kept from training, greedy answers."
+    judge = f"The labeler was {manifest['judged_by']}; "
+    judge += "prompts that were kept from training, greedy answers."
     return (
         f"<h1>{claims_title(changed['rejected'])}</h1>{paragraphs(manifest['conclusions'])}"
         f"<div class=tiles>{tiles}</div>{paragraphs([judge, *manifest['caveats']])}"
         + source(run, run / folder / "table.md", *shard_paths(run / folder, "differences"))
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #91f93f4f
 def claim_scores_table(models: dict, changed: dict[str, Difference]) -> str:
     "Measures as rows, models as columns, and the paired difference of the last from the first."
     rows = []
@@ -605,7 +641,7 @@ def show_claim_scores(run: Path, folder: str) -> str:
         + source(run, *shard_paths(run / folder, "scores"), run / folder / "manifest.json")
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #a9c781d7
 def answer_part(case: AnswerCase) -> tuple[str, str, list]:
     "An answer as a part of `case`: its model, its text, its claims coloured by verdict."
     return plain(case.model), case.text, [(fact, None, verdict) for fact, verdict in case.claims]
@@ -623,12 +659,13 @@ def show_claims_before_after(run: Path, folder: str, n: int = 3) -> str:
         cases.append(case(prompt_picture(run, prompts[row[0].prompt_id]), parts))
     return (
         "<p>The held-out prompts whose number of rejected claims changed most. "
-        "✓ accepted, ✗ rejected, ? abstained: the labeler's verdict; whether a claim is true is not known.</p>"
+        "✓ accepted, ✗ rejected, ? abstained: the labeler's verdict; "
+        "whether a claim is true is not known.</p>"
         + "".join(cases)
         + source(run, *sorted((run / folder).glob("cases-*.jsonl")))
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #4091b941
 def show_published(run: Path, folder: str) -> str:
     "The scores of a published benchmark, models side by side."
     return (
@@ -639,7 +676,7 @@ def show_published(run: Path, folder: str) -> str:
 
 # %% ../../nbs/runner/04_report.ipynb #a8f350da
 def show_training(run, rounds):
-    "What each round learned, and its loss, margin and accuracy: lines for training pairs, dots for held-out pairs."
+    "What each round learned, and its curves: lines for training pairs, dots for held-out pairs."
     tables = {
         k: read_dicts(run / f"round_{k}" / "05_dpo", "training")
         for k in rounds
@@ -664,8 +701,8 @@ def show_training(run, rounds):
         for key in ("loss", "margin", "accuracy")
     ]
     caption = (
-        "DPO training: lines are training pairs, dots held-out pairs. Margin: implicit reward of chosen minus rejected; "
-        "accuracy: share of pairs with a positive margin."
+        "DPO training: lines are training pairs, dots held-out pairs. "
+        "Margin: implicit reward of chosen minus rejected; accuracy: share of pairs with a positive margin."
     )
     rows = []
     for k, o in outcomes(run, rounds).items():
@@ -683,13 +720,13 @@ def show_training(run, rounds):
         )
     table = html_table(["", "pairs", "steps", "best step", "loss", "margin", "accuracy"], rows)
     table += (
-        "<p>Pairs to train on and held out; of the held-out ones the loss before training and at the best step, and "
-        "margin (nats) and accuracy there.</p>"
+        "<p>Pairs to train on and held out; of the held-out ones the loss before training and at the best "
+        "step, and margin (nats) and accuracy there.</p>"
     )
     shards = [path for k in tables for path in shard_paths(run / f"round_{k}" / "05_dpo", "training")]
     return table * bool(rows) + draw_chart(panels, caption) + source(run, *shards)
 
-
+# %% ../../nbs/runner/04_report.ipynb #8066fbfc
 GUIDED = {"curve": "hallucinating answers, %", "rejected": "rejected claims per answer"}
 
 
@@ -724,7 +761,9 @@ def guided_text(rows: list[dict], label: str) -> str:
 
 
 def show_guided(run: Path) -> str:
-    "Best of N: what is wrong with the chosen answer, by the truth where it is known, by the labeler where it was asked."
+    """Best of N: what is wrong with the chosen answer.
+
+    By the truth where it is known, by the labeler where it was asked."""
     folder = run / "07_guided_decoding"
     tables = {table: label for table, label in GUIDED.items() if shard_paths(folder, table)}
     if not tables:
@@ -736,17 +775,15 @@ def show_guided(run: Path) -> str:
         body += draw_chart(guided_panels(rows, label), "Best of N by ranking; bands are 95% intervals.")
     return body + source(run, *(path for table in tables for path in shard_paths(folder, table)))
 
-
+# %% ../../nbs/runner/04_report.ipynb #96491d1a
 def show_seconds(seconds):
     "`41 s`, `12 min 05 s`, `3 h 07 min`."
     s = round(seconds)
-    return (
-        f"{s} s"
-        if s < 60
-        else f"{s // 60} min {s % 60:02d} s"
-        if s < 3600
-        else f"{s // 3600} h {s % 3600 // 60:02d} min"
-    )
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
 def show_steps(run):
@@ -756,25 +793,19 @@ def show_steps(run):
     if not plans:
         raise FileNotFoundError("no step.json in any folder")
     for plan in plans:
-        step, folder = json.loads(plan.read_text()), plan.parent
-        name, cells = html.escape(folder.relative_to(run).as_posix()), ["–", "–", "not finished"]
+        step = json.loads(plan.read_text())
+        folder = plan.parent
+        name = html.escape(folder.relative_to(run).as_posix())
+        cells = ["–", "–", "not finished"]
         if (folder / "manifest.json").exists():
             m = read_manifest(folder)
-            aside = (
-                ", ".join(f"{n:,} {html.escape(reason)}" for reason, n in m["set_aside"].items()) or "none"
-            )
-            name, cells = (
-                f'<a href="{name}/manifest.json">{name}</a>',
-                [f"{m['rows_in']:,}", f"{m['rows_out']:,}", aside],
-            )
-        rows.append(
-            [
-                name,
-                *cells,
-                show_seconds(step["seconds"])
-                + (f" ({step['attempts']} attempts)" if step["attempts"] > 1 else ""),
-            ]
-        )
+            reasons = [f"{n:,} {html.escape(reason)}" for reason, n in m["set_aside"].items()]
+            name = f'<a href="{name}/manifest.json">{name}</a>'
+            cells = [f"{m['rows_in']:,}", f"{m['rows_out']:,}", ", ".join(reasons) or "none"]
+        time = show_seconds(step["seconds"])
+        if step["attempts"] > 1:
+            time += f" ({step['attempts']} attempts)"
+        rows.append([name, *cells, time])
         total += step["seconds"]
     rows.append(["all steps", "", "", "", show_seconds(total)])
     return html_table(["step", "rows in", "rows out", "set aside", "time"], rows, left=(3,)) + source(
@@ -789,13 +820,15 @@ def show_setting(run):
         ", ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in found.get("versions", {}).items())
         or "known when the run is finished"
     )
+    commit = html.escape(found.get("commit") or "unknown")
+    recipe = html.escape((run / "recipe.yaml").read_text(encoding="utf-8"))
     return (
-        f"<p>Commit {html.escape(found.get('commit') or 'unknown')}. Versions: {versions}.</p><details><summary>The recipe</summary>"
-        f"<pre>{html.escape((run / 'recipe.yaml').read_text(encoding='utf-8'))}</pre></details>"
+        f"<p>Commit {commit}. Versions: {versions}.</p>"
+        f"<details><summary>The recipe</summary><pre>{recipe}</pre></details>"
         + source(run, run / "recipe.yaml", run / "manifest.json")
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #0139f93b
 def part(title, show, run, *args):
     "A section of the page; what is not there yet is said in its place."
     try:
@@ -813,7 +846,7 @@ def run_state(run: Path, rounds) -> str:
     idle = [str(k) for k, outcome in outcomes(run, rounds).items() if not outcome.learned]
     return f"finished, but nothing was learned in round {' and '.join(idle)}" if idle else "finished"
 
-
+# %% ../../nbs/runner/04_report.ipynb #e8ccefd7
 DEFAULT_EVALUATE = ["iconworld", "07_guided_decoding"]
 
 
@@ -850,7 +883,7 @@ def show_benchmark(run: Path, folder: str, bench: str, alone: bool) -> str:
         return scores + part(f"Before and after{name}", show_claims_before_after, run, folder)
     return part(f"Scores: {bench}", show_published, run, folder)
 
-
+# %% ../../nbs/runner/04_report.ipynb #d6f5d93e
 def run_body(run):
     "The page of one run."
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
@@ -874,7 +907,7 @@ def run_body(run):
         body += part("Best of N", show_guided, run)
     return body + part("Steps", show_steps, run) + part("Recipe and versions", show_setting, run)
 
-
+# %% ../../nbs/runner/04_report.ipynb #bdeb2437
 def comparison_body(run):
     "The page of a folder of runs, which `variants.json` lists: the scores after the last round side by side."
     names = json.loads((run / "variants.json").read_text())
@@ -891,7 +924,7 @@ def comparison_body(run):
     missing = ", ".join(plain(name) for name in names if name not in found)
     links = ", ".join(f'<a href="{html.escape(name)}/report.html">{plain(name)}</a>' for name in found)
     return (
-        f"<p class=eyebrow>RLAIF-V, variants of one recipe</p><h1>Answers that name something absent: "
+        "<p class=eyebrow>RLAIF-V, variants of one recipe</p><h1>Answers that name something absent: "
         f"before <b class=num>{columns['before']['response'].value:.1f}%</b>; after {result}.</h1>"
         + (f"<p class=missing>Not there yet: {missing}.</p>" if missing else "")
         + scores_table(columns, change=False)
@@ -901,11 +934,12 @@ def comparison_body(run):
         )
     )
 
-
+# %% ../../nbs/runner/04_report.ipynb #d40b55c6
 def write_report(run):
-    """Writes `report.html` into a run folder, or into a folder of variants a page that compares them; returns its path.
+    """Writes `report.html` into a run folder, or into a folder of variants; returns its path.
 
-    Raises FileNotFoundError when the folder is neither, and ValueError naming file and line of a row that cannot be read."""
+    Raises FileNotFoundError when the folder is neither, and ValueError that names file and line of a row that
+    cannot be read."""
     run = Path(run)
     if not any((run / name).exists() for name in ("variants.json", "recipe.yaml")):
         raise FileNotFoundError(f"{run} is no run folder: it holds no recipe.yaml")

@@ -1,18 +1,16 @@
-"""Runs the official scripts on seeded answer files and stores, beside this file, the figures they print.
+"""Runs the official scripts on the seeded answer files of tests/parity_cases.py and writes the figures that
+they print beside this file.
 
-    python tests/data/parity/make_fixtures.py --amber DIR --rlaifv DIR --rlhfv DIR --pope DIR --mmstar DIR \\
-        [--data DIR]
+    python tests/data/parity/make_fixtures.py --amber DIR --rlaifv DIR --rlhfv DIR --pope DIR --mmstar DIR
+      [--data DIR]
 
-The answer files come from tests/parity_cases.py. Each DIR is a checkout from GitHub; the figures here were
-made with these commits: junyangwang0410/AMBER (534babf), RLHF-V/RLAIF-V (83d917b), RLHF-V/RLHF-V (8daac8a),
-AoiDragon/POPE (08d957b), MMStar-Benchmark/MMStar (88f243a). `--data` is a folder with
-`amber/annotations.json`, `amber/relation.json` and `rlaifv/synonyms_refine.txt`, for the cases on real word
-lists.
-
-The scripts run unchanged, but for POPE's two paths, which it asks users to fill in. What they import and this
-project does not need is replaced: NLTK and spaCy by the stand-ins of parity_cases.py, the judges' client by
-saved texts, jsonlines and the Excel writer by a few lines. Nothing of the scripts is stored, only the figures
-and the SHA-256 of each script.
+Each DIR is a checkout: github.com/junyangwang0410/AMBER (the figures here: 534babf), RLHF-V/RLAIF-V
+(83d917b), RLHF-V/RLHF-V (8daac8a), AoiDragon/POPE (08d957b), MMStar-Benchmark/MMStar (88f243a). `--data` is a
+folder with `amber/annotations.json`, `amber/relation.json` and `rlaifv/synonyms_refine.txt` for the cases on
+real word lists. The scripts run unchanged, but for POPE's two paths, which it asks users to fill in. What
+they import and this project does not need is replaced: NLTK and spaCy by the stand-ins of parity_cases.py,
+the judges' client by saved texts, jsonlines and the Excel writer by a few lines. Nothing of the scripts is
+stored, only the figures and the SHA-256 of each script.
 """
 
 import argparse
@@ -29,7 +27,6 @@ import tempfile
 import threading
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import pandas
@@ -75,7 +72,9 @@ def flat(figures, prefix=""):
 
 
 def write(name, scripts, figures):
-    "One fixture file: the names of the figures, then a row of values per seed (null where there is none)."
+    """One fixture file: the names of the figures, then a row of values for each seed (null where there is
+    none).
+    """
     shas = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in scripts}
     rows = [flat(f) for f in figures]
     columns = list(dict.fromkeys(k for row in rows for k in row))
@@ -168,7 +167,7 @@ def halbench(script, real):
             for judge in (True, False):
                 chair = []
 
-                def work(judge=judge, chair=chair):
+                def work(chair=chair, judge=judge):
                     evaluator = official.CHAIR(list(phrases), ".", "")
                     evaluator.get_annotations()
                     evaluator.gpt_caption_processor = lambda: (
@@ -245,7 +244,7 @@ def mmhal(script):
         ]
         outputs = [printed(lambda: runpy.run_path(str(script), run_name="__main__"))]
         outputs += [
-            printed(partial(work, f"{folder}/out/saved.json"))
+            printed(lambda work=work: work(f"{folder}/out/saved.json"))
             for work in (summary.cal_informative, summary.cal_mmhalscore)
         ]
         found = [{k: m[1] for k, p in patterns.items() if (m := re.search(p, text))} for text in outputs]
