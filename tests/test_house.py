@@ -5,6 +5,7 @@ Imports inside functions count, too: what runs later leans on its module all the
 """
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -198,3 +199,14 @@ def test_the_command_runs_as_a_module():
     assert (
         wrong.returncode == 2 and wrong.stderr.startswith("rlaifv: ") and "did you mean tiny" in wrong.stderr
     )
+
+
+def test_contributing_names_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("with the name to look for:")[2].partition("Wings import downwards")[0]
+    named = re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_]+)`", section)
+    assert len(named) >= 15
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        if not hasattr(importlib.import_module(f"rlaifv_nb.{module}"), attribute):
+            importlib.import_module(f"rlaifv_nb.{name}")
