@@ -584,8 +584,35 @@ def _describe_step(step, run):
 # %% ../../nbs/runner/05_chain.ipynb #35130527
 def _discard_unfinished_prompts(run):
     "Deletes prompts without a manifest: their source may have been repaired since, or the recipe."
-    if not (run / "prompts" / "manifest.json").exists():
-        shutil.rmtree(run / "prompts", ignore_errors=True)
+    folder = run / "prompts"
+    if (folder / "step.json").exists() and not (folder / "manifest.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_foreign(folder):
+    "Whether there is something in the place of a step's folder that no chain has made."
+    if not folder.is_dir():
+        return folder.exists()
+    return not (folder / "step.json").exists() and any(folder.iterdir())
+
+
+def _require_own(recipe, steps, run):
+    """Raises StepError, before anything is written or deleted, where the run folder holds what this chain has
+    not made: something in the place of a step's folder, or another recipe.yaml beside no finished or begun step.
+    """
+    for step in steps:
+        if _is_foreign(run / step.out):
+            raise StepError(
+                f"{run / step.out} was not made by this chain: it holds no step.json. Nothing was changed; "
+                "choose another run folder with --out, or move it away"
+            )
+    mine = run / "recipe.yaml"
+    if mine.exists() and not any((run / step.out / "step.json").exists() for step in steps):
+        if mine.read_text(encoding="utf-8") != recipe_text(recipe, run):
+            raise StepError(
+                f"{mine} was not written by this chain, which would replace it by the complete recipe. Nothing "
+                "was changed; choose another run folder with --out"
+            )
 
 
 def _check_start(recipe, steps, notebooks):
@@ -640,6 +667,7 @@ def run_chain(recipe, run, notebooks, remake="", remake_round=0, keep_code=False
     steps = plan_run(recipe)
     first = first_remade(steps, remake, remake_round)
     with run_lock(run):
+        _require_own(recipe, steps, run)
         _discard_unfinished_prompts(run)
         unfinished = [step for step in steps[:first] if not is_done(step, run, notebooks, keep_code)]
         _check_start(recipe, unfinished + steps[first:], notebooks)

@@ -400,6 +400,8 @@ def _make_recipe(raw, where):
     require_name(raw["device"], DEVICES, f"{where}, device")
     if not re.fullmatch(r"[\w.-]+(/[\w-]+)?", raw["name"]):
         raise RecipeError(f"{where}: name: only letters, digits, `_`, `-` and `.`")
+    if not raw["name"].strip("."):
+        raise RecipeError(f"{where}: name: {raw['name']!r} would be a folder that exists already")
     if not 1 <= raw["rounds"] <= _MAX_ROUNDS:
         raise RecipeError(f"{where}: rounds: from 1 to {_MAX_ROUNDS}, not {raw['rounds']}")
     _check_feedback(raw["feedback"], raw["rounds"], where)
