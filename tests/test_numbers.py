@@ -1,8 +1,8 @@
 """Numbers that are none, labelers that are not what they seem, one open model at a time: 03, 06 and 07."""
 
 import ast
+import dataclasses
 import gc
-import importlib
 import inspect
 import json
 import random
@@ -17,7 +17,7 @@ import torch
 from rlaifv_nb.benchmarks.iconworld import read_cases
 from rlaifv_nb.engine import models
 from rlaifv_nb.engine.models import open_vlm, surface_ids
-from rlaifv_nb.evaluation import run_evaluation
+from rlaifv_nb.evaluation import Evaluation, run_evaluation
 from rlaifv_nb.feedback import FeedbackOptions, judge_claims, label_of, labeler_warnings, run_feedback
 from rlaifv_nb.guided_decoding import read_candidates, run_guided_decoding
 from rlaifv_nb.iconworld.world import balanced_claims, make_scene, question_text, write_prompts
@@ -344,24 +344,31 @@ def test_one_model_is_open_at_a_time(stage, monkeypatch, tmp_path):
 # parameters
 
 
-@pytest.mark.parametrize(
-    "notebook, function",
-    [
-        ("06_evaluation", "run_evaluation"),
-        ("07_guided_decoding", "run_guided_decoding"),
-    ],
-)
-def test_defaults_are_those_of_the_parameters_cell(notebook, function):
+def told_in(notebook):
+    "Parameter -> default in a notebook's parameters cell."
     cells = json.loads((NBS / f"{notebook}.ipynb").read_text())["cells"]
     (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    told = {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
-    module = importlib.import_module(f"rlaifv_nb.{notebook.partition('_')[2]}")
-    parameters = inspect.signature(getattr(module, function)).parameters
+    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+
+
+def test_defaults_of_guided_decoding_are_those_of_the_parameters_cell():
+    told = told_in("07_guided_decoding")
+    parameters = inspect.signature(run_guided_decoding).parameters
     known = {name: p for name, p in parameters.items() if name in told}
     defaults = {name: p.default for name, p in known.items() if p.default is not p.empty}
     assert len(defaults) >= 3 and defaults == {name: told[name] for name in defaults}
-    options = [p for name, p in known.items() if name in defaults and name != "adapters"]
-    assert all(p.kind is p.KEYWORD_ONLY for p in options)
+    assert all(known[name].kind is inspect.Parameter.KEYWORD_ONLY for name in defaults)
+
+
+def test_defaults_of_an_evaluation_are_those_of_the_parameters_cell():
+    """Policy and adapters have none of their own: the notebook shows the packaged models."""
+    told = told_in("06_evaluation")
+    defaults = {f.name: f.default for f in dataclasses.fields(Evaluation)}
+    packaged = {"policy", "adapters", "out"}
+    assert set(told) - packaged == set(defaults) - packaged
+    assert {name: told[name] for name in set(told) - packaged} == {
+        name: defaults[name] for name in set(defaults) - packaged
+    }
 
 
 @pytest.mark.parametrize(
