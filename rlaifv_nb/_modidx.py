@@ -2140,6 +2140,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'rlaifv_nb/runner/recipes.py'),
                                           'rlaifv_nb.runner.recipes._refuse_chain_keys': ( 'runner/recipes.html#_refuse_chain_keys',
                                                                                            'rlaifv_nb/runner/recipes.py'),
+                                          'rlaifv_nb.runner.recipes._refuse_unused': ( 'runner/recipes.html#_refuse_unused',
+                                                                                       'rlaifv_nb/runner/recipes.py'),
                                           'rlaifv_nb.runner.recipes._require_benchmark': ( 'runner/recipes.html#_require_benchmark',
                                                                                            'rlaifv_nb/runner/recipes.py'),
                                           'rlaifv_nb.runner.recipes._resolved': ( 'runner/recipes.html#_resolved',
