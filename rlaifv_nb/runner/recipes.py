@@ -303,7 +303,8 @@ def _localise_evaluate(raw, folder):
 def _localised_options(own, names, folder, where):
     """Those of the options `names` that are files, folders or local models, absolute.
 
-    Raises RecipeError, beginning with `where`, for one that does not exist; a cache is made when it is needed.
+    Raises RecipeError, beginning with `where`, for one that does not exist. A cache is made when it
+    is needed.
     """
     found = {}
     for key in names:
