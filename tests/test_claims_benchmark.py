@@ -53,6 +53,7 @@ from rlaifv_nb.runner.recipes import (
     RecipeError,
     check_amounts,
     check_recipe,
+    claims_parameters,
     first_remade,
     load_recipe,
     parameter_defaults,
@@ -508,6 +509,12 @@ def test_paths_in_evaluate_start_at_the_recipe(tmp_path):
     )
     with pytest.raises(RecipeError, match="evaluate: amber: data: there is no"):
         load_recipe(str(tmp_path / "my.yaml"))
+
+
+def test_claims_checks_questions_as_the_recipe_does():
+    mine = recipe(parameters={"02_claims": {"check_questions": False}})
+    assert claims_parameters(mine, {})["check_questions"] is False
+    assert "check_questions" not in claims_parameters(recipe(parameters={}), {})
 
 
 def test_options_of_guided_decoding_in_evaluate_reach_its_step(tmp_path):

@@ -574,7 +574,7 @@ def claims_parameters(recipe: Recipe, options: dict) -> dict:
 
     Nothing about the judge is taken over where `options` name another one; an empty one is the policy."""
     division = recipe.parameters.get("02_claims", {})
-    names = ("facts_prompt", "question_prompt", "questions")
+    names = ("facts_prompt", "question_prompt", "questions", "check_questions")
     taken = {name: division[name] for name in names if name in division}
     others = {"quantisation": "splitter_quantisation", "batch_size": "splitter_batch_size"}
     others |= {"max_new_tokens": "list_tokens"}
