@@ -53,6 +53,7 @@ from rlaifv_nb.runner.recipes import (
     RecipeError,
     check_amounts,
     check_recipe,
+    claims_parameters,
     first_remade,
     load_recipe,
     parameter_defaults,
@@ -508,6 +509,88 @@ def test_paths_in_evaluate_start_at_the_recipe(tmp_path):
     )
     with pytest.raises(RecipeError, match="evaluate: amber: data: there is no"):
         load_recipe(str(tmp_path / "my.yaml"))
+
+
+def test_claims_checks_questions_as_the_recipe_does():
+    mine = recipe(parameters={"02_claims": {"check_questions": False}})
+    assert claims_parameters(mine, {})["check_questions"] is False
+    assert "check_questions" not in claims_parameters(recipe(parameters={}), {})
+
+
+def test_options_of_guided_decoding_in_evaluate_reach_its_step(tmp_path):
+    steps = plan_of(evaluate=[{"bench": "07_guided_decoding", "n_candidates": 4}])
+    assert steps["07_guided_decoding"].parameters["n_candidates"] == 4
+    checked = check_recipe(
+        recipe(evaluate=[{"bench": "07_guided_decoding", "limit": 3}]), package_folder("nbs")
+    )
+    assert checked.evaluate == [{"bench": "07_guided_decoding", "limit": 3}]
+    with pytest.raises(RecipeError, match="n_candidates must be a whole number"):
+        plan_of(evaluate=[{"bench": "07_guided_decoding", "n_candidates": "four"}])
+
+
+@pytest.mark.parametrize("notebook, bench", [("06_evaluation", "claims"), ("07_guided_decoding", "")])
+def test_another_judge_among_the_parameters_is_not_asked_as_the_labeler(notebook, bench):
+    mine = recipe(
+        prompts={"source": "dataset:org/pictures", "n_per_round": 40, "n_dev": 4},
+        labeler_options={"system_prompt": "Look closely."},
+        evaluate=[bench or notebook],
+    )
+    out = "06_evaluation_claims" if bench else notebook
+
+    def step_of(judge):
+        parameters = mine.parameters | {notebook: {"judge": judge} if judge is not None else {}}
+        changed = check_recipe(replace(mine, parameters=parameters), package_folder("nbs"))
+        return next(s for s in plan_run(changed) if s.out == out).parameters
+
+    assert step_of(None)["judge_system_prompt"] == "Look closely."
+    other = step_of("org/judge")
+    assert other["judge"] == "org/judge"
+    assert not {"judge_system_prompt", "judge_quantisation", "judge_batch_size"} & set(other)
+    assert step_of("")["judge_system_prompt"] == "Look closely.", "an empty judge is the policy, the labeler"
+
+
+def test_data_among_the_parameters_of_the_evaluation_counts_as_given(tmp_path):
+    questions = photographs(tmp_path)
+    given = {"source": str(questions), "n_per_round": 0}
+    parameters = {"05_dpo": {"min_steps": 1}, "06_evaluation": {"data": str(tmp_path)}}
+    amber = recipe(prompts=given, rounds=1, parameters=parameters, evaluate=["amber"])
+    with pytest.raises(RecipeError, match="evaluate: amber needs .*annotations.json"):
+        check_amounts(check_recipe(amber, package_folder("nbs")), package_folder("nbs"))
+    check_amounts(
+        check_recipe(replace(amber, evaluate=["claims"]), package_folder("nbs")), package_folder("nbs")
+    )
+
+
+def test_paths_among_the_parameters_of_evaluations_start_at_the_recipe(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "facts.txt").write_text("{question} {response}")
+    own = {"judge": "./model", "facts_prompt": "./facts.txt"}
+    parameters = {"06_evaluation": own | {"data": "model"}, "07_guided_decoding": own}
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump({"extends": "smolvlm", "parameters": parameters}))
+    absolute = {"judge": str(tmp_path / "model"), "facts_prompt": str(tmp_path / "facts.txt")}
+    found = load_recipe(str(path)).parameters
+    assert absolute | {"data": str(tmp_path / "model")} == found["06_evaluation"]
+    assert absolute == found["07_guided_decoding"]
+    parameters["06_evaluation"]["judge"] = "./no"
+    path.write_text(yaml.safe_dump({"extends": "smolvlm", "parameters": parameters}))
+    with pytest.raises(RecipeError, match="parameters.06_evaluation.judge: there is no .*no"):
+        load_recipe(str(path))
+
+
+def test_data_of_the_package_is_not_a_path(tmp_path):
+    entry = {"bench": "claims", "data": "packaged:example/prompts"}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"extends": "tiny", "evaluate": [entry]}))
+    assert load_recipe(str(tmp_path / "my.yaml")).evaluate == [entry]
+
+
+def test_a_parameter_that_no_listed_benchmark_uses_is_an_error():
+    given = {"06_evaluation": {"num_beams": 3}}
+    says = "my.yaml, parameters.06_evaluation: num_beams: no benchmark of `evaluate` uses this .claims."
+    with pytest.raises(RecipeError, match=says):
+        plan_of(parameters=given, evaluate=["claims"])
+    plan_of(parameters=given, evaluate=["claims", {"bench": "amber", "data": "dataset:org/amber"}])
+    plan_of(parameters={"06_evaluation": {"n_scenes": 3}}, evaluate=["claims"])
 
 
 def test_from_names_a_benchmark_by_its_folder():

@@ -31,10 +31,25 @@ from rlaifv_nb.engine.caches import ContentCache
 from rlaifv_nb.engine.models import OpenModel, attention_for, open_vlm, prompt_inputs, sibling_ids
 from rlaifv_nb.engine.packing import PER_TOKEN
 from rlaifv_nb.guided_decoding import sample_candidates
-from rlaifv_nb.records import YES_NO_SUFFIX, Pair, Prompt, package_folder
+from rlaifv_nb.records import YES_NO_SUFFIX, Pair, Prompt, package_folder, write_table
 from rlaifv_nb.runner.command import main
-from rlaifv_nb.runner.plan import CARDS, Card, Lengths, advise, config_folder, plan_stage, stage_parameters
-from rlaifv_nb.runner.recipes import RecipeError, check_recipe, load_recipe, packaged_recipes
+from rlaifv_nb.runner.plan import (
+    CARDS,
+    Card,
+    Lengths,
+    advise,
+    config_folder,
+    milder_to_stronger,
+    plan_stage,
+    stage_parameters,
+)
+from rlaifv_nb.runner.recipes import (
+    RecipeError,
+    check_recipe,
+    load_recipe,
+    packaged_recipes,
+    parameter_defaults,
+)
 from rlaifv_nb.sampling import Question, vlm_generator
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
@@ -219,6 +234,53 @@ def test_what_does_not_fit_is_refused_with_the_key_to_change():
     changed = p | {"batch_size": int(advice.rpartition("=")[2])}
     assert plan_stage("01_sampling", changed, recipe, card, Lengths())[0].gib(card) <= card.gib
     assert "no setting" in advise("01_sampling", p, recipe, Card("none", 0.5, 1, 1), Lengths(), "")
+
+
+def planned_claims(**entry):
+    "The parts of the benchmark `claims` as the plan sees them, of a recipe with one round of 40 prompts."
+    prompts = {"source": "dataset:org/pictures", "n_per_round": 40, "n_dev": 8}
+    evaluate = [{"bench": "claims", **entry}]
+    recipe = dataclasses.replace(load_recipe("tiny"), prompts=prompts, rounds=1, evaluate=evaluate)
+    recipe = check_recipe(recipe, NOTEBOOKS)
+    return stage_parameters(recipe, NOTEBOOKS)
+
+
+def test_the_advice_for_a_part_of_the_evaluation_names_its_parameters():
+    planned = planned_claims()
+    known = set(parameter_defaults(NOTEBOOKS / "06_evaluation.ipynb"))
+    parts = [name for name, p in planned.items() if "kind" in p]
+    assert [planned[name]["kind"] for name in parts] == ["01_sampling", "02_claims", "03_feedback"]
+    for name in parts:
+        p = planned[name]
+        strongest = milder_to_stronger(p["kind"], p, {})[-1]
+        assert strongest.keys() == {"batch_size"}
+        assert {p.get("keys", {}).get(key, key) for key in strongest} <= known
+    p = planned["03_feedback"]
+    assert milder_to_stronger("03_feedback", p, {})[-1].keys() == {"batch_size", "max_tokens"}, (
+        "the stage's own"
+    )
+
+
+def test_claims_about_data_of_its_own_is_planned_with_as_many_rows(tmp_path):
+    def n_asked(**entry):
+        planned = planned_claims(**entry)
+        return {p["n_per_round"] for p in planned.values() if "kind" in p}
+
+    assert n_asked() == {8} and n_asked(limit=5) == {5}
+    rows = [
+        Prompt(f"p{k}", "a.png", "sha", "?", split=split)
+        for k, split in enumerate(("train", "dev", "test", "test"))
+    ]
+    write_table(tmp_path / "table", "prompts", rows)
+    assert n_asked(data=str(tmp_path / "table")) == {3}
+    assert n_asked(data=str(tmp_path / "table"), limit=2) == {2}
+    for k in range(11):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / f"photos/{k}.png")
+    assert n_asked(data=str(tmp_path / "photos")) == {11}, "nobody has trained on them"
+    write_table(tmp_path / "trained", "prompts", rows[:1])
+    with pytest.raises(RecipeError, match="evaluate: claims: data: none of 1 prompts is kept from training"):
+        n_asked(data=str(tmp_path / "trained"))
 
 
 def test_a_model_without_configuration_is_named(monkeypatch, tmp_path, capsys):

@@ -667,8 +667,8 @@ def open_llm(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{name}: its tokenizer has no chat template, so nobody says how it is asked; choose an instruct "
-            "or chat model"
+            f"{name}: its tokenizer has no chat template, so there is no way to know how to prompt it; "
+            "choose an instruct or chat model"
         )
     model = open_weights(AutoModelForCausalLM, folder, dtype, quantisation, attention, device)
     return OpenModel(

@@ -52,7 +52,12 @@ _EVALUATE_OPTIONS = (
         "local:MODEL, URL|MODEL or URL|MODEL|NAME_OF_THE_KEY'S_VARIABLE, for the benchmarks that need a "
         "judge; for claims the labeler, a vision-language model (default: the base model)",
     ),
-    ("--splitter", str, "MODEL", "claims: the language model that divides answers"),
+    (
+        "--splitter",
+        str,
+        "MODEL",
+        "claims: the language model that divides answers (required unless the model is packaged)",
+    ),
     ("--splitter-quantisation", str, "HOW", "claims: none or nf4"),
     ("--judge-quantisation", str, "HOW", "claims: none or nf4"),
     ("--facts-prompt", str, "FILE", "claims: how the splitter is asked for facts, as in 02_claims"),
@@ -64,9 +69,9 @@ _EVALUATE_OPTIONS = (
     ("--judge-tokens", int, "N", "longest answer of the judge, in tokens"),
     ("--mode", str, "MODE", "clean (default) or official: the published scripts' figures, to the digit"),
     ("--tools", str, "TOOLS", "official (NLTK, spaCy) or builtin; default: as the mode says"),
-    ("--limit", int, "N", "only the first N pictures, or scenes"),
+    ("--limit", int, "N", "only the first N pictures, prompts (claims) or scenes (iconworld)"),
     ("--num-beams", int, "N", "beams of the model's answers; default: 1, or as published in official mode"),
-    ("--max-new-tokens", int, "N", "longest description, in tokens"),
+    ("--max-new-tokens", int, "N", "longest answer, in tokens"),
     ("--batch-size", int, "N", "pictures at a time"),
     (
         "--system-prompt",
@@ -77,8 +82,8 @@ _EVALUATE_OPTIONS = (
     ("--pad-pictures", bool, "", "pad pictures to a square (LLaVA-1.5)"),
     ("--max-pixels", int, "N", "scale larger pictures down"),
     ("--quantisation", str, "HOW", "none or nf4"),
-    ("--name", str, "NAME", "the model's name in tables"),
-    ("--seed", int, "N", "seed of the resampling for intervals"),
+    ("--name", str, "NAME", "the model's name in tables (published benchmarks only)"),
+    ("--seed", int, "N", "seed of the intervals, and of iconworld's questions"),
 )
 
 # %% ../../nbs/runner/07_command.ipynb #21c0fbc5

@@ -10,8 +10,8 @@ __all__ = ['GIB', 'NAMED_CARDS', 'MEANT', 'CARDS', 'CONTEXT_GIB', 'FRAGMENTS', '
            'nearest_card', 'detected_card', 'card_of', 'Lengths', 'lengths_of', 'config_folder', 'read_model', 'Seen',
            'upright_size', 'rows_of', 'Pictures', 'area', 'spread', 'extremes', 'pictures_of', 'shown', 'tiles_of',
            'within', 'qwen_shapes', 'picture_shapes', 'Padding', 'assumed_prompt', 'prompt_of', 'Prompts', 'n_tokens',
-           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'with_own_sizes',
-           'n_items', 'benchmark_parameters', 'Planned', 'Launches', 'step_launches', 'step_floor', 'Decoder',
+           'flops_of', 'preparing_seconds', 'most_pixels', 'prompts_of', 'stage_parameters', 'with_sizes', 'n_items',
+           'n_asked', 'benchmark_parameters', 'Planned', 'Launches', 'step_launches', 'step_floor', 'Decoder',
            'decoder_of', 'Pace', 'step_seconds', 'Load', 'Spent', 'seconds_of', 'decoding_steps', 'mean_answer',
            'answer_steps', 'batch_words', 'refills', 'sampling_memory', 'sampling_load', 'instruction_tokens', 'Asking',
            'askings_of', 'rows_of_texts', 'claims_memory', 'claims_load', 'feedback_memory', 'questions_load',
@@ -31,20 +31,21 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import ExifTags, Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..benchmarks.claims import held_out_prompts
 from ..benchmarks.tables import open_questions
 from ..engine import dryrun as dry
 from ..engine.caches import picture_features
 from ..engine.models import ask_with, pinned, prompt_inputs
 from ..engine.prefix import ROWS, generate_texts, grow, read, read_prompts, rows_for
-from ..evaluation import OWN, OWN_OF_OTHERS
-from ..exchange.inputs import HUB, input_kind, read_input
+from ..evaluation import Evaluation, with_own_sizes
+from ..exchange.inputs import HUB, count_rows, input_kind, read_input
 from ..records import Prompt, read_table, resolve_path
 from .machine import SMALL_FILES
 from rlaifv_nb.runner.recipes import (
@@ -508,7 +509,7 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
     for step in steps:
         defaults = parameter_defaults(Path(notebooks) / f"{step.notebook}.ipynb")
         p = defaults | step.parameters
-        found.setdefault(step.notebook, with_own_sizes(p) if step.notebook == "06_evaluation" else p)
+        found.setdefault(step.notebook, with_sizes(p) if step.notebook == "06_evaluation" else p)
     pairs = parameter_defaults(Path(notebooks) / "04_pairs.ipynb") | recipe.parameters.get("04_pairs", {})
     sampling = found["01_sampling"]
     shared = {
@@ -524,29 +525,49 @@ def stage_parameters(recipe, notebooks: Path) -> dict:
     return planned
 
 
-def with_own_sizes(p: dict) -> dict:
+def with_sizes(p: dict) -> dict:
     "Parameters of 06_evaluation, with the benchmark's own answer length and batch size where none is given."
-    max_new_tokens, batch_size = OWN.get(p["bench"], OWN_OF_OTHERS)
-    return p | {
-        "max_new_tokens": p["max_new_tokens"] or max_new_tokens,
-        "batch_size": p["batch_size"] or batch_size,
-    }
+    names = ("bench", "max_new_tokens", "batch_size")
+    e = with_own_sizes(Evaluation(p["policy"], **{name: p[name] for name in names}))
+    return p | {name: getattr(e, name) for name in names}
 
 
 def n_items(recipe, step: Step) -> int:
-    "How many prompts, or a published benchmark's questions, a step of 06_evaluation asks each model."
+    """How many prompts, or a published benchmark's questions, a step of 06_evaluation asks each model.
+
+    Raises RecipeError for data of `claims` that cannot be read, or without prompts kept from training."""
+    data = step.parameters["data"]
     limit = step.parameters.get("limit", 0)
-    if step.parameters["bench"] == "claims":
+    if step.parameters["bench"] != "claims":
+        return len(open_questions(step.parameters["bench"], data, limit))
+    if data == PurePosixPath("prompts"):  # the run's own
         n = recipe.rounds * recipe.prompts.get("n_dev", 0) or prompts_per_round(recipe)
         return min(n, limit) if limit else n
-    return len(open_questions(step.parameters["bench"], step.parameters["data"], limit))
+    try:
+        n = n_asked(data)
+    except ValueError as e:
+        raise RecipeError(f"evaluate: claims: data: {e}") from e
+    return min(n, limit) if limit else n
+
+
+def n_asked(data: str) -> int:
+    """How many prompts `claims` asks of data of its own.
+
+    Of a prompts table those that are kept from training, of anything else all rows, usable or not.
+
+    Raises ValueError for what cannot be read, and a table without such prompts."""
+    source = resolve_path(data) if data.startswith("packaged:") else data
+    if not source.startswith(HUB) and input_kind(source) == "prompts":
+        return len(held_out_prompts(read_table(source, "prompts", Prompt)))
+    n = count_rows(source)
+    return sum(1 for _ in read_input(source)) if n is None else n  # a dataset tells its rows when it is read
 
 
 def benchmark_parameters(recipe, step: Step, planned: dict, notebooks: Path) -> dict:
     """The parts of a benchmark as stages of their `kind`: the answers of all models, and for `claims` their
     division and the verdicts. `keys` says what a part's parameters are called in 06_evaluation."""
     defaults = parameter_defaults(Path(notebooks) / "06_evaluation.ipynb")
-    p = with_own_sizes(defaults | step.parameters)
+    p = with_sizes(defaults | step.parameters)
     models = 1 + recipe.rounds
     common = {"n_per_round": n_items(recipe, step), "answer": p["max_new_tokens"], "dtype": p["dtype"]}
     names = ("policy", "quantisation", "batch_size", "max_new_tokens", *OPTION_KEYS)
@@ -1333,11 +1354,13 @@ LEAST = {"max_tokens": 512}
 
 
 def milder_to_stronger(notebook: str, p: dict, changed: dict) -> list[dict]:
-    "Changes to try on top of `changed`, each stronger than the one before."
+    """Changes to try on top of `changed`, each stronger than the one before.
+
+    Of a part of 06_evaluation only what that notebook has a parameter for, which `keys` tells."""
     tries = [changed]
     if notebook == "05_dpo" and not p["gradient_checkpointing"]:
         tries.append(changed | {"gradient_checkpointing": True})
-    for key in (key for key in LOWERED[notebook] if key in p):
+    for key in (key for key in LOWERED[notebook] if key in p and key in p.get("keys", p)):
         while (value := tries[-1].get(key, p[key]) // 2) >= LEAST.get(key, 1):
             tries.append(tries[-1] | {key: value})
     return tries

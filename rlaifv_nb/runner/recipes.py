@@ -51,8 +51,13 @@ _MAX_ROUNDS = 5
 OPTION_KEYS = {"system_prompt": str, "pad_pictures": bool, "max_pixels": int}
 DEVICES = ("auto", "cuda", "cpu")
 # Parameters that may be files or folders.
-_PATH_PARAMETERS = {"02_claims": ("facts_prompt", "question_prompt"), "05_dpo": ("cache",)}
 _EVALUATE_PATHS = ("data", "judge", "splitter", "prompt", "trust_prompt", "facts_prompt", "question_prompt")
+_PATH_PARAMETERS = {
+    "02_claims": ("facts_prompt", "question_prompt"),
+    "05_dpo": ("cache",),
+    "06_evaluation": _EVALUATE_PATHS,
+    "07_guided_decoding": ("prompts", "splitter", "judge", "facts_prompt", "question_prompt"),
+}
 
 
 class RecipeError(ValueError):
@@ -277,11 +282,7 @@ def _localise_parameters(raw, folder):
         own = done.get(notebook)
         if not isinstance(own, dict):
             continue
-        paths = {name: _resolved(own[name], folder) for name in names if _is_path(own.get(name))}
-        for name, path in paths.items():
-            if name.endswith("_prompt") and not Path(path).is_file():
-                raise RecipeError(f"parameters.{notebook}.{name}: there is no file {path}")
-        done[notebook] = own | paths
+        done[notebook] = own | _localised_options(own, names, folder, f"parameters.{notebook}.")
     return raw | {"parameters": done}
 
 
@@ -292,21 +293,29 @@ def _localise_evaluate(raw, folder):
     entries = []
     for entry in raw["evaluate"]:
         if isinstance(entry, dict):
-            entry = entry | _localised_options(entry, folder)
+            where = f"evaluate: {entry.get('bench')}: "
+            names = (*_EVALUATE_PATHS, *_PATH_PARAMETERS["07_guided_decoding"])
+            entry = entry | _localised_options(entry, names, folder, where)
         entries.append(entry)
     return raw | {"evaluate": entries}
 
 
-def _localised_options(entry, folder):
-    "The options of an entry of `evaluate` that are paths, absolute."
+def _localised_options(own, names, folder, where):
+    """Those of the options `names` that are files, folders or local models, absolute.
+
+    Raises RecipeError, beginning with `where`, for one that does not exist. A cache is made when it
+    is needed.
+    """
     found = {}
-    for key in _EVALUATE_PATHS:
-        value = entry.get(key)
-        is_source = key == "data" and isinstance(value, str) and value and not value.startswith(HUB)
-        if is_source or _is_path(value):
+    for key in names:
+        value = own.get(key)
+        is_source = key == "data" and isinstance(value, str) and value
+        if _is_path(value) or (is_source and not value.startswith((HUB, "packaged:"))):
             found[key] = _resolved(value, folder)
-            if not Path(found[key]).exists():
-                raise RecipeError(f"evaluate: {entry.get('bench')}: {key}: there is no {found[key]}")
+            if key.endswith("prompt") and not Path(found[key]).is_file():
+                raise RecipeError(f"{where}{key}: there is no file {found[key]}")
+            if key != "cache" and not Path(found[key]).exists():
+                raise RecipeError(f"{where}{key}: there is no {found[key]}")
     return found
 
 # %% ../../nbs/runner/01_recipes.ipynb #3340c225
@@ -563,15 +572,16 @@ def labeler_of(recipe: Recipe) -> str:
 def claims_parameters(recipe: Recipe, options: dict) -> dict:
     """What the benchmark `claims` takes over from the recipe: prompts, and how its stages divide and judge.
 
-    Nothing about the judge is taken over where `options` name another one."""
+    Nothing about the judge is taken over where `options` name another one; an empty one is the policy."""
     division = recipe.parameters.get("02_claims", {})
-    names = ("facts_prompt", "question_prompt", "questions")
+    names = ("facts_prompt", "question_prompt", "questions", "check_questions")
     taken = {name: division[name] for name in names if name in division}
     others = {"quantisation": "splitter_quantisation", "batch_size": "splitter_batch_size"}
     others |= {"max_new_tokens": "list_tokens"}
     taken |= {other: division[name] for name, other in others.items() if name in division}
     taken |= {"data": PurePosixPath("prompts"), "splitter": recipe.splitter, "labeler": labeler_of(recipe)}
-    if options.get("judge", labeler_of(recipe)) == labeler_of(recipe):
+    judge = options.get("judge", labeler_of(recipe)) or recipe.policy
+    if judge == labeler_of(recipe):
         judging = recipe.parameters.get("03_feedback", {})
         names = ("quantisation", "batch_size")
         taken |= {f"judge_{name}": judging[name] for name in names if name in judging}
@@ -583,13 +593,15 @@ def claims_parameters(recipe: Recipe, options: dict) -> dict:
     return taken | {name: sampling[name] for name in names if name in sampling}
 
 # %% ../../nbs/runner/01_recipes.ipynb #3a2f5b5b
-def guided_parameters(recipe: Recipe) -> dict:
-    "What 07_guided_decoding takes over from a recipe with pictures of its own, which have no known truth."
+def guided_parameters(recipe: Recipe, options: dict) -> dict:
+    """The parameters of 07_guided_decoding for its entry of `evaluate`: what it takes over from a recipe with
+    pictures of its own, which have no known truth, then the recipe's own, then the entry's."""
+    given = recipe.parameters.get("07_guided_decoding", {}) | options
     if recipe.prompts["source"] == "iconworld":
-        return {}
+        return given
     others = ("data", "labeler", "quantisation", "batch_size", "max_new_tokens")
-    taken = {name: v for name, v in claims_parameters(recipe, {}).items() if name not in others}
-    return taken | {"prompts": PurePosixPath("prompts"), "held_out": True}
+    taken = {name: v for name, v in claims_parameters(recipe, given).items() if name not in others}
+    return taken | {"prompts": PurePosixPath("prompts"), "held_out": True} | given
 
 
 def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
@@ -598,10 +610,10 @@ def evaluation_parameters(recipe: Recipe, options: dict) -> dict:
     from rlaifv_nb.evaluation import options_used_by
 
     bench = options["bench"]
-    taken = claims_parameters(recipe, options) if bench == "claims" else {}
     given = recipe.parameters.get("06_evaluation", {})
-    taken |= {name: value for name, value in given.items() if name in options_used_by(bench)}
-    return taken | {name: value for name, value in options.items() if (name, value) != ("bench", "iconworld")}
+    given = {name: value for name, value in given.items() if name in options_used_by(bench)}
+    given |= {name: value for name, value in options.items() if (name, value) != ("bench", "iconworld")}
+    return (claims_parameters(recipe, given) if bench == "claims" else {}) | given
 
 # %% ../../nbs/runner/01_recipes.ipynb #5d97b59b
 def plan_run(recipe):
@@ -618,10 +630,8 @@ def plan_run(recipe):
         for notebook in _stages_of(recipe, k):
             steps.append(step(notebook, k, f"round_{k}/{notebook}", recipe.parameters.get(notebook, {})))
     for notebook, folder, options in evaluate_entries(recipe.evaluate, recipe.where):
-        given = guided_parameters(recipe) | recipe.parameters.get(notebook, {})
-        if notebook == "06_evaluation":
-            given = evaluation_parameters(recipe, options)
-        steps.append(step(notebook, 0, folder, given))
+        parameters_of = evaluation_parameters if notebook == "06_evaluation" else guided_parameters
+        steps.append(step(notebook, 0, folder, parameters_of(recipe, options)))
     return steps
 
 # %% ../../nbs/runner/01_recipes.ipynb #4e5e26ac
@@ -786,8 +796,27 @@ def _check_evaluate(recipe: Recipe, notebooks: Path) -> list:
             typed_options[name] = typed(value, kinds[require_name(name, free, where)], f"{where}: {name}")
         if notebook == "06_evaluation":
             _check_evaluation(recipe, typed_options, where)
-        entries.append(typed_options if isinstance(entry, dict) else entry)
+        entries.append({"bench": entry["bench"], **typed_options} if isinstance(entry, dict) else entry)
+    _refuse_unused(recipe, found)
     return entries
+
+
+def _refuse_unused(recipe: Recipe, found: list) -> None:
+    """Raises RecipeError for a parameter of 06_evaluation that none of the listed benchmarks uses.
+
+    Those of the icon world may stay: a recipe that extends `tiny` inherits them.
+    """
+    from rlaifv_nb.evaluation import options_used_by
+
+    benches = [options["bench"] for notebook, _, options in found if notebook == "06_evaluation"]
+    if not benches:
+        return
+    used = set().union(*map(options_used_by, benches), {"n_scenes", "split"})
+    if unused := [name for name in recipe.parameters.get("06_evaluation", {}) if name not in used]:
+        raise RecipeError(
+            f"{recipe.where}, parameters.06_evaluation: {', '.join(unused)}: no benchmark of `evaluate` uses "
+            f"this ({', '.join(benches)})"
+        )
 
 
 def _check_evaluation(recipe: Recipe, options: dict, where: str) -> None:
@@ -927,8 +956,9 @@ def _held_out_problem(recipe: Recipe) -> str:
     source = recipe.prompts["source"]
     asked = []
     for notebook, _, options in entries:
-        guided = notebook == "07_guided_decoding" and source != "iconworld"
-        if guided or (options.get("bench") == "claims" and "data" not in options):
+        given = recipe.parameters.get(notebook, {}) | options
+        guided = notebook == "07_guided_decoding" and source != "iconworld" and "prompts" not in given
+        if guided or (options.get("bench") == "claims" and "data" not in given):
             asked.append(notebook if guided else "claims")
     if not asked or recipe.prompts.get("n_dev"):
         return ""
@@ -947,8 +977,9 @@ def _files_problem(recipe: Recipe) -> str:
 
     for _, _, options in evaluate_entries(recipe.evaluate, recipe.where):
         if options.get("bench") in BENCHMARKS:
+            given = evaluation_parameters(recipe, options)
             try:
-                open_questions(options["bench"], options["data"], options.get("limit", 0))
+                open_questions(options["bench"], given["data"], given.get("limit", 0))
             except (FileNotFoundError, ValueError) as e:
                 return f"evaluate: {e}"
     return ""
