@@ -395,7 +395,7 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
             "data, num_beams: the benchmark iconworld has no use",
         ),
         (Request("iconworld", "m", name="x"), "name: the benchmark iconworld has no use"),
-        (Request("iconworld", answers="a"), "asks a model itself"),
+        (Request("iconworld", answers="a"), "needs a model; saved answers cannot"),
         (Request("claims", "org/m", data="x"), "claims needs a splitter"),
         (Request("claims", "org/m", splitter="org/s"), "claims needs data"),
         (

@@ -618,7 +618,7 @@ def claim_scores_table(models: dict, changed: dict[str, Difference]) -> str:
         cells = []
         for scores in models.values():
             s = scores[name]
-            interval = f"<small>{s.ci_low:.1f} to {s.ci_high:.1f}</small>"
+            interval = f"<small>{s.ci_low:.1f} to {s.ci_high:.1f}</small>" if s.ci_low == s.ci_low else ""
             cells.append(f"{s.value:.1f}{interval}" if s.value == s.value else "–")
         d = changed.get(name)
         moved = "–"
