@@ -366,8 +366,8 @@ def labeler_caveats(judge: str, policy: str, labeler: str) -> list[str]:
         )
     if caveats:
         caveats.append(
-            "A different labeler would be stronger evidence: `evaluate: [{bench: claims, judge: MODEL}]` in a "
-            "recipe, `--judge MODEL` on the command line."
+            "A different labeler would be stronger evidence: `evaluate: [{bench: claims, judge: MODEL}]` in "
+            "a recipe, `--judge MODEL` on the command line."
         )
     return caveats
 
