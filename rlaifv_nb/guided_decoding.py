@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RANKINGS', 'reward_of', 'best_of', 'policies_of', 'score_answers', 'candidates_of', 'read_twice', 'score_candidates',
            'sample_candidates', 'guided_answer', 'blocks_of', 'powers_up_to', 'make_choices', 'given_ids',
-           'read_candidates', 'distinct_answers', 'check_candidates', 'rejected_claims', 'run_guided_decoding',
-           'fill_candidates', 'guidance_curve']
+           'read_candidates', 'distinct_answers', 'checking_options', 'check_candidates', 'rejected_claims',
+           'run_guided_decoding', 'fill_candidates', 'guidance_curve']
 
 # %% ../nbs/07_guided_decoding.ipynb #72508557
 import random
@@ -20,6 +20,8 @@ from rlaifv_nb.benchmarks.claims import (
     ClaimCheckOptions,
     check_answers,
     check_claims_options,
+    checking_identity,
+    checking_models,
     divide_answers,
     held_out_prompts,
 )
@@ -295,6 +297,22 @@ def distinct_answers(candidates: list[Candidate]) -> list[Response]:
     return list(found.values())
 
 
+def checking_options(settings: dict) -> ClaimCheckOptions | None:
+    """How the claims of candidates are checked; None where `settings` name no splitter, so none are.
+
+    Raises ValueError for an option that then has no effect."""
+    options = ClaimCheckOptions(**settings)
+    if options.splitter:
+        return options
+    default = ClaimCheckOptions()
+    names = ("facts_prompt", "question_prompt", "questions", "check_questions", "list_tokens", "abstain_mass")
+    names += tuple(name for name in settings if name.startswith(("judge", "splitter_")))
+    inert = [name for name in names if getattr(options, name) != getattr(default, name)]
+    if inert:
+        raise ValueError(f"{', '.join(inert)}: without a splitter no claims are checked; name one")
+    return None
+
+
 def check_candidates(
     out: Path, folder: str | Path, policy: str, options: ClaimCheckOptions, opened: dict
 ) -> dict:
@@ -387,7 +405,9 @@ def run_guided_decoding(
     inputs |= {"responses": table_sha(responses, "responses")} if responses else {}
     parameters |= {"held_out": held_out} if held_out else {}
     parameters |= {"limit": limit} if limit else {}
-    parameters |= {"claims": claims.identity} if claims else {}
+    if claims:
+        parameters["claims"] = checking_identity(claims, policy)
+        inputs |= checking_models(claims, policy)
     stage = StageFolder(out, "guided_decoding", parameters, inputs)
     if not stage.is_done:
         rows = read_table(prompts, "prompts", Prompt)

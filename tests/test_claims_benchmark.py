@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,25 @@ from rlaifv_nb.benchmarks.claims import (
     check_claims_options,
     claim_differences,
     claim_scores,
+    claims_table,
     conclusion,
     held_out_prompts,
     labeler_caveats,
+    prompt_caveats,
     read_answer_cases,
     run_claims_benchmark,
     says_less,
     shared_cases,
 )
-from rlaifv_nb.evaluation import Evaluation, run_evaluation
-from rlaifv_nb.guided_decoding import guidance_curve, read_candidates, rejected_claims, run_guided_decoding
+from rlaifv_nb.benchmarks.evaluate import compare_folders
+from rlaifv_nb.evaluation import Evaluation, parse_adapters, prompts_folder, run_evaluation
+from rlaifv_nb.guided_decoding import (
+    checking_options,
+    guidance_curve,
+    read_candidates,
+    rejected_claims,
+    run_guided_decoding,
+)
 from rlaifv_nb.iconworld.miniature import write_miniature
 from rlaifv_nb.iconworld.world import draw_picture, make_scene
 from rlaifv_nb.records import (
@@ -47,7 +57,7 @@ from rlaifv_nb.records import (
     write_table,
 )
 from rlaifv_nb.runner.command import main
-from rlaifv_nb.runner.leaderboard import find_entries
+from rlaifv_nb.runner.leaderboard import figure_text, find_entries
 from rlaifv_nb.runner.machine import wanted_models
 from rlaifv_nb.runner.recipes import (
     RecipeError,
@@ -60,6 +70,7 @@ from rlaifv_nb.runner.recipes import (
     plan_run,
     restart_option,
 )
+from rlaifv_nb.runner.report import claim_scores_table
 
 POLICY, ADAPTERS = "packaged:iconworld-vlm", {"aligned": "packaged:iconworld-aligned"}
 OPTIONS = ClaimCheckOptions(max_new_tokens=60, batch_size=2)
@@ -117,11 +128,14 @@ def test_a_few_pictures_tell_nothing_however_clear_they_look(n, changed, sure):
 
 
 def test_the_words_that_twelve_pictures_deserve():
-    row = Difference("round_1", "rejected", 85.0, 80.0, -5.0, -12.0, 3.0, 12, 10)
+    row = Difference("round_1", "rejected", 85.0, 80.0, -5.0, -12.0, 3.0, 12, 5)
     assert conclusion(row).startswith(
         "Twelve pictures are too few to tell whether round_1 is better or worse than base"
     )
-    assert "-12.0 to +3.0" in conclusion(row)
+    assert "five pictures changed" in conclusion(row)
+    unsure = conclusion(replace(row, n=400, n_changed=200))
+    assert unsure.startswith("On these 400 pictures, round_1 cannot be told apart from base")
+    assert "-12.0 to +3.0" in unsure and "too few" not in unsure
     assert conclusion(replace(row, n=1, n_changed=1)).startswith("One picture is too few to tell")
     silent = Difference("round_1", "claims", 9.0, 2.0, -7.0, -8.0, -6.0, 12, 12)
     assert "Part of the change may be silence" in says_less(silent)
@@ -139,6 +153,32 @@ def test_no_judged_claim_is_not_known_rather_than_zero():
     assert row.difference != row.difference and "Nothing can be said" in conclusion(row)
     scores = {s.metric: s for s in claim_scores("r", silent, picture_of)}
     assert scores["rejected"].value != scores["rejected"].value and scores["claims"].value == 0
+
+
+def test_a_figure_that_appears_is_not_a_change():
+    """Six of eight pictures have a judged claim only afterwards: two can be compared, too few to be sure."""
+    picture_of = {f"p{k}": f"{k}.jpg" for k in range(8)}
+    before = [case("base", p, ["no"] if k < 2 else []) for k, p in enumerate(picture_of)]
+    after = [case("r", p, ["yes"]) for p in picture_of]
+    row = claim_differences("r", before, after, picture_of)[0]
+    assert row.n_changed == 2 and not row.is_sure
+
+
+def test_a_count_of_zero_has_no_interval_and_a_share_of_zero_has():
+    scores = claim_scores("m", [case("m", p, ["yes"]) for p in "ab"], {"a": "1", "b": "2"})
+    found = {s.metric: s for s in scores}
+    count, share = found["rejected per answer"], found["rejected"]
+    assert count.value == 0 and math.isnan(count.ci_low) and math.isnan(count.ci_high)
+    assert (share.value, share.ci_low) == (0, 0) and share.ci_high > 0
+    assert "| rejected claims per answer | 0.0 |" in claims_table(scores, [])
+    table = claim_scores_table({"m": found}, {})
+    assert "nan" not in table and "nan" not in figure_text(count)
+
+
+def test_prompts_that_chose_the_checkpoint_are_named():
+    test = Prompt("p", "a.jpg", "", "What?", split="test")
+    assert prompt_caveats([test]) == []
+    assert "chose the checkpoint" in prompt_caveats([test, replace(test, split="dev")])[0]
 
 
 def test_an_answer_that_was_not_divided_leaves_its_prompt_out_for_all():
@@ -187,6 +227,10 @@ def test_the_labeler_is_named_with_what_follows_from_who_it_is():
             "max_new_tokens, judge_batch_size: must be at least 1",
         ),
         ({"facts_prompt": "no-such.txt"}, "there is no prompt file"),
+        ({"abstain_mass": 7}, "abstain_mass"),
+        ({"judge_quantisation": "int3"}, "judge_quantisation='int3'.*none, nf4"),
+        ({"splitter_quantisation": "int3"}, "splitter_quantisation='int3'.*none, nf4"),
+        ({"judge": "local:org/model"}, "name the model without local:"),
     ],
 )
 def test_options_without_meaning_are_refused(wrong, says):
@@ -352,7 +396,80 @@ def test_when_nothing_can_be_compared_that_is_said(finished, tmp_path):
     assert "facts cut" in manifest["conclusions"][0] and not read_table(out, "scores", Score)
 
 
+def changed_copy(finished, tmp_path, kind, name, value):
+    """A copy of an evaluation that was made with something else."""
+    out = tmp_path / f"other_{name}"
+    shutil.copytree(finished, out)
+    for file in ("started.json", "manifest.json"):
+        content = json.loads((out / file).read_text())
+        content[kind][name] = value
+        (out / file).write_text(json.dumps(content))
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind, name, value",
+    [
+        ("inputs", "splitter", "0"),
+        ("inputs", "judge", "0"),
+        ("parameters", "prompt_sha", "0"),
+        ("parameters", "judge_quantisation", "nf4"),
+        ("parameters", "judge_system_prompt", "Be strict."),
+        ("parameters", "check_questions", False),
+        ("parameters", "max_new_tokens", 61),
+    ],
+)
+def test_whatever_decides_the_figures_is_part_of_the_setting(finished, prompts, tmp_path, kind, name, value):
+    """A change is refused in the same folder, in a comparison, and stands in another table of the board."""
+    other = changed_copy(finished, tmp_path, kind, name, value)
+    with pytest.raises(ValueError, match=f"started with other settings.*{name}"):
+        run_claims_benchmark(other, POLICY, ADAPTERS, prompts, OPTIONS)
+    with pytest.raises(ValueError, match=f"do not measure the same.*{name}"):
+        compare_folders(finished, other)
+    shutil.copytree(finished, tmp_path / "first")
+    entries, _ = find_entries(tmp_path)
+    assert len(entries) == 4 and len({e.measured for e in entries}) == 2
+
+
+def test_the_labeler_by_its_name_is_the_one_by_default(finished, prompts):
+    run_claims_benchmark(finished, POLICY, ADAPTERS, prompts, replace(OPTIONS, judge=POLICY))
+    assert read_manifest(finished)["parameters"]["judge"] == POLICY
+
+
+def test_without_a_readable_picture_that_is_the_error(prompts, tmp_path):
+    folder = tmp_path / "prompts"
+    shutil.copytree(prompts, folder)
+    for row in held_out_prompts(read_table(folder, "prompts", Prompt)):
+        (folder / row.image_path).write_bytes(b"")
+    with pytest.raises(ValueError, match="no picture of the 4 held-out prompts could be read"):
+        run_claims_benchmark(tmp_path / "out", POLICY, {}, folder, OPTIONS)
+
+
 # through the door
+
+
+@pytest.mark.parametrize("adapters", ["base=x", "policy=y", "prompts=z", "a=b,a=c"])
+def test_names_of_adapters_are_their_own(adapters):
+    with pytest.raises(ValueError, match="choose another name"):
+        parse_adapters(adapters)
+
+
+def test_prompts_made_of_one_source_are_not_those_of_another(tmp_path):
+    one = photographs(tmp_path / "one")
+    two = photographs(tmp_path / "two")
+    two.write_text(two.read_text().replace("Describe the image", "Describe this picture"))
+    made = prompts_folder(str(one), tmp_path / "out")
+    assert prompts_folder(str(one), tmp_path / "out") == made
+    assert {p.split for p in read_table(made, "prompts", Prompt)} == {"test"}
+    with pytest.raises(ValueError, match="source"):
+        prompts_folder(str(two), tmp_path / "out")
+
+
+def test_options_of_checking_without_a_splitter_are_refused():
+    assert checking_options({"splitter": "", "limit": 2, "seed": 3}) is None
+    assert checking_options({"splitter": "s", "judge": "j"}).judge == "j"
+    with pytest.raises(ValueError, match="abstain_mass, judge: without a splitter"):
+        checking_options({"splitter": "", "judge": "j", "abstain_mass": 0.2})
 
 
 def photographs(folder):
@@ -409,6 +526,30 @@ def test_a_published_benchmark_compares_all_models_of_a_run(tmp_path):
     assert "## round_1" in (out / "table.md").read_text() and list((out / "round_1").glob("comparison-base*"))
     entries, problems = find_entries(tmp_path)
     assert sorted(e.name for e in entries) == ["base", "round_1"] and not problems
+    with pytest.raises(ValueError, match="holds several models.*/base"):
+        compare_folders(out, out)
+    changes = ({"max_new_tokens": 41}, {"seed": 1}, {"dtype": "float32"}, {"limit": 3})
+    for change in changes:
+        with pytest.raises(ValueError, match=f"started with other settings.*{next(iter(change))}"):
+            run_evaluation(out, POLICY, "round_1=packaged:iconworld-aligned", bench="amber", **given | change)
+    write_miniature(tmp_path / "other", 7)
+    elsewhere = given | {"data": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match="started with other settings.*data"):
+        run_evaluation(out, POLICY, "round_1=packaged:iconworld-aligned", bench="amber", **elsewhere)
+
+
+def test_all_models_of_a_published_benchmark_are_asked_as_the_adapter_was_trained(tmp_path):
+    write_miniature(tmp_path / "data", 6)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(resolve_path("packaged:iconworld-aligned"), adapter)
+    lineage = adapter / "lineage.json"
+    content = json.loads(lineage.read_text()) if lineage.exists() else {}
+    lineage.write_text(json.dumps(content | {"asked": {"max_pixels": 12544}}))
+    given = {"data": str(tmp_path / "data"), "limit": 2, "max_new_tokens": 20}
+    out = tmp_path / "out"
+    run_evaluation(out, POLICY, f"round_1={adapter}", bench="amber", **given)
+    asked = [read_manifest(out / name)["parameters"]["max_pixels"] for name in ("base", "round_1")]
+    assert asked == [12544, 12544]
 
 
 def test_the_parameters_of_the_notebook_are_the_fields_of_an_evaluation():
@@ -472,7 +613,7 @@ def test_claims_takes_models_and_ways_of_working_from_the_recipe():
         ([{"limit": 3}], "names no benchmark"),
         ([{"bench": "claims", "limits": 3}], "did you mean limit"),
         ([{"bench": "claims", "limit": "all"}], "limit must be a whole number"),
-        ([{"bench": "claims", "n_scenes": 3}], "n_scenes: the benchmark claims has no use"),
+        ([{"bench": "claims", "n_scenes": 3}], "n_scenes: the benchmark claims does not use this"),
         ([{"bench": "claims", "policy": "x"}], "'policy' is set by the chain itself"),
         ([{"bench": "amber"}], "amber needs data"),
         ([{"bench": "mmhal", "data": "d"}], "needs a judge"),

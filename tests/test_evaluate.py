@@ -14,10 +14,10 @@ import pytest
 from tiny_models import ARCHITECTURES, open_tiny
 
 from rlaifv_nb.benchmarks.answers import answer_pictures, run_answers
-from rlaifv_nb.benchmarks.evaluate import Request, compare_folders, run_evaluate
+from rlaifv_nb.benchmarks.evaluate import OWN_OF_OTHERS, Request, compare_folders, run_evaluate
 from rlaifv_nb.benchmarks.protocol import Question
 from rlaifv_nb.benchmarks.tables import BENCHMARKS, open_questions, read_counts, write_answer_file
-from rlaifv_nb.evaluation import evaluate
+from rlaifv_nb.evaluation import Evaluation, evaluate, evaluation_settings, with_own_sizes
 from rlaifv_nb.iconworld.miniature import write_miniature
 from rlaifv_nb.iconworld.world import DESCRIBE, draw_picture, make_scene
 from rlaifv_nb.records import Score, package_folder, read_manifest, read_table
@@ -392,10 +392,10 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
         (Request("nope", "m"), "choose one of iconworld, claims, amber"),
         (
             Request("iconworld", "m", data="x", num_beams=3),
-            "data, num_beams: the benchmark iconworld has no use",
+            "data, num_beams: the benchmark iconworld does not use",
         ),
-        (Request("iconworld", "m", name="x"), "name: the benchmark iconworld has no use"),
-        (Request("iconworld", answers="a"), "asks a model itself"),
+        (Request("iconworld", "m", name="x"), "name: the benchmark iconworld does not use"),
+        (Request("iconworld", answers="a"), "needs a model; saved answers cannot"),
         (Request("claims", "org/m", data="x"), "claims needs a splitter"),
         (Request("claims", "org/m", splitter="org/s"), "claims needs data"),
         (
@@ -414,7 +414,7 @@ def test_missing_files_are_named_with_their_origin(bench, tmp_path):
         (Request("pope-random", reviews="r"), "has no reviews"),
         (Request("objhal", "m", data="d", mode="official"), "needs a judge"),
         (Request("refomb-facts", "m", data="d", judge="local:x", mode="official"), "no official"),
-        (Request("mmhal", "m", data="d", judge="local:x", trust_prompt="p"), "no use"),
+        (Request("mmhal", "m", data="d", judge="local:x", trust_prompt="p"), "does not use this"),
     ],
 )
 def test_requests_without_meaning_are_refused(request_, says, tmp_path):
@@ -536,3 +536,11 @@ def test_evaluations_of_different_things_are_not_compared(data, judge, tmp_path)
         run_evaluate(tmp_path / mode, "mmhal", answers=path, data=data, judge=judge.spec, mode=mode)
     with pytest.raises(ValueError, match="do not measure the same"):
         compare_folders(tmp_path / "official", tmp_path / "clean")
+
+
+def test_sizes_that_are_not_given_are_the_benchmarks_own_at_every_door(data, tmp_path):
+    """The command line's defaults were 1024 tokens and 1000 scenes, those of 06_evaluation 128 and 100."""
+    settings = evaluation_settings(Request("iconworld", "packaged:iconworld-vlm"))
+    assert with_own_sizes(Evaluation(**settings)) == with_own_sizes(Evaluation("packaged:iconworld-vlm"))
+    published = run_evaluate(tmp_path, "mmstar", "packaged:iconworld-vlm", data=data, limit=1)
+    assert published["parameters"]["max_new_tokens"] == OWN_OF_OTHERS[0]

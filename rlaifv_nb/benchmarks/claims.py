@@ -6,8 +6,9 @@
 __all__ = ['PROTOCOL', 'HELD_OUT', 'UNDECIDED', 'MEASURES', 'LEAST_CHANGED', 'NUMBERS', 'held_out_prompts', 'greedy_answers',
            'answer_prompts', 'answer_with_models', 'AnswerCase', 'cases_of_models', 'shared_cases', 'Measure',
            'claim_figures', 'measure_interval', 'counts_by_picture', 'claim_scores', 'Difference', 'claim_differences',
-           'in_words', 'conclusion', 'says_less', 'shown_name', 'labeler_caveats', 'difference_cell', 'claims_table',
-           'ClaimCheckOptions', 'check_claims_options', 'divide_answers', 'check_answers', 'run_claims_benchmark',
+           'in_words', 'conclusion', 'says_less', 'shown_name', 'labeler_caveats', 'prompt_caveats', 'difference_cell',
+           'score_cell', 'claims_table', 'ClaimCheckOptions', 'division_of', 'judging_of', 'check_claims_options',
+           'checking_models', 'checking_identity', 'divide_answers', 'check_answers', 'run_claims_benchmark',
            'finish_claims_benchmark', 'nothing_shared', 'conclusions_of', 'claims_text', 'read_answer_cases']
 
 # %% ../../nbs/benchmarks/16_claims.ipynb #b907165f
@@ -32,6 +33,7 @@ from rlaifv_nb.records import (
     read_manifest,
     read_rows,
     read_table,
+    require_one_of,
     resolve_path,
     response_id_of,
     shard_paths,
@@ -225,9 +227,14 @@ def claim_figures(sums: dict) -> dict[str, float]:
 
 
 def measure_interval(measure: Measure, table: list[dict], seed: int = 0) -> tuple[float, float, float]:
-    "Value, low and high end of a measure, from the summed counts of each picture."
+    """Value, low and high end of a measure, from the summed counts of each picture.
+
+    A count per answer that is zero on every picture has no interval: the bound for a share of nothing holds
+    for shares only, and a count may exceed 1. Its ends are NaN."""
     pairs = [(row[measure.top], row[measure.bottom]) for row in table]
     is_share = measure.factor == 100
+    if not is_share and not any(top for top, _ in pairs) and any(bottom for _, bottom in pairs):
+        return 0.0, float("nan"), float("nan")
     if is_share and all(top == bottom for top, bottom in pairs) and any(bottom for _, bottom in pairs):
         _, low, high = ratio_interval([(0, bottom) for _, bottom in pairs], seed)
         return 100.0, 100 - high, 100 - low
@@ -296,8 +303,8 @@ def claim_differences(
 
 
 def _differs(one: float, other: float) -> bool:
-    "Whether two figures differ; two that are undefined do not."
-    return one != other and not (one != one and other != other)
+    "Whether two figures differ; where one is undefined, there is no change that could be seen."
+    return one == one and other == other and one != other
 
 
 def in_words(n: int) -> str:
@@ -316,13 +323,15 @@ def conclusion(row: Difference, base: str = "base") -> str:
         direction = "fewer" if row.difference < 0 else "more"
         text = f"On these {pictures} the labeler rejects {direction} claims of {row.model} than of {base}"
         return f"{text}: {told} ({interval})."
-    if row.n_changed < LEAST_CHANGED:
-        interval = f"{in_words(row.n_changed)} picture{'s' * (row.n_changed != 1)} changed"
+    if row.n_changed >= LEAST_CHANGED:
+        text = f"On these {pictures}, {row.model} cannot be told apart from {base}"
+        return f"{text}: {told}, and that may be chance ({interval})."
+    changed = f"{in_words(row.n_changed)} picture{'s' * (row.n_changed != 1)} changed"
     verb = "are" if row.n != 1 else "is"
     text = (
         f"{pictures[0].upper()}{pictures[1:]} {verb} too few to tell whether {row.model} is better or worse"
     )
-    return f"{text} than {base}: {told}, and that may be chance ({interval})."
+    return f"{text} than {base}: {told}, and that may be chance ({changed})."
 
 
 def says_less(row: Difference) -> str:
@@ -357,9 +366,17 @@ def labeler_caveats(judge: str, policy: str, labeler: str) -> list[str]:
         )
     if caveats:
         caveats.append(
-            "Another model says more: name it in the recipe, `evaluate: [{bench: claims, judge: MODEL}]`."
+            "A different labeler would be stronger evidence: `evaluate: [{bench: claims, judge: MODEL}]` in "
+            "a recipe, `--judge MODEL` on the command line."
         )
     return caveats
+
+
+def prompt_caveats(prompts: list[Prompt]) -> list[str]:
+    "What to bear in mind about the prompts: 05_dpo keeps the checkpoint with the least loss on `dev`."
+    if any(p.split == "dev" for p in prompts):
+        return ["These prompts also chose the checkpoint; no pair of them was trained on."]
+    return []
 
 # %% ../../nbs/benchmarks/16_claims.ipynb #8b0d6c34
 def difference_cell(row: Difference | None) -> str:
@@ -367,6 +384,13 @@ def difference_cell(row: Difference | None) -> str:
     if row is None or row.difference != row.difference:
         return ""
     return f"{row.difference:+.1f} ({row.ci_low:+.1f} to {row.ci_high:+.1f})"
+
+
+def score_cell(s: Score) -> str:
+    "`7.0 (3.0 to 15.0)`; the value alone where it has no interval, and `not known` where it is undefined."
+    if s.value != s.value:
+        return "not known"
+    return f"{s.value:.1f} ({s.ci_low:.1f} to {s.ci_high:.1f})" if s.ci_low == s.ci_low else f"{s.value:.1f}"
 
 
 def claims_table(scores: list[Score], differences: list[Difference]) -> str:
@@ -377,8 +401,7 @@ def claims_table(scores: list[Score], differences: list[Difference]) -> str:
     lines = ["| measure | " + " | ".join(models) + " | difference |", "|---" * (len(models) + 2) + "|"]
     for name, measure in MEASURES.items():
         row = [found[model, name] for model in models]
-        cells = [f"{s.value:.1f} ({s.ci_low:.1f} to {s.ci_high:.1f})" for s in row]
-        cells = [cell.replace("nan (nan to nan)", "not known") for cell in cells]
+        cells = [score_cell(s) for s in row]
         lines.append(f"| {measure.label} | {' | '.join(cells)} | {difference_cell(changed.get(name))} |")
     return "\n".join(lines)
 
@@ -396,6 +419,7 @@ class ClaimCheckOptions:
     facts_prompt: str = "packaged:prompts/facts.txt"
     question_prompt: str = "packaged:prompts/question.txt"
     questions: str = "rule"  # rule, splitter or statement
+    check_questions: bool = True  # set a claim aside whose question is not one of yes or no in English
     list_tokens: int = 512  # longest list of facts
     judge: str = ""  # the labeler: folder, Hub id or packaged; empty is the policy's base model
     judge_quantisation: str = "none"  # none or nf4
@@ -420,20 +444,37 @@ class ClaimCheckOptions:
         return {name: value for name, value in given.items() if value}
 
 
+def division_of(options: ClaimCheckOptions) -> ClaimsOptions:
+    "The options of 02_claims. Raises ValueError as they do."
+    return ClaimsOptions(
+        questions=options.questions,
+        check_questions=options.check_questions,
+        max_new_tokens=options.list_tokens,
+        batch_size=options.splitter_batch_size,
+        facts_prompt=options.facts_prompt,
+        question_prompt=options.question_prompt,
+    )
+
+
+def judging_of(options: ClaimCheckOptions) -> FeedbackOptions:
+    "The options of 03_feedback. Raises ValueError as they do."
+    return FeedbackOptions(abstain_mass=options.abstain_mass, batch_size=min(options.judge_batch_size, 64))
+
+
 def check_claims_options(options: ClaimCheckOptions) -> None:
     "Raises ValueError for options without meaning, before a model is opened."
-    from rlaifv_nb.claims import QUESTIONS
-
     sizes = ("max_new_tokens", "batch_size", "splitter_batch_size", "list_tokens", "judge_batch_size")
     small = [name for name in sizes if getattr(options, name) < 1]
     if small:
         raise ValueError(f"{', '.join(small)}: must be at least 1")
     if options.limit < 0:
         raise ValueError(f"limit={options.limit}: a number of prompts, or 0 for all")
-    if options.questions not in QUESTIONS:
-        raise ValueError(
-            f"questions={options.questions!r} is not supported: choose one of {', '.join(QUESTIONS)}"
-        )
+    for name in ("splitter_quantisation", "judge_quantisation"):
+        require_one_of(getattr(options, name), ("none", "nf4"), name)
+    division_of(options)
+    judging_of(options)
+    if options.judge.startswith("local:"):
+        raise ValueError(f"judge={options.judge!r}: name the model without local:")
     if "|" in options.judge or options.judge.startswith(("http://", "https://")):
         raise ValueError(
             f"judge={options.judge!r}: claims are checked by P(yes) and P(no), which an endpoint does not "
@@ -442,20 +483,30 @@ def check_claims_options(options: ClaimCheckOptions) -> None:
     read_templates(options.facts_prompt, options.question_prompt)
 
 # %% ../../nbs/benchmarks/16_claims.ipynb #b33698ce
+def checking_models(options: ClaimCheckOptions, policy: str) -> dict[str, str]:
+    "Content hashes of the splitter and of the labeler: what a name stands for may change."
+    from rlaifv_nb.engine.models import folder_sha, model_folder
+
+    judge = options.judge or policy
+    return {
+        "splitter": folder_sha(model_folder(options.splitter)),
+        "judge": folder_sha(model_folder(judge)),
+    }
+
+
+def checking_identity(options: ClaimCheckOptions, policy: str) -> dict:
+    "The options that decide the result, with the labeler's name and the hash of the prompts' texts."
+    prompts = read_templates(options.facts_prompt, options.question_prompt)
+    return options.identity | {"judge": shown_name(options.judge or policy), "prompt_sha": prompts.sha}
+
+
 def divide_answers(out: Path, folder: str | Path, options: ClaimCheckOptions, opened: dict) -> None:
     "The stage of 02_claims on the answers in `out`, with the splitter, which is gone afterwards."
     from rlaifv_nb.engine.models import open_llm
 
     how = {name: opened[name] for name in ("dtype", "attention", "device") if name in opened}
     llm = open_llm(options.splitter, quantisation=options.splitter_quantisation, **how)
-    division = ClaimsOptions(
-        questions=options.questions,
-        max_new_tokens=options.list_tokens,
-        batch_size=options.splitter_batch_size,
-        facts_prompt=options.facts_prompt,
-        question_prompt=options.question_prompt,
-    )
-    run_claims(folder, out / "answers", out / "claims", llm, options=division)
+    run_claims(folder, out / "answers", out / "claims", llm, options=division_of(options))
 
 
 def check_answers(
@@ -466,8 +517,7 @@ def check_answers(
 
     how = {name: opened[name] for name in ("dtype", "attention", "device") if name in opened}
     vlm = open_vlm(judge, quantisation=options.judge_quantisation, **how, **options.judge_asked)
-    judging = FeedbackOptions(abstain_mass=options.abstain_mass, batch_size=min(options.judge_batch_size, 64))
-    run_feedback(folder, out / "answers", out / "claims", out / "feedback", vlm, options=judging)
+    run_feedback(folder, out / "answers", out / "claims", out / "feedback", vlm, options=judging_of(options))
 
 # %% ../../nbs/benchmarks/16_claims.ipynb #3bf99dba
 def run_claims_benchmark(
@@ -481,8 +531,8 @@ def run_claims_benchmark(
 ) -> StageFolder:
     """Answers of the base and of every adapter, divided, checked and compared; the manifest last.
 
-    Raises ValueError for senseless options, for prompts of which none is kept from training, and as
-    `run_claims` and `run_feedback` do."""
+    Raises ValueError for senseless options, for prompts of which none is kept from training or none has a
+    picture that can be read, and as `run_claims` and `run_feedback` do."""
     from rlaifv_nb.engine.models import folder_sha, model_folder, open_vlm
 
     check_claims_options(options)
@@ -490,11 +540,12 @@ def run_claims_benchmark(
     out = Path(out)
     named = {"base": ""} | adapters
     asked = held_out_prompts(read_table(prompts, "prompts", Prompt), options.limit)
-    parameters = {"bench": "claims", "models": list(named), "protocol": PROTOCOL} | options.identity
+    parameters = {"bench": "claims", "models": list(named), "protocol": PROTOCOL}
+    parameters |= checking_identity(options, policy)
     parameters |= {name: value for name, value in opened.items() if name != "device" and value}
     inputs = {"prompts": table_sha(prompts, "prompts"), "policy": folder_sha(model_folder(policy))}
     inputs |= {name: folder_sha(resolve_path(adapter)) for name, adapter in adapters.items()}
-    stage = StageFolder(out, "evaluation", parameters, inputs)
+    stage = StageFolder(out, "evaluation", parameters, inputs | checking_models(options, policy))
     if stage.is_done:
         return stage
     answers = StageFolder(out / "answers", "answers", {"max_new_tokens": options.max_new_tokens}, inputs)
@@ -502,6 +553,8 @@ def run_claims_benchmark(
         models = {name: partial(open_vlm, policy, adapter, **opened) for name, adapter in named.items()}
         batch_size = min(options.batch_size, shard_size)
         answer_with_models(answers, models, prompts, asked, options.max_new_tokens, batch_size, shard_size)
+    if not read_table(answers.path, "responses", Response):
+        raise ValueError(f"no picture of the {len(asked)} held-out prompts could be read")
     divide_answers(out, prompts, options, opened)
     free_memory()
     check_answers(out, prompts, options.judge or policy, options, opened)
@@ -531,7 +584,7 @@ def finish_claims_benchmark(
         differences += claim_differences(name, shared[names[0]], shared[name], picture_of, options.seed)
     judge = options.judge or policy
     warnings = [w for folder in parts.values() for w in read_manifest(folder).get("warnings", [])]
-    left_out = [SetAside(p.prompt_id, "not divided for every model") for p in prompts]
+    left_out = [SetAside(p.prompt_id, "no divided answer of every model") for p in prompts]
     kept = {case.prompt_id for case in shared[names[0]]}
     left_out = [row for row in left_out if row.row_id not in kept]
     for k, name in enumerate(names):
@@ -540,7 +593,7 @@ def finish_claims_benchmark(
     write_table(stage.path, "differences", differences)
     told = {
         "conclusions": conclusions_of(differences) if n else [nothing_shared(lost)],
-        "caveats": labeler_caveats(judge, policy, options.labeler),
+        "caveats": labeler_caveats(judge, policy, options.labeler) + prompt_caveats(prompts),
         "counts": {name: sum_counts(counts_by_picture(shared[name], picture_of)) for name in names if n},
         "judged_by": shown_name(judge),
     }
@@ -553,7 +606,7 @@ def finish_claims_benchmark(
 def nothing_shared(lost: list[SetAside]) -> str:
     "That no answers can be compared, and why."
     reasons = Counter(s.reason for s in lost)
-    why = ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "no picture could be read"
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
     return f"Nothing can be said: no held-out prompt has a divided answer of every model ({why})."
 
 
@@ -585,7 +638,10 @@ def claims_text(
             f"{n['accepted']} accepted, {n['rejected']} rejected, {n['abstained']} abstained, "
             f"{n['undecided']} undecided."
         )
-    left_out = f"{n_left_out} prompts are left out: an answer of one of the models could not be divided."
+    left_out = (
+        f"Prompts left out: {n_left_out}. A picture could not be read, or a model's answer could not be "
+        "divided."
+    )
     table = claims_table(scores, differences) if scores else ""
     parts = [about, table, " ".join(told["conclusions"]), " ".join(told["caveats"])]
     parts += ["\n".join(f"- {line}" for line in counted), left_out if n_left_out else ""]

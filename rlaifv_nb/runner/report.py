@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from ..benchmarks.claims import MEASURES as CLAIM_MEASURES
-from ..benchmarks.claims import AnswerCase, Difference, in_words
+from ..benchmarks.claims import LEAST_CHANGED, AnswerCase, Difference, in_words
 from rlaifv_nb.records import (
     Claim,
     Pair,
@@ -576,6 +576,8 @@ def claims_title(row: Difference) -> str:
     "What became of rejected claims, in a sentence."
     if row.difference != row.difference:
         return "Whether this helped cannot be said: there are no judged claims."
+    if not row.is_sure and row.n_changed >= LEAST_CHANGED:
+        return "On these pictures, the models before and after cannot be told apart."
     if not row.is_sure:
         pictures = f"{in_words(row.n)} picture{'s are' if row.n != 1 else ' is'}"
         return f"{pictures[0].upper()}{pictures[1:]} too few to tell whether this helped."
@@ -618,7 +620,7 @@ def claim_scores_table(models: dict, changed: dict[str, Difference]) -> str:
         cells = []
         for scores in models.values():
             s = scores[name]
-            interval = f"<small>{s.ci_low:.1f} to {s.ci_high:.1f}</small>"
+            interval = f"<small>{s.ci_low:.1f} to {s.ci_high:.1f}</small>" if s.ci_low == s.ci_low else ""
             cells.append(f"{s.value:.1f}{interval}" if s.value == s.value else "–")
         d = changed.get(name)
         moved = "–"
