@@ -598,7 +598,7 @@ def _is_foreign(folder):
 
 def _require_own(recipe, steps, run):
     """Raises StepError, before anything is written or deleted, where the run folder holds what this chain has
-    not made: something in the place of a step's folder, or another recipe.yaml beside no finished or begun step.
+    not made: something in the place of a step's folder, or another recipe.yaml beside no step of a chain.
     """
     for step in steps:
         if _is_foreign(run / step.out):
@@ -610,8 +610,8 @@ def _require_own(recipe, steps, run):
     if mine.exists() and not any((run / step.out / "step.json").exists() for step in steps):
         if mine.read_text(encoding="utf-8") != recipe_text(recipe, run):
             raise StepError(
-                f"{mine} was not written by this chain, which would replace it by the complete recipe. Nothing "
-                "was changed; choose another run folder with --out"
+                f"{mine} was not written by this chain, which would replace it by the complete recipe. "
+                "Nothing was changed; choose another run folder with --out"
             )
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import yaml
 
-from ..benchmarks.claims import MEASURES as CLAIM_MEASURES
 from ..benchmarks.claims import LEAST_CHANGED, AnswerCase, Difference, in_words
+from ..benchmarks.claims import MEASURES as CLAIM_MEASURES
 from rlaifv_nb.records import (
     Claim,
     Pair,
