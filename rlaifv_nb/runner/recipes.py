@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUND_STAGES', 'FINAL_STAGES', 'INPUT_KEYS', 'STAGES', 'OPTION_KEYS', 'DEVICES', 'RECIPE_KEYS', 'MODEL_KEYS',
-           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'evaluate_entries',
-           'require_name', 'typed', 'merge', 'changed', 'packaged_recipes', 'inherit', 'load_recipe', 'Step',
+           'WORKING_PARAMETERS', 'EXPORT', 'DIRECTIVE', 'RecipeError', 'Recipe', 'RecipeLoader', 'require_name',
+           'typed', 'merge', 'changed', 'evaluate_entries', 'packaged_recipes', 'inherit', 'load_recipe', 'Step',
            'options_of', 'chain_parameters', 'labeler_of', 'claims_parameters', 'guided_parameters',
            'evaluation_parameters', 'plan_run', 'restart_option', 'first_remade', 'stored', 'recipe_text',
            'open_notebook', 'notebook_parameters', 'check_recipe', 'parameter_defaults', 'prompts_per_round', 'Reach',
@@ -129,41 +129,6 @@ RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
-# %% ../../nbs/runner/01_recipes.ipynb #e7a1d002
-def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
-    """What `evaluate` lists, as (notebook, folder, options of the benchmark); `06_evaluation` is the icon
-    world.
-
-    Raises RecipeError for an unknown benchmark, an entry without one, and one that appears twice.
-    """
-    found = []
-    for entry in evaluate:
-        options = dict(entry) if isinstance(entry, dict) else {"bench": entry}
-        if "bench" not in options:
-            raise RecipeError(f"{where}, evaluate: {entry!r} names no benchmark; write {{bench: NAME, ...}}")
-        bench = options["bench"]
-        if bench not in (*FINAL_STAGES, "iconworld", "claims"):
-            _require_benchmark(bench, where)
-        if bench == "07_guided_decoding":
-            folder = notebook = bench
-            options.pop("bench")
-        else:
-            notebook = "06_evaluation"
-            options["bench"] = "iconworld" if bench == notebook else bench
-            folder = notebook if options["bench"] == "iconworld" else f"{notebook}_{bench}"
-            folder += "_official" if options.get("mode") == "official" else ""
-        if folder in [other for _, other, _ in found]:
-            raise RecipeError(f"{where}, evaluate: {bench} appears twice")
-        found.append((notebook, folder, options))
-    return found
-
-
-def _require_benchmark(bench, where):
-    "Raises RecipeError unless there is a benchmark of this name. The list is imported only when needed."
-    from rlaifv_nb.benchmarks.tables import bench_names
-
-    require_name(bench, [*FINAL_STAGES, *bench_names()], f"{where}, evaluate")
-
 # %% ../../nbs/runner/01_recipes.ipynb #2ceae54a
 def require_name(name, names, where: str):
     "The name, if it is one of `names`. Raises RecipeError with the nearest of them."
@@ -210,6 +175,41 @@ def _labeler_of(raw):
     "What decides which model the labeler is: its name, and the policy's where it is the policy."
     labeler = raw.get("labeler")
     return labeler, raw.get("policy") if labeler in ("base", "policy") else ""
+
+# %% ../../nbs/runner/01_recipes.ipynb #e7a1d002
+def evaluate_entries(evaluate: list, where: str) -> list[tuple[str, str, dict]]:
+    """What `evaluate` lists, as (notebook, folder, options of the benchmark); `06_evaluation` is the icon
+    world.
+
+    Raises RecipeError for an unknown benchmark, an entry without one, and one that appears twice.
+    """
+    found = []
+    for entry in evaluate:
+        options = dict(entry) if isinstance(entry, dict) else {"bench": entry}
+        if "bench" not in options:
+            raise RecipeError(f"{where}, evaluate: {entry!r} names no benchmark; write {{bench: NAME, ...}}")
+        bench = options["bench"]
+        if bench not in (*FINAL_STAGES, "iconworld", "claims"):
+            _require_benchmark(bench, where)
+        if bench == "07_guided_decoding":
+            folder = notebook = bench
+            options.pop("bench")
+        else:
+            notebook = "06_evaluation"
+            options["bench"] = "iconworld" if bench == notebook else bench
+            folder = notebook if options["bench"] == "iconworld" else f"{notebook}_{bench}"
+            folder += "_official" if options.get("mode") == "official" else ""
+        if folder in [other for _, other, _ in found]:
+            raise RecipeError(f"{where}, evaluate: {bench} appears twice")
+        found.append((notebook, folder, options))
+    return found
+
+
+def _require_benchmark(bench, where):
+    "Raises RecipeError unless there is a benchmark of this name. The list is imported only when needed."
+    from rlaifv_nb.benchmarks.tables import bench_names
+
+    require_name(bench, [*FINAL_STAGES, *bench_names()], f"{where}, evaluate")
 
 # %% ../../nbs/runner/01_recipes.ipynb #ef927121
 def packaged_recipes():
