@@ -208,21 +208,28 @@ def _without_working_parameters(record):
     return record | {"parameters": {k: v for k, v in record["parameters"].items() if k not in working}}
 
 # %% ../../nbs/runner/05_chain.ipynb #fb926236
+def _require_own_folder(folder):
+    "Raises StepError where something is in the place of a step's folder that no chain has made."
+    is_own = folder.is_dir() and ((folder / "step.json").exists() or not any(folder.iterdir()))
+    if folder.exists() and not is_own:
+        raise StepError(
+            f"{folder} was not made by this chain: it holds no step.json. Nothing was changed; choose "
+            "another run folder with --out, or move it away"
+        )
+
+
 def is_done(step, run, notebooks, keep_code=False):
     """Whether a step is finished and would come out the same.
 
     With `keep_code`, what other code of the notebook has made is kept.
 
-    Raises StepError naming what has changed since the step was started.
+    Raises StepError for a folder that no chain has made, and naming what has changed since the step was
+    started.
     """
     folder = run / step.out
     again = restart_option(step)
+    _require_own_folder(folder)
     if not (folder / "step.json").exists():
-        if (folder / "manifest.json").exists():
-            raise StepError(
-                f"{folder} was not made by this chain: choose another run folder, or make it again with "
-                f"{again}"
-            )
         return False
     before = json.loads((folder / "step.json").read_text())
     now = step_record(step, run, notebooks)
@@ -589,23 +596,12 @@ def _discard_unfinished_prompts(run):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_foreign(folder):
-    "Whether there is something in the place of a step's folder that no chain has made."
-    if not folder.is_dir():
-        return folder.exists()
-    return not (folder / "step.json").exists() and any(folder.iterdir())
-
-
 def _require_own(recipe, steps, run):
     """Raises StepError, before anything is written or deleted, where the run folder holds what this chain has
     not made: something in the place of a step's folder, or another recipe.yaml beside no step of a chain.
     """
     for step in steps:
-        if _is_foreign(run / step.out):
-            raise StepError(
-                f"{run / step.out} was not made by this chain: it holds no step.json. Nothing was changed; "
-                "choose another run folder with --out, or move it away"
-            )
+        _require_own_folder(run / step.out)
     mine = run / "recipe.yaml"
     if mine.exists() and not any((run / step.out / "step.json").exists() for step in steps):
         if mine.read_text(encoding="utf-8") != recipe_text(recipe, run):
