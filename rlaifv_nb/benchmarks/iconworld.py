@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .claims import greedy_answers
+from .answers import greedy_answers
 from .intervals import count_answers, discriminative, ratio_interval
 from ..feedback import NumberCheck, is_number, not_a_number, plain_path_note
 from rlaifv_nb.iconworld.world import (

@@ -558,16 +558,32 @@ def sample_rows(branches, sampler, waiting, feed=None, at_least=1):
 
 # %% ../../nbs/engine/05_prefix.ipynb #bfb28dcd
 def sample_branches(
-    vlm, prefix, index, seeds, temperature, top_p=1.0, max_new_tokens=512, never=(), top_k=0, look=0
+    vlm,
+    prefix,
+    index,
+    seeds,
+    temperature,
+    top_p=1.0,
+    max_new_tokens=512,
+    never=(),
+    top_k=0,
+    look=0,
+    rests=None,
 ):
     """Samples one answer for each entry of `index` (of which prompt) and `seeds`; tokens in `never` are not
     sampled.
 
-    Returns a list of (token ids without the end token, `stop` or `length`). `look`: see `Sampler`."""
+    `rests`: token id lists between prompt and answer, for a model that shares prompts. Returns a list of
+    (token ids without the end token, `stop` or `length`). `look`: see `Sampler`."""
     prompts = torch.as_tensor(index).tolist()
-    answers = [Answer(seed, temperature, k) for seed, k in zip(seeds, prompts)]
-    branches = grow(vlm, prefix, whole_rows(prompts), max_new_tokens)
-    sampler = Sampler(vlm, len(whole_rows(prompts)), max_new_tokens, never, top_p, top_k, look)
+    before = [()] * len(prompts) if rests is None else rests
+    answers = [Answer(seed, temperature, k, rest) for seed, k, rest in zip(seeds, prompts, before)]
+    rows = whole_rows(prompts)
+    if rests is None:
+        branches = grow(vlm, prefix, rows, max_new_tokens)
+    else:
+        branches = SharedRows(vlm, prefix, rows, max(map(len, rests)) + max_new_tokens, whole_rows(rests))
+    sampler = Sampler(vlm, len(rows), max_new_tokens, never, top_p, top_k, look)
     sampler.seat(range(len(answers)), answers)
     for _ in sample_rows(branches, sampler, deque()):
         pass
