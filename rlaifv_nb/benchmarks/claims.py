@@ -23,6 +23,7 @@ from .intervals import compare_models, ratio_interval, sum_counts
 from ..claims import ClaimsOptions, read_templates, run_claims
 from ..feedback import FeedbackOptions, plain_path_note, run_feedback
 from rlaifv_nb.records import (
+    ASKED,
     Claim,
     Prompt,
     Response,
@@ -418,9 +419,7 @@ class ClaimCheckOptions:
     @property
     def judge_asked(self) -> dict:
         "How the labeler is asked, where it is not its own way."
-        names = ("system_prompt", "pad_pictures", "max_pixels")
-        given = {name: getattr(self, f"judge_{name}") for name in names}
-        return {name: value for name, value in given.items() if value}
+        return {name: value for name in ASKED if (value := getattr(self, f"judge_{name}"))}
 
 
 def division_of(options: ClaimCheckOptions) -> ClaimsOptions:

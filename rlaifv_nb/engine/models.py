@@ -29,7 +29,7 @@ from PIL import Image
 
 from .attention import sharing_problem
 from .pictures import VIDEO_PACKAGES, pad_to_square, torchvision_for, within_pixels
-from ..records import require_one_of, resolve_path, sha256_of, write_text
+from ..records import ASKED, require_one_of, resolve_path, sha256_of, write_text
 
 # %% ../../nbs/engine/03_models.ipynb #2a8181d5
 PICTURE_PART = re.compile(
@@ -232,12 +232,7 @@ class OpenModel:
     def asked(self):
         """How the model is asked, where that is not what its chat template and processor do by themselves:
         option -> value."""
-        options = {
-            "system_prompt": self.system_prompt,
-            "pad_pictures": self.pad_pictures,
-            "max_pixels": self.max_pixels,
-        }
-        return {name: value for name, value in options.items() if value}
+        return {name: value for name in ASKED if (value := getattr(self, name))}
 
     @property
     def asked_sha(self):

@@ -39,19 +39,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..benchmarks.claims import held_out_prompts
+from ..benchmarks.evaluate import with_own_sizes
 from ..benchmarks.tables import open_questions
 from ..engine import dryrun as dry
 from ..engine.caches import picture_features
 from ..engine.models import ask_with, pinned, prompt_inputs
 from ..engine.prefix import ROWS, generate_texts, grow, read, read_prompts, rows_for
-from ..evaluation import Evaluation, with_own_sizes
+from ..evaluation import Evaluation
 from ..exchange.inputs import HUB, count_rows, input_kind, read_input
-from ..records import Prompt, read_table, resolve_path
+from ..records import ASKED, Prompt, read_table, resolve_path
 from .machine import SMALL_FILES
 from rlaifv_nb.runner.recipes import (
     INPUT_KEYS,
     MODEL_KEYS,
-    OPTION_KEYS,
     RecipeError,
     Step,
     parameter_defaults,
@@ -570,7 +570,7 @@ def benchmark_parameters(recipe, step: Step, planned: dict, notebooks: Path) -> 
     p = with_sizes(defaults | step.parameters)
     models = 1 + recipe.rounds
     common = {"n_per_round": n_items(recipe, step), "answer": p["max_new_tokens"], "dtype": p["dtype"]}
-    names = ("policy", "quantisation", "batch_size", "max_new_tokens", *OPTION_KEYS)
+    names = ("policy", "quantisation", "batch_size", "max_new_tokens", *ASKED)
     own = {name: p[name] for name in names}
     own |= {"kind": "01_sampling", "n_samples": 1, "times": models, "merge_adapter": False, "refill": False}
     parts = {f"{step.out}, answers": planned["01_sampling"] | common | own}
@@ -584,9 +584,7 @@ def benchmark_parameters(recipe, step: Step, planned: dict, notebooks: Path) -> 
     keys |= {"max_new_tokens": "list_tokens"}
     keys |= {name: name for name in ("facts_prompt", "question_prompt", "questions")}
     parts[f"{step.out}, claims"] = _part("02_claims", keys, p, models, notebooks) | common
-    keys = {name: f"judge_{name}" for name in ("batch_size", "quantisation", *OPTION_KEYS)} | {
-        "labeler": "judge"
-    }
+    keys = {name: f"judge_{name}" for name in ("batch_size", "quantisation", *ASKED)} | {"labeler": "judge"}
     parts[f"{step.out}, verdicts"] = _part("03_feedback", keys, p, models, notebooks) | common
     shared = {name: planned["01_sampling"][name] for name in ("n_pairs", "lora_rank")}
     return {name: shared | part for name, part in parts.items()}
@@ -631,7 +629,7 @@ class Planned:
     @property
     def asked(self) -> dict:
         "How the model is asked."
-        return {key: self.p[key] for key in OPTION_KEYS if key in self.p}
+        return {key: self.p[key] for key in ASKED if key in self.p}
 
 # %% ../../nbs/runner/03_plan.ipynb #6da0c2a1
 LAYER_SECONDS = 0.45e-3  # Python of a decoder layer; see the text above
@@ -1234,7 +1232,7 @@ def open_stage(
         vlm.processor = Padding()
     else:
         try:
-            ask_with(vlm, **{key: p[key] for key in OPTION_KEYS if key in p})
+            ask_with(vlm, **{key: p[key] for key in ASKED if key in p})
         except ValueError as e:
             raise RecipeError(f"{notebook}: {e}") from e
     planned = Planned(notebook, p, recipe, lengths, device, vlm)
