@@ -5,9 +5,10 @@ Importing this module registers what stands in for processors whose packages are
 (tiny_models.py).
 """
 
+import tiny_models
 import torch
 import transformers as tf
-from tiny_models import CLIP, QWEN_TOKENS, icon_vocabulary, processor_of, text_of, tokenizer_with
+from tiny_models import QWEN_TOKENS, icon_vocabulary, llava
 from tokenizers import Tokenizer
 
 # As published with llava-hf/llava-1.5-7b-hf: the role, all pictures, then all text, a space behind each text.
@@ -35,25 +36,7 @@ QWEN25_TEMPLATE = (
 
 def llava15():
     "LLaVA-1.5: square pictures, cut to size; no special token between the turns."
-    tokenizer = tokenizer_with()
-    config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**CLIP),
-        text_config=tf.LlamaConfig(**text_of(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    pictures = tf.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    processor = tf.LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=LLAVA15_TEMPLATE,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-    return tf.LlavaForConditionalGeneration(config), processor
+    return llava(LLAVA15_TEMPLATE)
 
 
 def qwen_tokenizer():
@@ -75,28 +58,7 @@ def qwen_tokenizer():
 
 def qwen25_vl():
     "Qwen2.5-VL: pictures of any size, rotary positions in three dimensions, no `<image>`."
-    tokenizer = qwen_tokenizer()
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
-    text = text_of(
-        tokenizer, rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
-    )
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=4,
-        out_hidden_size=48,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=56,
-        fullatt_block_indexes=[1],
-    )
-    config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    pictures = tf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
-    return tf.Qwen2_5_VLForConditionalGeneration(config), processor_of(
-        tf.Qwen2_5_VLProcessor, pictures, tokenizer, QWEN25_TEMPLATE
-    )
+    return tiny_models.qwen25_vl(qwen_tokenizer(), QWEN25_TEMPLATE)
 
 
 PUBLISHED = {f.__name__: f for f in (llava15, qwen25_vl)}

@@ -106,7 +106,7 @@ def text_of(tokenizer, **more):
     return TEXT | dict(vocab_size=vocabulary(tokenizer), eos_token_id=tokenizer.eos_token_id) | more
 
 
-def llava():
+def llava(template=CHAT_TEMPLATE):
     "LLaVA-1.5."
     tokenizer = tokenizer_with()
     config = tf.LlavaConfig(
@@ -122,7 +122,7 @@ def llava():
         tokenizer=tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         image_token="<image>",
         num_additional_image_tokens=1,
     )
@@ -250,9 +250,9 @@ QWEN_TOKENS = {
 }
 
 
-def qwen25_vl():
+def qwen25_vl(tokenizer=None, template=QWEN_TEMPLATE):
     "Qwen2.5-VL: pictures of any size, rotary positions in three dimensions."
-    tokenizer = tokenizer_with(*QWEN_TOKENS.values(), image_token="<|image_pad|>")
+    tokenizer = tokenizer or tokenizer_with(*QWEN_TOKENS.values(), image_token="<|image_pad|>")
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
     text = text_of(
         tokenizer, rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
@@ -272,7 +272,7 @@ def qwen25_vl():
     config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     pictures = tf.Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
     return tf.Qwen2_5_VLForConditionalGeneration(config), processor_of(
-        tf.Qwen2_5_VLProcessor, pictures, tokenizer, QWEN_TEMPLATE
+        tf.Qwen2_5_VLProcessor, pictures, tokenizer, template
     )
 
 
