@@ -556,14 +556,7 @@ def show_pairs(run, k, n=3):
     )
 
 # %% ../../nbs/runner/04_report.ipynb #e7a1f002
-CLAIM_TILES = {
-    "rejected": "rejected claims per 100 claims",
-    "with rejected": "answers with a rejected claim, %",
-    "rejected per answer": "rejected claims per answer",
-    "claims": "claims per answer",
-    "words": "words per answer",
-    "accepted": "accepted claims, %",
-}
+CLAIM_TILES = ("rejected", "with rejected", "rejected per answer", "claims", "words", "accepted")
 
 
 def read_differences(folder: Path) -> dict[str, Difference]:
@@ -601,8 +594,9 @@ def show_claims_headline(run: Path, folder: str) -> str:
         title = manifest["conclusions"][0] if manifest["conclusions"] else "One model was evaluated."
         return f"<h1>{html.escape(title)}</h1>{paragraphs(manifest['caveats'])}"
     tiles = "".join(
-        f"<div><strong>{changed[name].before:.1f} → {changed[name].after:.1f}</strong>{label}</div>"
-        for name, label in CLAIM_TILES.items()
+        f"<div><strong>{changed[name].before:.1f} → {changed[name].after:.1f}</strong>"
+        f"{CLAIM_MEASURES[name].label}</div>"
+        for name in CLAIM_TILES
     )
     judge = f"The labeler was {manifest['judged_by']}; "
     judge += "prompts that were kept from training, greedy answers."
